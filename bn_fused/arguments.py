@@ -1,0 +1,188 @@
+"""What is checked before anything is computed, and said in words where it does not fit."""
+
+import math
+import numbers
+import warnings
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from .approaches import APPROACHES, DEBIAS
+from .kernels.activations import ACTIVATIONS
+from .kernels.registry import FLOATING, check_backend_name
+
+LOW_PRECISION = ("bfloat16", "float16")
+STATE_DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is static about a BatchNorm, checked: see `bn_fused.BatchNorm` for the meaning of each."""
+
+    approach: str = "batch"
+    momentum: float = 0.99
+    eps: float = 1e-5
+    warmup_period: int = 1
+    activation: str | None = None
+    debias: str = "axis"
+    virtual_batch_size: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self):
+        one_of("approach", self.approach, APPROACHES)
+        one_of("debias", self.debias, DEBIAS)
+        one_of("activation", self.activation, (None, *ACTIVATIONS))
+        check_backend_name(self.backend)
+        real("momentum", self.momentum)
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum!r}; accepted is a number between 0 and 1, both exclusive")
+        real("eps", self.eps)
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"eps is {self.eps!r}; accepted is a finite number above 0")
+        positive_integer("warmup_period", self.warmup_period)
+        if self.virtual_batch_size is not None:
+            positive_integer("virtual_batch_size", self.virtual_batch_size)
+
+
+def one_of(name, value, accepted):
+    """ValueError unless the value is one of the accepted."""
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in accepted):
+        raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
+
+
+def real(name, value):
+    """TypeError unless the value is a real number known while tracing."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; accepted is a Python number")
+
+
+def integer(name, value):
+    """TypeError unless the value is an integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} is {value!r}; accepted is an integer")
+
+
+def positive_integer(name, value):
+    """TypeError unless the value is an integer, ValueError unless it is at least 1."""
+    integer(name, value)
+    if value < 1:
+        raise ValueError(f"{name} is {value!r}; accepted is an integer, 1 or more")
+
+
+def channel_axis(value, shape, name):
+    """The channels' axis of a batch of this shape, counted from the front. Axis 0 are the examples."""
+    integer("channel_axis", value)
+    if len(shape) < 2:
+        raise ValueError(f"{name} has shape {shape!r}; it needs two axes at least, examples and channels")
+    if not -len(shape) <= value < len(shape) or value % len(shape) == 0:
+        raise ValueError(
+            f"channel_axis is {value!r}; for {name} of shape {shape!r} accepted is any axis but 0, the examples"
+        )
+    return value % len(shape)
+
+
+def state_dtype(dtype):
+    """The state's dtype; None is JAX's default float. 16-bit floats are refused with the reason."""
+    dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+    if dtype.name in LOW_PRECISION:
+        raise ValueError(
+            f"dtype is {dtype.name}: running statistics in 16 bits do not move, because an update of 1 % is near or "
+            f"below the type's epsilon; accepted are {', '.join(STATE_DTYPES)} (x itself may have 16 bits)"
+        )
+    if dtype.name not in STATE_DTYPES:
+        raise ValueError(f"dtype is {dtype.name}; accepted are {', '.join(STATE_DTYPES)}")
+    return dtype
+
+
+def axis_names(axis_name):
+    """axis_name as a tuple of names: of one name, a sequence of names, or None for none."""
+    if axis_name is None:
+        return ()
+    names = tuple(axis_name) if isinstance(axis_name, (list, tuple)) else (axis_name,)
+    for name in names:
+        if not isinstance(name, Hashable) or name is None:
+            raise TypeError(f"axis_name has the name {name!r}; accepted are hashable names other than None")
+    if len(set(names)) != len(names):
+        raise ValueError(f"axis_name is {axis_name!r}; a name may stand in it once")
+    return names
+
+
+def check_input(x, channels, axis, channels_from):
+    """x is a floating array with at least one value per channel, and as many channels as `channels_from` has."""
+    floating("x", x)
+    if x.shape[axis] != channels:
+        raise ValueError(
+            f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; "
+            f"{channels_from} has {channels}"
+        )
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
+
+
+def floating(name, array):
+    """TypeError unless the array has one of the floating dtypes."""
+    dtype = jnp.dtype(array.dtype)
+    if dtype.name in FLOATING:
+        return
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(f"{name} has dtype {dtype.name}: complex input is not normalised; accepted are {', '.join(FLOATING)}")
+    raise TypeError(f"{name} has dtype {dtype.name}; accepted are {', '.join(FLOATING)}")
+
+
+def check_residual(residual, x):
+    """A residual is as x, in shape and dtype."""
+    if residual is None:
+        return
+    floating("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual has shape {residual.shape}; it must have x's, {x.shape}")
+    if residual.dtype != x.dtype:
+        raise TypeError(f"residual has dtype {residual.dtype}; it must have x's, {x.dtype}")
+
+
+def broadcast_mask(mask, x, axis):
+    """The mask in x's shape with one channel. It comes in x's shape without the channel axis, or broadcastable to it."""
+    if mask is None:
+        return None
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"mask has dtype {mask.dtype}; accepted is bool, True where a position counts")
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    try:
+        fits = jnp.broadcast_shapes(mask.shape, positions) == positions
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask has shape {mask.shape}; it must be x's shape without the channel axis, {positions}, or "
+            "broadcastable to it"
+        )
+    missing = (1,) * (len(positions) - mask.ndim)
+    mask = jnp.broadcast_to(jnp.reshape(mask, (*missing, *mask.shape)), positions)
+    return jnp.expand_dims(mask, axis)
+
+
+def warn_of_few_values(settings, positions, examples):
+    """One warning where a training step has too little to estimate a variance from."""
+    if positions == 1:
+        warnings.warn(
+            "a single value per channel: its variance is 0, and the output does not depend on x", UserWarning, stacklevel=4
+        )
+    elif settings.approach == "batch" and settings.debias == "axis" and examples == 1:
+        warnings.warn(
+            f'a batch of one example with debias="axis": the running variance is multiplied by 1/eps = {1 / settings.eps:g}; '
+            'use debias="samples" or "none"',
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def warn_of_low_precision(dtype):
+    """One warning where running statistics were cast to 16 bits after their construction."""
+    if jnp.dtype(dtype).name in LOW_PRECISION:
+        warnings.warn(
+            f"the running statistics are {jnp.dtype(dtype).name}: the update is computed in float32 and rounded back, "
+            "and small updates are lost; keep them in float32",
+            UserWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,54 @@
+"""`explain`: which backend computes a batch, why, and with what plan."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from . import arguments
+from .kernels import Problem, Target, choose
+from .kernels.activations import ACTIVATIONS
+from .kernels.registry import PLATFORMS
+
+
+def explain(
+    shape, dtype, *, channel_axis=-1, activation=None, residual=False, mask=False, groups=1, target=None, backend="auto"
+):
+    """Say which backend `batch_norm` or the layer would use, without running anything.
+
+    **Arguments:**
+
+    - `shape`: the batch's shape, axis 0 the examples (for the layer: with the mapped axis).
+    - `dtype`: the batch's dtype.
+    - `channel_axis`, `activation`, `backend`: as of `batch_norm`.
+    - `residual`, `mask`: whether there is one.
+    - `groups`: how many such batches one call normalises (the size of unnamed vmaps around it).
+    - `target`: the platform it is compiled for, "cpu", "cuda", "rocm" or "tpu"; None: the platform of JAX's default
+        device.
+
+    **Returns:**
+
+    A `BackendChoice`: `name`, `reason`, `plan` (None where XLA decides about launches and tiles).
+
+    **Raises:**
+
+    ValueError or TypeError for arguments that do not fit; `BackendError` where `backend` cannot run on the target.
+    """
+    arguments.one_of("activation", activation, (None, *ACTIVATIONS))
+    arguments.positive_integer("groups", groups)
+    shape = tuple(shape)
+    channels = shape[arguments.channel_axis(channel_axis, shape, "shape")]
+    problem = Problem(
+        groups, math.prod(shape) // max(channels, 1), channels, jnp.dtype(dtype).name, activation, residual, mask
+    )
+    return choose(problem, _target(target), backend)
+
+
+def _target(target):
+    if target is None:
+        platform = jax.default_backend()
+        return Target({"gpu": "cuda"}.get(platform, platform))
+    if isinstance(target, Target):
+        return target
+    arguments.one_of("target", target, PLATFORMS)
+    return Target(target)

@@ -1,0 +1,92 @@
+"""`batch_norm`: BatchNorm of a whole batch as a function of arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from . import arguments
+from .step import Call, RunningStats, infer, train
+
+EXAMPLES = "bn_fused.examples"  # the name of the axis of examples while one example is traced
+
+
+def batch_norm(
+    x,
+    stats,
+    weight=None,
+    bias=None,
+    *,
+    approach="batch",
+    momentum=0.99,
+    eps=1e-5,
+    warmup_period=1,
+    channel_axis=-1,
+    axis_name=None,
+    activation=None,
+    residual=None,
+    mask=None,
+    debias="axis",
+    virtual_batch_size=None,
+    inference=False,
+    backend="auto",
+):
+    r"""Normalise a batch over its examples and positions; the functional form of `bn_fused.BatchNorm`.
+
+    The formulas, the approaches and the meaning of the settings stand there.
+
+    **Arguments:**
+
+    - `x`: the batch, axis 0 the examples, with its C channels on `channel_axis` and any number of spatial axes;
+        float32, bfloat16, float16 or float64.
+    - `stats`: the `RunningStats` of C channels.
+    - `weight`, `bias`: shape [C], or None for 1 and 0.
+    - `approach`: "batch", "ema" or "ema_compatibility".
+    - `momentum`: weight of the old running statistics, between 0 and 1, exclusive.
+    - `eps`: added to the variance, above 0.
+    - `warmup_period`: steps over which the approach "ema" moves from batch to running statistics.
+    - `channel_axis`: the axis of the channels, any but 0.
+    - `axis_name`: further named axes to average over (of `jax.vmap`, `jax.shard_map`, `jax.pmap`): a name, a sequence of
+        names, or None for this batch alone.
+    - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
+    - `residual`: None, or x's shape and dtype; added before the activation.
+    - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count.
+    - `debias`: "axis", "samples" or "none".
+    - `virtual_batch_size`: None, or a divisor of the number of examples: that many consecutive examples share their
+        statistics, and the running statistics move by the mean over these virtual batches.
+    - `inference`: use `stats` and leave them as they are.
+    - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`.
+
+    **Returns:**
+
+    `y`, with x's shape and dtype, and the new `RunningStats` (at inference, `stats` itself).
+
+    **Raises:**
+
+    ValueError or TypeError that names the argument, its value and what is accepted; NameError for an `axis_name`
+    that is not bound.
+    """
+    settings = arguments.Settings(
+        approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
+    )
+    names = arguments.axis_names(axis_name)
+    x = jnp.asarray(x)
+    if not isinstance(stats, RunningStats):
+        raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
+    channel_axis = arguments.channel_axis(channel_axis, x.shape, "x")
+    arguments.check_input(x, stats.mean.shape[0], channel_axis, "stats")
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.shape != stats.mean.shape:
+            raise ValueError(f"{name} has shape {value.shape}; it must be {stats.mean.shape}, as stats.mean")
+    arguments.check_residual(residual, x)
+    mask = arguments.broadcast_mask(mask, x, channel_axis)
+
+    call = Call(settings, channel_axis - 1, (EXAMPLES, *names))
+    with jax.named_scope("bn_fused.batch_norm"):
+        if inference:
+            y = jax.vmap(lambda x, residual: infer(call, x, stats, weight, bias, residual))(x, residual)
+            return y, stats
+        step = jax.vmap(
+            lambda x, residual, mask: train(call, x, stats, weight, bias, residual, mask),
+            axis_name=EXAMPLES,
+            out_axes=(0, None),
+        )
+        return step(x, residual, mask)

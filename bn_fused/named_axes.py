@@ -1,0 +1,268 @@
+"""Primitives that know the names of the axes they average over, and what `vmap` does to them.
+
+An operand carries its layout as a string of roles (`bn_fused.kernels.layout`). When `vmap` maps an axis
+
+- whose name the primitive averages over, the axis becomes rows of the same operation: one call gets the whole
+  batch, and what is per channel stays unbatched;
+- with any other name or none, the axis becomes a group, with statistics of its own;
+- and where neither is possible (something per channel differs along the averaged axis), a rule of the primitive
+  takes the operation apart, with explicit sums over the axis.
+
+So no collective is ever traced for a vmap's name. Names of devices never get here (`bn_fused.devices`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .kernels.dispatch import SPREAD, insert_axis, jitted, result_types
+from .kernels.jax_internals import (
+    Primitive,
+    ad,
+    drop_sharding_and_manual_axes,
+    fancy_primitive_batchers,
+    lower_fun,
+    register_lowering,
+    vary_together,
+)
+from .kernels.layout import GROUP, ROW
+
+
+class Averaged(NamedTuple):
+    """The vmap axes an operation averages over: their names, and the virtual batch size along them, if any."""
+
+    names: tuple = ()
+    virtual_batch_size: int | None = None
+
+    def without(self, name):
+        """What is left once this axis is part of the operands."""
+        return Averaged(tuple(other for other in self.names if other != name), None)
+
+
+NOTHING = Averaged()
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A value in a batching rule and the axis that is mapped, None if it is the same for all."""
+
+    value: jax.Array
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class NamedOperation:
+    """A primitive and what its rules need.
+
+    - `operands`, `results`: name to kind; `optional` results are there with the operand of the same position.
+    - `compute(spec, averaged, operands)`: the results from operands by name, in jnp and dispatched operations.
+    - `rowwise`: no result sums over rows, so that any mapped axis may become rows.
+    - `folds`: an averaged axis may become rows.
+    - `apart(axis, spec, averaged, operands)`: the rule for an averaged axis that cannot; None: it becomes a group.
+      `averaged` still names the axis.
+    """
+
+    primitive: Primitive
+    operands: dict
+    results: dict
+    compute: Callable
+    rowwise: bool = False
+    folds: bool = False
+    apart: Callable | None = None
+
+    def result_kinds(self, present):
+        """Name to kind of the results there are, given the names of the operands there are."""
+        return {name: kind for name, kind in self.results.items() if name != "dresidual" or "residual" in present}
+
+    def __call__(self, spec, averaged=NOTHING, /, **operands):
+        """Bind the primitive; operands that are None are left out. Returns {name: result}."""
+        operands = {name: jnp.asarray(value) for name, value in operands.items() if value is not None}
+        values = vary_together(list(operands.values()))
+        results = self.primitive.bind(*values, names=tuple(operands), spec=spec, averaged=averaged)
+        return dict(zip(self.result_kinds(operands), results, strict=True))
+
+    def batch(self, axis, spec, averaged, operands):
+        """The batching rule, from {name: Batched} to {name: Batched}."""
+        if axis.name not in averaged.names:
+            return self.batch_other(axis, spec, averaged, operands)
+        if averaged.virtual_batch_size is not None:
+            return self._batch_virtual(axis, spec, averaged, operands)
+        rest = averaged.without(axis.name)
+        if not _mapped(operands):
+            return self._bind_batched(spec, rest, _divide_count(operands, axis.size), lambda kind: None)
+        if self.folds and not self._mapped_per_channel(operands):
+            return self._insert(axis, spec, rest, operands, ROW)
+        if self.apart is not None:
+            return self.apart(axis, spec, averaged, operands)
+        return self._insert(axis, spec, rest, operands, GROUP)
+
+    def batch_other(self, axis, spec, averaged, operands):
+        """The rule for an axis that is not averaged over."""
+        if not _mapped(operands):
+            return self._bind_batched(spec, averaged, operands, lambda kind: None)
+        rows = self.rowwise and not self._mapped_per_channel(operands)
+        return self._insert(axis, spec, averaged, operands, ROW if rows else GROUP)
+
+    def batch_as_group(self, axis, spec, averaged, operands):
+        """The mapped axis as a group, whatever its name: partial results for each of its members."""
+        return self._insert(axis, spec, averaged.without(axis.name), operands, GROUP)
+
+    def _mapped_per_channel(self, operands):
+        return [name for name in _mapped(operands) if self.operands[name] not in SPREAD]
+
+    def _insert(self, axis, spec, averaged, operands, role):
+        names, values, dims = zip(*((name, o.value, o.dim) for name, o in operands.items()), strict=True)
+        kinds = [self.operands[name] for name in names]
+        spec, values, result_dim = insert_axis(spec, kinds, values, dims, axis.size, role)
+        operands = {name: Batched(value) for name, value in zip(names, values, strict=True)}
+        return self._bind_batched(spec, averaged, operands, result_dim)
+
+    def _bind_batched(self, spec, averaged, operands, result_dim):
+        results = self(spec, averaged, **{name: operand.value for name, operand in operands.items()})
+        kinds = self.result_kinds(operands)
+        return {name: Batched(value, result_dim(kinds[name])) for name, value in results.items()}
+
+    def _batch_virtual(self, axis, spec, averaged, operands):
+        """Split the axis into virtual batches: a vmap over batches around the averaged vmap within each."""
+        size = averaged.virtual_batch_size
+        names = _mapped(operands)
+        if not names:
+            rest = averaged.without(axis.name)
+            return self._bind_batched(spec, rest, _divide_count(operands, size), lambda kind: None)
+        fixed = {name: operand.value for name, operand in operands.items() if operand.dim is None}
+
+        def bind_named(mapped):
+            return self(spec, averaged._replace(virtual_batch_size=None), **fixed, **mapped)
+
+        split = {}
+        for name in names:
+            value = jnp.moveaxis(operands[name].value, operands[name].dim, 0)
+            split[name] = jnp.reshape(value, (axis.size // size, size, *value.shape[1:]))
+        inner = jax.vmap(bind_named, axis_name=axis.name, axis_size=size)
+        results = jax.vmap(inner, axis_size=axis.size // size)(split)
+        return {
+            name: Batched(jnp.reshape(value, (axis.size, *value.shape[2:])), 0) for name, value in results.items()
+        }
+
+
+def define(name, operands, results, compute, **rules):
+    """Make the primitive `bn_fused_<name>`: eager form, types, batching and lowering. Derivatives come apart."""
+    primitive = Primitive(f"bn_fused_{name}")
+    primitive.multiple_results = True
+    operation = NamedOperation(primitive, operands, results, compute, **rules)
+
+    primitive.def_impl(lambda *values, **parameters: jitted(primitive, **parameters)(*values))
+
+    @primitive.def_abstract_eval
+    def types(*types, names, spec, averaged):
+        _check_bound(averaged)
+        return result_types(operation.result_kinds(names), spec, dict(zip(names, types, strict=True)))
+
+    def batch(axis, values, dims, *, names, spec, averaged):
+        operands = {name: Batched(value, dim) for name, value, dim in zip(names, values, dims, strict=True)}
+        batched = operation.batch(axis, spec, averaged, operands)
+        results = [batched[name] for name in operation.result_kinds(names)]
+        return [result.value for result in results], [result.dim for result in results]
+
+    def lower(context, *values, names, spec, averaged):
+        _refuse_unbound(averaged)
+
+        def traced(*arrays):
+            present = dict(zip(names, arrays, strict=True))
+            results = compute(spec, averaged, present)
+            return [results[result] for result in operation.result_kinds(names)]
+
+        return lower_fun(traced, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+
+    fancy_primitive_batchers[primitive] = batch
+    register_lowering(primitive, lower)
+    return operation
+
+
+def _mapped(operands):
+    return [name for name, operand in operands.items() if operand.dim is not None]
+
+
+def _divide_count(operands, size):
+    """Where everything is the same along an averaged axis, one member's sums stand for `size` of them."""
+    if "count" not in operands:
+        return operands
+    return {**operands, "count": Batched(operands["count"].value / size)}
+
+
+def _check_bound(averaged):
+    for name in averaged.names:
+        jax.lax.axis_size(name)  # NameError where it is not bound, as lax.pmean has it
+
+
+def _refuse_unbound(averaged):
+    if averaged.names:
+        raise NameError(f"unbound axis name: {averaged.names[0]}")
+
+
+def map_batched(axis, function, *operands):
+    """Apply a function of per-channel values under the mapped axis; its results are mapped only if an operand is."""
+    dims = [operand.dim for operand in operands]
+    values = [operand.value for operand in operands]
+    if all(dim is None for dim in dims):
+        return jax.tree.map(Batched, function(*values))
+    results = jax.vmap(function, in_axes=tuple(dims), axis_size=axis.size)(*values)
+    return jax.tree.map(lambda value: Batched(value, 0), results)
+
+
+def sum_batched(operand, size):
+    """The sum over a mapped axis of this size, of a value that may be the same for all of it."""
+    if operand.dim is None:
+        return Batched(operand.value * jnp.asarray(size, operand.value.dtype))
+    return Batched(jnp.sum(operand.value, operand.dim))
+
+
+# Sums of small values over named vmap axes: what lax.psum is, but traced as explicit sums.
+
+named_sum_p = Primitive("bn_fused_named_sum")
+
+
+def named_sum(value, averaged):
+    """Sum a small value over the vmap axes of `averaged`, within the virtual batch if there is one."""
+    return named_sum_p.bind(value, averaged=averaged) if averaged.names else value
+
+
+named_sum_p.def_impl(lambda value, averaged: jitted(named_sum_p, averaged=averaged)(value))
+
+
+@named_sum_p.def_abstract_eval
+def _named_sum_type(value, averaged):
+    _check_bound(averaged)
+    return value.update(weak_type=False)
+
+
+def _named_sum_batch(axis, values, dims, *, averaged):
+    (value,), (dim,) = values, dims
+    if axis.name not in averaged.names:
+        return named_sum_p.bind(value, averaged=averaged), dim
+    rest, size = averaged.without(axis.name), averaged.virtual_batch_size
+    if size is None or dim is None:
+        total = sum_batched(Batched(value, dim), size or axis.size).value
+        return named_sum(total, rest), None
+    value = jnp.moveaxis(value, dim, 0)
+    total = jnp.sum(jnp.reshape(value, (axis.size // size, size, *value.shape[1:])), 1)
+    return named_sum(jnp.repeat(total, size, 0), rest), 0
+
+
+def _named_sum_lower(context, value, *, averaged):
+    _refuse_unbound(averaged)
+    return [value]
+
+
+fancy_primitive_batchers[named_sum_p] = _named_sum_batch
+register_lowering(named_sum_p, _named_sum_lower)
+ad.primitive_jvps[named_sum_p] = lambda values, tangents, averaged: (
+    named_sum(values[0], averaged),
+    tangents[0] if isinstance(tangents[0], ad.Zero) else named_sum(tangents[0], averaged),
+)
+ad.primitive_transposes[named_sum_p] = lambda cotangent, value, averaged: [
+    cotangent if isinstance(cotangent, ad.Zero) else named_sum(cotangent, averaged)
+]

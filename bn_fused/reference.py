@@ -1,0 +1,64 @@
+"""The backend `reference` for one example: the definition, op for op, with JAX's own collectives and derivatives.
+
+Per channel, mean = pmean(mean(x)) and var = pmean(mean((x - mean) conj(x - mean))), at least 0; the output is
+(x - m)/sqrt(v + eps) w + b. Never tuned: it is what the other backends are compared with.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from .kernels import reference as kernel_reference
+from .kernels.contract import accumulation_dtype, widest
+
+
+def moments(call, x, mask):
+    """Mean and variance per channel over the example's positions and the named axes, [channels]."""
+    x = jnp.moveaxis(x.astype(accumulation_dtype(x.dtype)), call.channel_axis, 0)
+    if mask is not None:
+        mask = jnp.moveaxis(mask, call.channel_axis, 0)[0]
+    return jax.vmap(lambda channel: kernel_reference.moments(channel, _average(call, mask)))(x)
+
+
+def normalise(call, x, mean, var, weight, bias, residual):
+    """One example with these moments, weight and bias (or None), residual and activation; in x's dtype."""
+    dtype = widest(mean.dtype, x.dtype)
+    affine = [None if value is None else value.astype(dtype) for value in (weight, bias)]
+    eps = call.settings.eps
+
+    def one_channel(values, mean, var, weight, bias):
+        return kernel_reference.normalise(values, mean, var, eps, weight, bias)
+
+    axis = call.channel_axis
+    in_axes = (axis, 0, 0, *(None if value is None else 0 for value in affine))
+    per_channel = jax.vmap(one_channel, in_axes=in_axes, out_axes=axis)
+    y = per_channel(x.astype(dtype), mean.astype(dtype), var.astype(dtype), *affine)
+    if residual is not None:
+        y = y + residual.astype(dtype)
+    return kernel_reference.activate(y, call.settings.activation).astype(x.dtype)
+
+
+def _average(call, mask):
+    """The mean over the positions and the named axes, of the positions that count."""
+    names, size = call.axis_names, call.settings.virtual_batch_size
+    if size is not None:
+        return lambda values: _average_in_virtual_batch(values, mask, names, size)
+    if mask is None:
+        return lambda values: jax.lax.pmean(jnp.mean(values), names)
+
+    def average(values):
+        total = jax.lax.psum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names)
+        return total / jnp.maximum(jax.lax.psum(jnp.sum(mask, dtype=values.dtype), names), 1)
+
+    return average
+
+
+def _average_in_virtual_batch(values, mask, names, size):
+    (name,) = [name for name in names if name not in jax.sharding.get_abstract_mesh().manual_axes]
+    mask = jnp.ones(values.shape, bool) if mask is None else mask
+    total = jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)))
+    mine = jax.lax.axis_index(name) // size
+
+    def in_my_batch(value):
+        return jnp.sum(jnp.reshape(jax.lax.all_gather(value, name), (-1, size)), 1)[mine]
+
+    return in_my_batch(total) / jnp.maximum(in_my_batch(jnp.sum(mask, dtype=values.dtype)), 1)

@@ -1,0 +1,240 @@
+"""What every backend computes: the operations, their operands and results, and the arithmetic per channel.
+
+Notation, per channel: mean and var are the batch's moments, held as `pivot + delta` (pivot a value near the mean,
+delta what is missing to it) because the mean alone in float32 loses delta's digits where |mean| is much larger than
+the standard deviation. norm_mean = pivot + offset and norm_var are what x is normalised with, rstd =
+1/sqrt(norm_var + eps). With the six coefficients of `Coefficients`
+
+    norm_mean = batch * mean + running * running_mean
+    norm_var  = batch * var  + running * running_var + constant
+    new_running_mean = mean_gain * mean + keep * running_mean
+    new_running_var  = var_gain  * var  + keep * running_var
+    y = activation((x - norm_mean) * rstd * weight + bias + residual)
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# The kinds an operand or result can have.
+LIKE_X = "x"  # x's shape and dtype
+MASK = "mask"  # x's shape with one channel, bool
+PER_CHANNEL = "channel"  # [*groups, channels]
+PER_GROUP = "group"  # [*groups]
+COEFFICIENTS = "coefficients"  # [*groups, 6]
+
+
+class Coefficients(NamedTuple):
+    """The six numbers that make one training step of an approach out of batch moments and running statistics.
+
+    Each is a scalar, or has shape [groups]. See the module's formulas; `bn_fused.approaches` computes them.
+
+    - `batch`: weight of the batch's moments in the normalisation.
+    - `running`: weight of the running statistics in the normalisation.
+    - `constant`: added to the normalisation's variance: 1 where statistics that were never trained are used, else 0.
+    - `mean_gain`, `var_gain`: weight of the batch's mean and variance in the new running statistics.
+    - `keep`: weight of the old running statistics in the new ones.
+    """
+
+    batch: jax.Array
+    running: jax.Array
+    constant: jax.Array
+    mean_gain: jax.Array
+    var_gain: jax.Array
+    keep: jax.Array
+
+    def pack(self, dtype):
+        """One array [*groups, 6], the form in which they travel to a backend."""
+        return jnp.stack(jnp.broadcast_arrays(*(jnp.asarray(value, dtype) for value in self)), -1)
+
+    @staticmethod
+    def unpack(packed):
+        """The six values [*groups] of a packed array [*groups, 6]."""
+        return Coefficients(*(packed[..., index] for index in range(len(Coefficients._fields))))
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is static about one call: the layout of x (see `layout`), eps, the activation, the backend asked for."""
+
+    layout: str
+    eps: float = 1e-5
+    activation: str | None = None
+    backend: str = "auto"
+    plan: object = None
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An operation's operands and results by name and kind; optional operands may be None."""
+
+    name: str
+    operands: dict
+    results: dict
+    optional: tuple = ()
+
+    def result_names(self, present):
+        """The results this call has, given the names of the operands that are there."""
+        return tuple(name for name in self.results if name != "dresidual" or "residual" in present)
+
+
+_NORMALISATION = {
+    "x": LIKE_X,
+    "pivot": PER_CHANNEL,
+    "offset": PER_CHANNEL,
+    "rstd": PER_CHANNEL,
+    "weight": PER_CHANNEL,
+    "bias": PER_CHANNEL,
+    "residual": LIKE_X,
+}
+_SUMS = {"dx": LIKE_X, "sum_dz": PER_CHANNEL, "sum_dz_xhat": PER_CHANNEL, "dresidual": LIKE_X}
+
+# dz is the cotangent before the activation, dz = dy * activation'(z); xhat = (x - norm_mean) * rstd.
+OPERATIONS = {
+    operation.name: operation
+    for operation in (
+        # The whole training step of one layer.
+        Operation(
+            "forward",
+            {
+                "x": LIKE_X,
+                "weight": PER_CHANNEL,
+                "bias": PER_CHANNEL,
+                "running_mean": PER_CHANNEL,
+                "running_var": PER_CHANNEL,
+                "coefficients": COEFFICIENTS,
+                "residual": LIKE_X,
+                "mask": MASK,
+            },
+            {
+                "y": LIKE_X,
+                "pivot": PER_CHANNEL,
+                "delta": PER_CHANNEL,
+                "var": PER_CHANNEL,
+                "new_running_mean": PER_CHANNEL,
+                "new_running_var": PER_CHANNEL,
+            },
+            ("residual", "mask"),
+        ),
+        # Its gradient: dmean and dvar are the cotangents of the batch's moments that come from elsewhere (the
+        # running statistics), batch the coefficient of that name, count the number of positions averaged over.
+        Operation(
+            "backward",
+            {
+                "dy": LIKE_X,
+                "dmean": PER_CHANNEL,
+                "dvar": PER_CHANNEL,
+                **_NORMALISATION,
+                "delta": PER_CHANNEL,
+                "batch": PER_GROUP,
+                "count": PER_GROUP,
+                "mask": MASK,
+            },
+            _SUMS,
+            ("residual", "mask"),
+        ),
+        # The two halves, between which devices exchange moments and sums.
+        Operation(
+            "moments",
+            {"x": LIKE_X, "mask": MASK},
+            {"pivot": PER_CHANNEL, "delta": PER_CHANNEL, "var": PER_CHANNEL},
+            ("mask",),
+        ),
+        Operation(
+            "moments_backward",
+            {
+                "dmean": PER_CHANNEL,
+                "dvar": PER_CHANNEL,
+                "x": LIKE_X,
+                "pivot": PER_CHANNEL,
+                "delta": PER_CHANNEL,
+                "count": PER_GROUP,
+                "mask": MASK,
+            },
+            {"dx": LIKE_X},
+            ("mask",),
+        ),
+        Operation("normalise", _NORMALISATION, {"y": LIKE_X}, ("residual",)),
+        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISATION}, _SUMS, ("residual",)),
+    )
+}
+
+
+def widest(*dtypes):
+    """float64 if it is among the dtypes, else float32."""
+    return jnp.dtype(jnp.float64 if jnp.dtype(jnp.float64) in map(jnp.dtype, dtypes) else jnp.float32)
+
+
+def accumulation_dtype(dtype):
+    """The dtype of moments and sums: float64 for float64 inputs, float32 for all others."""
+    return widest(dtype)
+
+
+def _product(coefficient, value):
+    coefficient = jnp.broadcast_to(coefficient[..., None], value.shape)
+    return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
+
+
+@jax.custom_jvp
+def scaled(coefficient, value):
+    """coefficient [*groups] times value [*groups, channels]; zero where the coefficient is, whatever the value.
+
+    So a running statistic that is infinite or NaN does not reach a result it has no part in.
+    """
+    return _product(coefficient, value)
+
+
+# The product's own derivative: also where the coefficient is zero, the result depends on it.
+scaled.defjvps(
+    lambda dcoefficient, result, coefficient, value: dcoefficient[..., None] * value,
+    lambda dvalue, result, coefficient, value: _product(coefficient, dvalue),
+)
+
+
+class Blend(NamedTuple):
+    """The values per channel that follow from the moments: see the module's formulas."""
+
+    offset: jax.Array
+    norm_var: jax.Array
+    new_running_mean: jax.Array
+    new_running_var: jax.Array
+
+
+def blend(pivot, delta, var, running_mean, running_var, coefficients):
+    """Batch moments and running statistics to what x is normalised with and to the new running statistics.
+
+    All values are per channel [*groups, channels], `coefficients` packed [*groups, 6]. Computed in the wider of
+    the moments' and the state's dtypes (float32 at least); offset and norm_var come in the moments' dtype, the
+    running statistics in the state's.
+    """
+    moments_dtype, state_dtype = pivot.dtype, running_mean.dtype
+    wide = widest(moments_dtype, state_dtype)
+    pivot, delta, var, running_mean, running_var, coefficients = (
+        value.astype(wide) for value in (pivot, delta, var, running_mean, running_var, coefficients)
+    )
+    c = Coefficients.unpack(coefficients)
+    mean = pivot + delta
+    # norm_mean - pivot, without going through the rounded mean: for the approach `batch` it is delta itself.
+    offset = scaled(c.batch, delta) + (scaled(c.batch - 1, pivot) + scaled(c.running, running_mean))
+    norm_var = scaled(c.batch, var) + scaled(c.running, running_var) + c.constant[..., None]
+    new_mean = scaled(c.mean_gain, mean) + scaled(c.keep, running_mean)
+    new_var = scaled(c.var_gain, var) + scaled(c.keep, running_var)
+    return Blend(
+        offset.astype(moments_dtype),
+        norm_var.astype(moments_dtype),
+        new_mean.astype(state_dtype),
+        new_var.astype(state_dtype),
+    )
+
+
+def reciprocal_std(norm_var, eps):
+    """1 / sqrt(norm_var + eps)."""
+    return jax.lax.rsqrt(norm_var + jnp.asarray(eps, norm_var.dtype))
+
+
+def statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat):
+    """The cotangents of offset and norm_var in the normalisation, from its two sums per channel."""
+    scale = weight.astype(rstd.dtype) * rstd
+    return -scale * sum_dz, -scale * rstd * sum_dz_xhat / 2

@@ -1,0 +1,132 @@
+"""One primitive that stands for any operation of `contract`, and becomes a backend's code when it is lowered.
+
+Which backend runs is known only then: the platform an operation is lowered for may be another than the default one
+(jit on the CPU beside a GPU, `jax.export`, compilation for a chip that is not there). An unnamed `vmap` adds a
+group to the layout. Derivatives and named axes are the business of those who bind it: `fused.fused_batch_norm`, and
+the primitives of `bn_fused`.
+"""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from .contract import COEFFICIENTS, LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
+from .jax_internals import (
+    Primitive,
+    drop_sharding_and_manual_axes,
+    fancy_primitive_batchers,
+    lower_fun,
+    output_type,
+    register_lowering,
+    vary_together,
+)
+from .layout import CHANNEL, GROUP, axes_of
+from .registry import PLATFORMS, Target, choose, operation_of, problem_of
+
+SPREAD = (LIKE_X, MASK)  # kinds with x's rank
+
+
+def call(primitive, spec, operands, **parameters):
+    """Bind a primitive to operands by name; those that are None are left out. Returns its results in order."""
+    names = tuple(name for name, value in operands.items() if value is not None)
+    values = vary_together([jnp.asarray(operands[name]) for name in names])
+    return primitive.bind(*values, names=names, spec=spec, **parameters)
+
+
+def run(operation, spec, /, **operands):
+    """Compute an operation; returns the tuple of its results."""
+    return tuple(call(dispatch_p, spec, operands, operation=operation))
+
+
+def result_types(results, spec, operands):
+    """The abstract values of results, given {name: kind} and the operands' abstract values by name."""
+    x = next(operands[name] for name in ("x", "tx", "dy") if name in operands)
+    groups, channel = axes_of(spec.layout, GROUP), spec.layout.index(CHANNEL)
+    types = []
+    for name, kind in results.items():
+        if kind == LIKE_X:
+            types.append(output_type(x, x.shape, x.dtype, range(x.ndim)))
+            continue
+        axes = {PER_CHANNEL: (*groups, channel), PER_GROUP: groups}[kind]
+        like = operands.get(name.removeprefix("new_")) if name.startswith("new_") else None
+        dtype = accumulation_dtype(x.dtype) if like is None else like.dtype
+        types.append(output_type(x, [x.shape[axis] for axis in axes], dtype, axes))
+    return types
+
+
+def insert_axis(spec, kinds, values, dims, size, role):
+    """Give every operand the axis that a vmap maps, in one place of the layout.
+
+    `dims` says where each operand has it, or None. An axis of role "g" is given to all operands, one of role "r"
+    to those of x's rank only. Returns the new spec, the operands, and where the results have the axis: a function
+    of the kind.
+    """
+    spread = [dim for dim, kind in zip(dims, kinds, strict=True) if kind in SPREAD and dim is not None]
+    place = spread[0] if spread else 0
+    group_place = spec.layout[:place].count(GROUP)
+
+    def give(value, dim, kind):
+        if kind not in SPREAD and role != GROUP:
+            return value
+        target = place if kind in SPREAD else group_place
+        if dim is not None:
+            return value if dim == target else jnp.moveaxis(value, dim, target)
+        shape = (*value.shape[:target], size, *value.shape[target:])
+        return jnp.broadcast_to(jnp.expand_dims(value, target), shape)
+
+    values = [give(value, dim, kind) for value, dim, kind in zip(values, dims, kinds, strict=True)]
+    spec = replace(spec, layout=spec.layout[:place] + role + spec.layout[place:])
+
+    def result_dim(kind):
+        if kind in SPREAD:
+            return place
+        return group_place if role == GROUP else None
+
+    return spec, values, result_dim
+
+
+@functools.cache
+def jitted(primitive, **parameters):
+    """The eager form of a primitive with these parameters, compiled once per operand types."""
+    return jax.jit(functools.partial(primitive.bind, **parameters))
+
+
+dispatch_p = Primitive("bn_fused_dispatch")
+dispatch_p.multiple_results = True
+dispatch_p.def_impl(lambda *values, **parameters: jitted(dispatch_p, **parameters)(*values))
+
+
+@dispatch_p.def_abstract_eval
+def _dispatch_types(*types, names, spec, operation):
+    results = {name: OPERATIONS[operation].results[name] for name in OPERATIONS[operation].result_names(names)}
+    return result_types(results, spec, dict(zip(names, types, strict=True)))
+
+
+def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
+    kinds = [OPERATIONS[operation].operands[name] for name in names]
+    spec, values, result_dim = insert_axis(spec, kinds, values, dims, axis_data.size, GROUP)
+    results = dispatch_p.bind(*values, names=names, spec=spec, operation=operation)
+    kinds = (OPERATIONS[operation].results[name] for name in OPERATIONS[operation].result_names(names))
+    return results, [result_dim(kind) for kind in kinds]
+
+
+fancy_primitive_batchers[dispatch_p] = _dispatch_batch
+
+
+def _dispatch_lower(context, *values, names, spec, operation, platform):
+    operands = dict(zip(names, context.avals_in, strict=True))
+    choice = choose(problem_of(spec, operands["x"], names), Target(platform), spec.backend)
+
+    def compute(*arrays):
+        results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)
+        return list(results) if isinstance(results, (tuple, list)) else [results]
+
+    return lower_fun(compute, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+
+
+for _platform in PLATFORMS:
+    register_lowering(dispatch_p, functools.partial(_dispatch_lower, platform=_platform), platform=_platform)
+
+__all__ = ["COEFFICIENTS", "SPREAD", "call", "dispatch_p", "insert_axis", "jitted", "result_types", "run"]

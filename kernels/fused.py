@@ -1,0 +1,164 @@
+"""`fused_batch_norm`: one training step of BatchNorm as a raw operation on rows and channels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from . import reference
+from .activations import ACTIVATIONS
+from .contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
+from .dispatch import run
+from .registry import FLOATING, REFERENCE, check_backend_name
+
+LAYOUT = "grc"
+
+
+def fused_batch_norm(
+    x,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    coefficients,
+    *,
+    eps,
+    activation=None,
+    residual=None,
+    backend="auto",
+    plan=None,
+):
+    """Normalise x with its batch moments, blended with running statistics, and update those.
+
+    The formulas stand in `bn_fused.kernels.contract`. For people who want the raw operation: no named axes, no
+    mask, no approach (`bn_fused.approaches` computes the coefficients). Differentiable in reverse mode with respect
+    to every array, through a hand-written backward; forward mode needs `bn_fused.batch_norm`.
+
+    **Arguments:**
+
+    - `x`: [rows, channels] or [groups, rows, channels]; float32, bfloat16, float16 or float64. Each group has
+        statistics of its own.
+    - `weight`, `bias`, `running_mean`, `running_var`: [channels] or [groups, channels], as x has groups or not.
+    - `coefficients`: a `Coefficients` of scalars, or of arrays [groups].
+    - `eps`: added to the variance.
+    - `activation`: None or one of "relu", "silu", "gelu", "leaky_relu".
+    - `residual`: None, or x's shape and dtype; added before the activation.
+    - `backend`: "auto" or a name of `backend_names()`.
+    - `plan`: overrides the backend's own plan; None for backends that have none.
+
+    **Returns:**
+
+    `y` (x's shape and dtype), `mean` and `var` ([channels] or [groups, channels], float32, float64 for float64 x;
+    the variance is the biased one), `new_running_mean` and `new_running_var` (the dtype of the old ones).
+
+    **Raises:**
+
+    ValueError or TypeError for arguments that do not fit; `BackendError` when it is compiled for a target on which
+    the named backend cannot run.
+    """
+    _check(x, weight, bias, running_mean, running_var, residual, activation, eps, backend)
+    grouped = x.ndim == 3
+    arrays = (x, weight, bias, running_mean, running_var, residual)
+    if not grouped:
+        arrays = tuple(None if array is None else array[None] for array in arrays)
+    x, weight, bias, running_mean, running_var, residual = arrays
+    wide = widest(x.dtype, running_mean.dtype)
+    packed = Coefficients(*coefficients).pack(wide)
+    packed = jnp.broadcast_to(packed if packed.ndim == 2 else packed[None], (x.shape[0], packed.shape[-1]))
+    if backend == REFERENCE:
+        operands = (x, weight, bias, running_mean, running_var, packed, residual)
+        results = reference.fused_batch_norm(*operands, eps=eps, activation=activation)
+    else:
+        spec = Spec(LAYOUT, float(eps), activation, backend, plan)
+        y, pivot, delta, var, new_mean, new_var = _fused(
+            spec, x, weight, bias, running_mean, running_var, packed, residual
+        )
+        results = y, pivot + delta, var, new_mean, new_var
+    return results if grouped else tuple(result[0] for result in results)
+
+
+def _check(x, weight, bias, running_mean, running_var, residual, activation, eps, backend):
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x has shape {x.shape}; accepted are [rows, channels] and [groups, rows, channels]")
+    if jnp.dtype(x.dtype).name not in FLOATING:
+        raise TypeError(f"x has dtype {x.dtype}; accepted are {', '.join(FLOATING)}")
+    if 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}; there is nothing to average over")
+    per_channel = (*x.shape[:-2], x.shape[-1])
+    named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, value in named.items():
+        if value.shape != per_channel:
+            raise ValueError(f"{name} has shape {value.shape}; for x of shape {x.shape} it must be {per_channel}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {residual.dtype}{list(residual.shape)}; it must be as x, {x.dtype}{list(x.shape)}"
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; accepted are None, {', '.join(map(repr, ACTIVATIONS))}")
+    if not eps > 0:
+        raise ValueError(f"eps is {eps!r}; it must be above 0")
+    check_backend_name(backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
+    return run(
+        "forward",
+        spec,
+        x=x,
+        weight=weight,
+        bias=bias,
+        running_mean=running_mean,
+        running_var=running_var,
+        coefficients=coefficients,
+        residual=residual,
+    )
+
+
+def _fused_forward(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
+    results = _fused(spec, x, weight, bias, running_mean, running_var, coefficients, residual)
+    moments = results[1:4]
+    # Without an activation the residual's gradient is dy: nothing of it is kept.
+    kept = residual if spec.activation is not None else None
+    return results, (x, weight, bias, running_mean, running_var, coefficients, kept, residual is not None, moments)
+
+
+def _fused_backward(spec, saved, cotangents):
+    x, weight, bias, running_mean, running_var, coefficients, residual, has_residual, moments = saved
+    dy, _, dmean, dvar, dnew_mean, dnew_var = cotangents
+
+    # Per channel, everything is the derivative of these O(channels) formulas; only x's part needs the kernel.
+    def per_channel(delta, var, running_mean, running_var, coefficients):
+        return blend(moments[0], delta, var, running_mean, running_var, coefficients)
+
+    new, pullback = jax.vjp(per_channel, moments[1], moments[2], running_mean, running_var, coefficients)
+    offset, rstd = new.offset, reciprocal_std(new.norm_var, spec.eps)
+    zeros = jnp.zeros_like(offset)
+    into_mean, into_var, *_ = pullback(Blend(zeros, zeros, dnew_mean, dnew_var))
+    gradients = run(
+        "backward",
+        spec,
+        dy=dy,
+        dmean=dmean + into_mean,
+        dvar=dvar + into_var,
+        x=x,
+        pivot=moments[0],
+        offset=offset,
+        rstd=rstd,
+        weight=weight,
+        bias=bias,
+        delta=moments[1],
+        batch=Coefficients.unpack(coefficients).batch.astype(offset.dtype),
+        count=jnp.full(x.shape[:1], x.shape[1], offset.dtype),
+        residual=residual,
+    )
+    dx, sum_dz, sum_dz_xhat, *dresidual = gradients
+    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    _, _, *dstate = pullback(Blend(doffset, dnorm_var, dnew_mean, dnew_var))
+    if has_residual and not dresidual:
+        dresidual = [dy]
+    dweight, dbias = sum_dz_xhat.astype(weight.dtype), sum_dz.astype(bias.dtype)
+    return dx, dweight, dbias, *dstate, *(dresidual or [None])
+
+
+_fused.defvjp(_fused_forward, _fused_backward)

@@ -1,0 +1,73 @@
+"""Every semi-private JAX interface the library stands on, one import each.
+
+`tests/test_jax_internals.py` probes each name, so that a JAX release which changes one of them is reported by
+that name and not by a failure somewhere inside a transform.
+"""
+
+import jax
+from jax.extend.core import Primitive  # a primitive of our own
+from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
+from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
+from jax.interpreters.mlir import lower_fun, register_lowering  # lowering through traced jnp code
+
+__all__ = [
+    "Primitive",
+    "ad",
+    "device_axis_names",
+    "drop_sharding_and_manual_axes",
+    "fancy_primitive_batchers",
+    "lower_fun",
+    "output_type",
+    "register_lowering",
+    "varying_axes",
+    "vary_together",
+    "zero_tangent",
+]
+
+ShapedArray = jax.core.ShapedArray
+
+
+def device_axis_names():
+    """The axis names bound to devices here (shard_map, pmap); every other bound name belongs to a vmap."""
+    return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def varying_axes(array_or_type):
+    """The device axes over which shard_map's type system says that a value differs."""
+    return jax.typeof(array_or_type).manual_axis_type.varying
+
+
+def vary_together(arrays):
+    """Cast values to vary over the union of the device axes any of them varies over (shard_map, check_vma=True)."""
+    union = frozenset().union(*(varying_axes(array) for array in arrays))
+
+    def cast(array):
+        missing = tuple(sorted(union - varying_axes(array), key=str))
+        return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+    return [cast(array) for array in arrays] if union else list(arrays)
+
+
+def output_type(like, shape, dtype, axes):
+    """The abstract value of an output: as `like`, with `axes` naming for each of its axes the one it comes from.
+
+    `axes` has one entry per output axis, the index of the axis of `like` whose sharding it inherits, or None.
+    """
+    sharding = like.sharding
+    spec = tuple(None if axis is None else sharding.spec[axis] for axis in axes)
+    return like.update(
+        shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+    )
+
+
+def zero_tangent(value):
+    """The symbolic zero tangent of a primal value."""
+    return ad.Zero(jax.typeof(value).to_tangent_aval())
+
+
+def drop_sharding_and_manual_axes(context):
+    """A lowering context whose types carry neither explicit sharding nor device axes, so that any code traces in it."""
+    def plain(types):
+        return [ShapedArray(type_.shape, type_.dtype) for type_ in types]
+
+    return context.replace(avals_in=plain(context.avals_in), avals_out=plain(context.avals_out))

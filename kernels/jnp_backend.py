@@ -1,0 +1,157 @@
+"""The backend `jnp`: every operation of `contract` in jnp, with the closed-form backward. For everything, CPU first.
+
+Everything is affine in d = x - pivot, which is exact where it matters, so that no digit is lost when |mean| is much
+larger than the standard deviation:
+
+    delta = mean(d)                 var = mean(d^2) - delta^2
+    y     = activation(d * scale + shift + residual)
+    dx    = dz * scale + d * slope + level
+
+with scale, shift, slope and level per channel. Traffic in passes over x where XLA fuses the elementwise work into
+the reductions (GPU, any layout): forward 2 reads and 1 write, backward 4 reads and 1 write; with a mask one more read
+in the forward. XLA:CPU writes d out once. x is worked on where it lies: no transpose and no reshape in any layout.
+
+The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
+1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
+is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing that counts, it is the mean itself.
+(Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
+"""
+
+import jax.numpy as jnp
+
+from .activations import ACTIVATIONS, activate
+from .contract import accumulation_dtype, blend, reciprocal_std, scaled, statistics_cotangents
+from .layout import count_rows, expand, sample_rows, sum_rows
+
+
+def moments(x, mask=None, *, spec):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask)."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    x = x.astype(dtype)
+    if mask is None:
+        count = count_rows(x.shape, layout)
+        sample = sample_rows(x, layout)
+        pivot = sum_rows(sample, layout) / count_rows(sample.shape, layout)
+    else:
+        # The mask has one channel: [*groups, 1], and the same count for all of them.
+        count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
+        count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index("c")]))
+        pivot = sum_rows(jnp.where(mask, x, jnp.zeros((), dtype)), layout) / count
+    # An infinite pivot would turn an infinite mean into NaN.
+    pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
+    d = x - expand(pivot, layout)
+    if mask is not None:
+        d = jnp.where(mask, d, jnp.zeros((), dtype))
+    delta = sum_rows(d, layout) / count
+    return pivot, delta, _variance(sum_rows(d * d, layout) / count, delta)
+
+
+def _variance(mean_square, delta):
+    """mean_square - delta^2, at least 0; infinite or NaN where the variance of the deviations from the mean is."""
+    correction = delta * delta
+    overflows = jnp.isfinite(delta) & ~jnp.isfinite(correction)
+    correction = jnp.where(overflows, jnp.zeros_like(correction), correction)
+    return jnp.maximum(mean_square - correction, jnp.zeros_like(delta))
+
+
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, *, spec):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    return activate(z, spec.activation).astype(x.dtype)
+
+
+def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
+    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    pivot, delta, var = moments(x, mask, spec=spec)
+    new = blend(pivot, delta, var, running_mean, running_var, coefficients)
+    rstd = reciprocal_std(new.norm_var, spec.eps)
+    y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec)
+    return y, pivot, delta, var, new.new_running_mean, new.new_running_var
+
+
+def backward(
+    dy,
+    dmean,
+    dvar,
+    x,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    delta,
+    batch,
+    count,
+    residual=None,
+    mask=None,
+    *,
+    spec,
+    total=lambda value: value,
+):
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual.
+
+    `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
+    """
+    if mask is not None:
+        # Padding may hold anything: where y is not used either, not even a NaN gets into the sums.
+        x = jnp.where(mask | (dy != 0), x, jnp.zeros((), x.dtype))
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec.layout)
+    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    dmean = total(dmean + scaled(batch, doffset))
+    dvar = total(dvar + scaled(batch, dnorm_var))
+    dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
+    dx = dx + _through_moments(d, dmean, dvar, delta, count, mask, spec.layout)
+    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+
+
+def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
+    """Gradient of `moments` with respect to x."""
+    d = x.astype(pivot.dtype) - expand(pivot, spec.layout)
+    return (_through_moments(d, dmean, dvar, delta, count, mask, spec.layout).astype(x.dtype),)
+
+
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, *, spec):
+    """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`."""
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec.layout)
+    dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
+    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+
+
+def before_activation(x, pivot, offset, rstd, weight, bias, residual, spec):
+    """d = x - pivot, and z = (d - offset) * rstd * weight + bias + residual, in the accumulation dtype."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    scale = rstd * weight.astype(dtype)
+    shift = bias.astype(dtype) - offset * scale
+    d = x.astype(dtype) - expand(pivot, layout)
+    z = d * expand(scale, layout) + expand(shift, layout)
+    return d, z if residual is None else z + residual.astype(dtype)
+
+
+def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec):
+    """d = x - pivot, and dz = dy * activation'(z)."""
+    d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    dz = dy.astype(d.dtype)
+    if spec.activation is not None:
+        dz = dz * ACTIVATIONS[spec.activation].derivative(z)
+    return d, dz
+
+
+def _sums(d, dz, offset, rstd, layout):
+    """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
+    sum_dz = sum_rows(dz, layout)
+    return sum_dz, (sum_rows(dz * d, layout) - offset * sum_dz) * rstd
+
+
+def _through_moments(d, dmean, dvar, delta, count, mask, layout):
+    """dmean/n + (d - delta) * 2 * dvar/n: the part of dx that goes through the moments."""
+    count = count[..., None]
+    slope = 2 * dvar / count
+    gradient = d * expand(slope, layout) + expand(dmean / count - delta * slope, layout)
+    return gradient if mask is None else jnp.where(mask, gradient, jnp.zeros_like(gradient))
+
+
+def _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, dtype):
+    gradients = (dx.astype(dtype), sum_dz, sum_dz_xhat)
+    return gradients if residual is None else (*gradients, dz.astype(dtype))

@@ -1,0 +1,78 @@
+"""Where the channels, the reduced rows and the independent groups lie in an array.
+
+A layout is a string with one letter for each axis of x: `g` a group (an ensemble member, an unnamed vmap, a
+virtual batch: statistics of its own), `r` rows (examples and positions: what the statistics reduce over), `c` the
+channels (exactly one). NCHW images are "rcrr", the kernels' canonical [groups, rows, channels] is "grc".
+
+Values per channel have shape [*groups, channels], values per group [*groups], with the groups in x's order.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+GROUP, ROW, CHANNEL = "g", "r", "c"
+
+
+def axes_of(layout, letter):
+    """The axes of x with this letter."""
+    return tuple(axis for axis, role in enumerate(layout) if role == letter)
+
+
+def group_shape(shape, layout):
+    """The shape [*groups] of a value per group."""
+    return tuple(shape[axis] for axis in axes_of(layout, GROUP))
+
+
+def channel_shape(shape, layout):
+    """The shape [*groups, channels] of a value per channel."""
+    return (*group_shape(shape, layout), shape[layout.index(CHANNEL)])
+
+
+def count_rows(shape, layout):
+    """How many rows each channel of each group has."""
+    return math.prod(shape[axis] for axis in axes_of(layout, ROW))
+
+
+def expand(value, layout):
+    """Give a value per channel [*groups, channels] x's rank, so that it broadcasts against x."""
+    source = {CHANNEL: value.ndim - 1}
+    source.update(zip(axes_of(layout, GROUP), range(value.ndim - 1), strict=True))
+    kept = [axis for axis, role in enumerate(layout) if role != ROW]
+    order = [source[CHANNEL] if layout[axis] == CHANNEL else source[axis] for axis in kept]
+    if order != sorted(order):
+        value = jnp.transpose(value, order)
+    sizes = dict(zip(kept, value.shape, strict=True))
+    return jnp.reshape(value, [sizes.get(axis, 1) for axis in range(len(layout))])
+
+
+def sum_rows(array, layout):
+    """Sum an array of x's rank over its rows; the result is per channel, [*groups, channels]."""
+    total = jnp.sum(array, axes_of(layout, ROW))
+    channel = layout[: layout.index(CHANNEL)].count(GROUP)
+    return jnp.moveaxis(total, channel, -1)
+
+
+def sum_channels(value):
+    """Sum a value per channel [*groups, channels] to one per group [*groups]."""
+    return jnp.sum(value, -1)
+
+
+def sample_rows(array, layout):
+    """A slice with about sqrt(rows) rows of every group, spread evenly, for a pivot: see `jnp_backend`.
+
+    The axes between the first and the last row axis are thinned first, the first one (the examples, which may lie on
+    several devices) last.
+    """
+    first, *others = axes_of(layout, ROW) or (None,)
+    if first is None:
+        return array
+    remaining = count_rows(array.shape, layout)
+    target = math.isqrt(remaining - 1) + 1 if remaining > 1 else 1
+    index = [slice(None)] * array.ndim
+    for axis in (*others[:-1], *others[-1:], first):
+        size = array.shape[axis]
+        stride = max(1, min(size, remaining // target))
+        index[axis] = slice(stride // 2, size, stride)
+        remaining = remaining // size * len(range(*index[axis].indices(size)))
+    return array[tuple(index)]

@@ -1,0 +1,174 @@
+"""The backends there are, and which of them computes a given problem for a given target: `choose`."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import jax.numpy as jnp
+
+from . import jnp_backend
+from .contract import OPERATIONS, Spec
+from .layout import axes_of, count_rows, group_shape
+
+REFERENCE = "reference"
+FLOATING = ("float32", "bfloat16", "float16", "float64")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class BackendError(ValueError):
+    """A backend that was asked for by name cannot run; the message says for which target, and what is missing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an operation is lowered for: a platform of `PLATFORMS` and, where it is known, the chip."""
+
+    platform: str
+    chip: str | None = None
+
+    def __str__(self):
+        return self.platform if self.chip is None else f"{self.platform} ({self.chip})"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The size and kind of one call: what a backend's refusal and plan depend on."""
+
+    groups: int
+    rows: int
+    channels: int
+    dtype: str
+    activation: str | None = None
+    residual: bool = False
+    mask: bool = False
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """The backend that runs, why it was chosen, and its plan (None where XLA decides: jnp and reference)."""
+
+    name: str
+    reason: str
+    plan: object = None
+
+
+def no_refusal(problem, target):
+    """A backend that takes every problem on every target."""
+    del problem, target
+
+
+def no_plan(problem, target):
+    """A backend whose tiles and launches XLA decides."""
+    del problem, target
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operations of `contract.OPERATIONS`.
+
+    - `operations`: name to function; each takes the operation's operands by keyword and `spec`, and returns its
+      results in the order of the table (a tuple, or the array where there is one).
+    - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
+    - `preference(problem, target)`: None where `auto` should not take it, else the reason why it should.
+    - `plan(problem, target)`: a frozen description of tiles and launches, or None.
+    """
+
+    name: str
+    operations: Mapping[str, Callable] = field(hash=False)
+    refusal: Callable = no_refusal
+    preference: Callable = no_refusal
+    plan: Callable = no_plan
+
+
+def _jnp_preference(problem, target):
+    del problem
+    return f"no kernel is registered that `auto` takes on {target}; XLA compiles the jnp form"
+
+
+# Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last.
+_BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend):
+    """Plug in a backend. Its name must be new."""
+    if backend.name in _BACKENDS or backend.name in ("auto", REFERENCE):
+        raise ValueError(f"backend name {backend.name!r} is taken; registered are {', '.join(backend_names())}")
+    missing = sorted(set(OPERATIONS) - set(backend.operations))
+    if missing:
+        raise ValueError(f"backend {backend.name!r} lacks the operations {', '.join(missing)}")
+    _BACKENDS[backend.name] = backend
+
+
+def unregister(name):
+    """Take a backend out again; compiled functions that use it keep it."""
+    if name not in _BACKENDS or name == "jnp":
+        raise ValueError(f"backend {name!r} cannot be unregistered; registered are {', '.join(_BACKENDS)}")
+    del _BACKENDS[name]
+
+
+register(
+    Backend(
+        "jnp",
+        {name: getattr(jnp_backend, name) for name in OPERATIONS},
+        preference=_jnp_preference,
+    )
+)
+
+
+def backend_names():
+    """The names `backend=` takes besides "auto"."""
+    return (*_BACKENDS, REFERENCE)
+
+
+def check_backend_name(backend):
+    """ValueError unless `backend` is "auto" or registered."""
+    if backend != "auto" and backend not in backend_names():
+        raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, backend_names()))}")
+
+
+def choose(problem, target, requested="auto"):
+    """The backend for a problem on a target.
+
+    Raises BackendError if `requested` names a backend that cannot run there, ValueError if there is none of that name.
+    """
+    check_backend_name(requested)
+    if problem.dtype not in FLOATING:
+        raise TypeError(f"dtype is {problem.dtype}; accepted are {', '.join(FLOATING)}")
+    if requested == REFERENCE:
+        return BackendChoice(REFERENCE, "asked for by name: the definition, differentiated by JAX")
+    if requested != "auto":
+        backend = _BACKENDS[requested]
+        refusal = backend.refusal(problem, target)
+        if refusal is not None:
+            raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
+        return BackendChoice(requested, "asked for by name", backend.plan(problem, target))
+    passed_over = []
+    for backend in reversed(_BACKENDS.values()):
+        refusal = backend.refusal(problem, target)
+        if refusal is not None:
+            passed_over.append(f"{backend.name} cannot run here: {refusal}")
+            continue
+        preference = backend.preference(problem, target)
+        if preference is not None:
+            reason = "; ".join([preference, *passed_over])
+            return BackendChoice(backend.name, reason, backend.plan(problem, target))
+        passed_over.append(f"{backend.name} is not preferred here")
+    raise AssertionError("the jnp backend takes every problem")
+
+
+def operation_of(choice, operation):
+    """The function with which a chosen backend computes an operation."""
+    return _BACKENDS[choice.name].operations[operation]
+
+
+def problem_of(spec: Spec, x, present):
+    """The problem that an operand x (anything with shape and dtype) and the names of the operands make."""
+    return Problem(
+        groups=math.prod(group_shape(x.shape, spec.layout)),
+        rows=count_rows(x.shape, spec.layout),
+        channels=x.shape[axes_of(spec.layout, "c")[0]],
+        dtype=jnp.dtype(x.dtype).name,
+        activation=spec.activation,
+        residual="residual" in present,
+        mask="mask" in present,
+    )
