@@ -37,7 +37,8 @@ def merge_moments(mean, var, count, names):
     channels = mean.shape[0]
     packed = jnp.concatenate([mean, var, jnp.reshape(count, (1,))])
     if devices <= PACKED_DEVICES:
-        mine = jnp.arange(devices) == jax.lax.axis_index(names)
+        index = jax.lax.axis_index(names)
+        mine = jnp.arange(devices, dtype=index.dtype) == index
         slots = jnp.where(mine[:, None], packed[None, :], jnp.zeros((1, packed.shape[0]), packed.dtype))
         slots = jax.lax.psum(slots, names)
         means, variances, counts = slots[:, :channels], slots[:, channels:-1], slots[:, -1:]

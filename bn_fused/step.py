@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from . import approaches, reference
 from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
@@ -38,6 +39,10 @@ class RunningStats(NamedTuple):
         dtype = state_dtype(dtype)
         zeros = jnp.zeros((num_channels,), dtype)
         return RunningStats(zeros, zeros, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
+
+
+# So that an exported function may take and return them.
+export.register_namedtuple_serialization(RunningStats, serialized_name="bn_fused.RunningStats")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,262 @@
+"""Compile a JAX function for a chip that is not there: `compile_for(target, fn, *specs)`.
+
+The compilers for NVIDIA GPUs and TPUs come as Python wheels and need the chip's description, not the chip. What comes
+back is the optimised program: its HLO text (`traffic` counts passes over memory in it), its memory, its kernels.
+
+    python -m bn_fused.bench.deviceless            # the targets, and which can be compiled for here
+    python -m bn_fused.bench.deviceless cuda tpu   # pip requirements of the compilers, for the installed JAX
+
+so that `pip install --no-deps $(python -m bn_fused.bench.deviceless cuda)` installs what is needed for GPUs: about
+140 MB, no driver and none of the CUDA libraries (which `--no-deps` leaves out). Compile with `JAX_PLATFORMS=cpu` in the
+environment: without it, JAX refuses the compiler where there is no driver.
+
+A process compiles for one GPU only: XLA keeps the first one's description, and `compile_for` raises
+`DevicelessUnavailable` for a second.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+from types import MappingProxyType
+
+CUDA, TPU = "cuda", "tpu"
+
+
+class DevicelessUnavailable(RuntimeError):
+    """This process cannot compile for the target; the message says what to install or to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuTarget:
+    """An NVIDIA GPU as XLA describes it; memory sizes in bytes, bandwidth in bytes per second.
+
+    From NVIDIA's data sheets and CUDA's table of compute capabilities.
+    """
+
+    name: str
+    device_name: str
+    compute_capability: tuple[int, int]
+    cores: int
+    clock_ghz: float
+    shared_memory_per_core: int
+    memory: int
+    memory_bandwidth: int
+    l2_cache: int
+    platform: str = CUDA
+
+    def description(self) -> str:
+        """XLA's target configuration, as a protocol buffer's text."""
+        # A block may have all of a core's shared memory but the kilobyte that the system keeps.
+        shared_memory_per_block = self.shared_memory_per_core - 1024
+        major, minor = self.compute_capability
+        return f"""
+            platform_name: "CUDA"
+            device_description_str: "{self.device_name}"
+            dnn_version_info {{ major: 9 minor: 8 }}
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {major} minor: {minor} }}
+              core_count: {self.cores}
+              clock_rate_ghz: {self.clock_ghz}
+              fpus_per_core: {64 if major == 8 and minor == 0 else 128}
+              threads_per_warp: 32
+              threads_per_block_limit: 1024
+              threads_per_core_limit: 2048
+              registers_per_block_limit: 65536
+              registers_per_core_limit: 65536
+              shared_memory_per_block: 49152
+              shared_memory_per_block_optin: {shared_memory_per_block}
+              shared_memory_per_core: {self.shared_memory_per_core}
+              block_dim_limit_x: 2147483647
+              block_dim_limit_y: 65535
+              block_dim_limit_z: 65535
+              device_memory_size: {self.memory}
+              memory_bandwidth: {self.memory_bandwidth}
+              l2_cache_size: {self.l2_cache}
+            }}
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuTarget:
+    """A TPU generation: the smallest topology that libtpu describes, and the accelerator type it belongs to."""
+
+    name: str
+    topology: str
+    accelerator_type: str
+    platform: str = TPU
+
+
+def _table(*targets: GpuTarget | TpuTarget) -> Mapping[str, GpuTarget | TpuTarget]:
+    return MappingProxyType({target.name: target for target in targets})
+
+
+TARGETS = _table(
+    GpuTarget("h200", "NVIDIA H200", (9, 0), 132, 1.98, 233472, 150_000_000_000, 4_800_000_000_000, 50 << 20),
+    GpuTarget("b200", "NVIDIA B200", (10, 0), 148, 1.96, 233472, 190_000_000_000, 8_000_000_000_000, 126 << 20),
+    GpuTarget(
+        "a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 167936, 85_000_000_000, 2_039_000_000_000, 40 << 20
+    ),
+    TpuTarget("v4", "v4:2x2x1", "v4-8"),
+    TpuTarget("v5e", "v5e:2x2", "v5litepod-4"),
+    TpuTarget("v5p", "v5p:2x2x1", "v5p-8"),
+    TpuTarget("v6e", "v6e:2x2", "v6e-4"),
+    TpuTarget("v7x", "tpu7x:2x2x1", "tpu7x-8"),
+)
+
+# The GPU that this process compiles for, once there is one.
+_chosen_gpu: GpuTarget | None = None
+
+
+def target_named(target: str) -> GpuTarget | TpuTarget:
+    """The entry of `TARGETS`; ValueError for another name."""
+    if target not in TARGETS:
+        raise ValueError(f"target is {target!r}; accepted are {', '.join(map(repr, TARGETS))}")
+    return TARGETS[target]
+
+
+def requirements(platform: str) -> tuple[str, ...]:
+    """The pip requirements of the compiler for a platform, "cuda" or "tpu", that match the installed JAX."""
+    if platform == CUDA:
+        version = importlib.metadata.version("jax")
+        return f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}"
+    if platform == TPU:
+        # JAX's own pin, such as: libtpu==0.0.48.*; extra == "tpu"
+        for requirement in importlib.metadata.requires("jax") or ():
+            pin = re.match(r'\s*(libtpu\s*[^;]*?)\s*;.*extra\s*==\s*["\']tpu["\']', requirement)
+            if pin:
+                return (pin.group(1),)
+        raise DevicelessUnavailable("the installed jax names no libtpu in its `tpu` extra: install jax[tpu]")
+    raise ValueError(f"platform is {platform!r}; accepted are {CUDA!r}, {TPU!r}")
+
+
+def missing(target: str) -> str | None:
+    """None if the compiler for a target is installed, else one sentence: what is missing and how to install it."""
+    platform = target_named(target).platform
+    found = {
+        CUDA: lambda: importlib.util.find_spec("jax_plugins") is not None
+        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None,
+        TPU: lambda: importlib.util.find_spec("libtpu") is not None,
+    }[platform]()
+    if found:
+        return None
+    return (
+        f"the compiler for {target} is not installed: "
+        f"pip install --no-deps $(python -m bn_fused.bench.deviceless {platform})"
+    )
+
+
+def compile_for(target: str, fn, *specs):
+    """Compile a function for one chip of a target, whatever this machine has.
+
+    **Arguments:**
+
+    - `target`: a name of `TARGETS`.
+    - `fn`: the function, jitted or not.
+    - `specs`: its arguments, as arrays, `jax.ShapeDtypeStruct`s or pytrees of them. Only shapes and dtypes matter.
+
+    **Returns:** the `jax.stages.Compiled`. It cannot be called; `as_text()` is the optimised HLO.
+
+    **Raises:** ValueError for an unknown target; `DevicelessUnavailable` if its compiler is not installed or does not
+    start, or if this process has compiled for another GPU before.
+    """
+    import jax
+    import numpy as np
+
+    description = target_named(target)
+    sentence = missing(target)
+    if sentence is not None:
+        raise DevicelessUnavailable(sentence)
+    topology = _gpu_topology(description) if description.platform == CUDA else _tpu_topology(description)
+    mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("device",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def place(spec):
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+
+    placed = jax.tree.map(place, specs)
+    # Without arguments there is nothing that says where the results should be, other than this.
+    function = jax.jit(fn, out_shardings=sharding)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = function.trace(*placed).lower(lowering_platforms=(description.platform,))
+    return lowered.compile()
+
+
+def _gpu_topology(target: GpuTarget):
+    from jax.experimental import topologies
+
+    global _chosen_gpu
+    if _chosen_gpu not in (None, target):
+        raise DevicelessUnavailable(
+            f"this process compiles for {_chosen_gpu.name}; XLA keeps one GPU's description for a process: compile for "
+            f"{target.name} in another"
+        )
+    try:
+        topology = topologies.get_topology_desc(
+            platform=CUDA, topology_name=target.name, target_config=target.description(), topology="1x1x1"
+        )
+    except Exception as error:
+        raise _does_not_start(target, error) from error
+    _chosen_gpu = target
+    return topology
+
+
+def _tpu_topology(target: TpuTarget):
+    from jax.experimental import topologies
+
+    # libtpu asks the cloud's metadata server which machine it is on; here it is told.
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_ACCELERATOR_TYPE", target.accelerator_type),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+    ):
+        os.environ.setdefault(name, value)
+    try:
+        return topologies.get_topology_desc(platform=TPU, topology_name=target.topology)
+    except Exception as error:
+        raise _does_not_start(target, error) from error
+
+
+def _does_not_start(target, error) -> DevicelessUnavailable:
+    import jax
+
+    if target.platform == CUDA and not jax.config.jax_platforms:
+        remedy = "without a GPU driver it needs JAX_PLATFORMS=cpu in the environment"
+    else:
+        versions = " ".join(requirements(target.platform))
+        remedy = f"it must match jax {importlib.metadata.version('jax')}: {versions}"
+    return DevicelessUnavailable(
+        f"the compiler for {target.name} does not start ({type(error).__name__}: {error}); {remedy}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's text."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bn_fused.bench.deviceless",
+        description="Print the pip requirements with which functions compile for chips that are not there.",
+    )
+    parser.add_argument(
+        "platforms",
+        nargs="*",
+        metavar="{cuda,tpu}",
+        help="the platforms to print requirements for; without any, list the targets",
+    )
+    platforms = parser.parse_args(arguments).platforms
+    unknown = [platform for platform in platforms if platform not in (CUDA, TPU)]
+    if unknown:
+        parser.error(f"unknown platform {unknown[0]!r}; accepted are cuda, tpu")
+    for platform in platforms:
+        print(*requirements(platform), sep="\n")
+    if not platforms:
+        for target in TARGETS:
+            print(f"{target:5} {missing(target) or 'can be compiled for'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

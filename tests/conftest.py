@@ -1,0 +1,84 @@
+"""Settings of every test: CPU with 4 virtual devices, strict promotion, warnings as errors, which backends ran."""
+
+import os
+
+# Before JAX is imported. A person with an accelerator may name it: JAX_PLATFORMS=cuda pytest ...
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=4"]
+    ).strip()
+
+import collections
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The same examples in every run, and no data base of them in the working directory.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+# (backend, platform) to the number of operations it was compiled for. Choosing happens when an operation is lowered,
+# so a call that JAX has compiled before is not counted again.
+COMPILED = collections.Counter()
+
+
+@pytest.fixture
+def x64():
+    """The test runs with JAX's 64-bit types."""
+    with jax.enable_x64(True):
+        yield
+
+
+def count_backends():
+    """Count which backends are compiled, and for which platform."""
+    from bn_fused.kernels import dispatch, reference
+
+    choose, moments = dispatch.choose, reference.moments
+
+    def counting_choose(problem, target, requested="auto"):
+        choice = choose(problem, target, requested)
+        COMPILED[choice.name, target.platform] += 1
+        return choice
+
+    # The reference backend is differentiated by JAX and so never chosen at lowering: its moments stand for it.
+    def counting_moments(*arguments):
+        COMPILED["reference", jax.default_backend()] += 1
+        return moments(*arguments)
+
+    dispatch.choose, reference.moments = counting_choose, counting_moments
+
+
+def pytest_configure(config):
+    count_backends()
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a worker of pytest-xdist, which the main process asks
+        session.config.workeroutput["compiled"] = [[*key, count] for key, count in COMPILED.items()]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for name, platform, count in getattr(node, "workeroutput", {}).get("compiled", ()):
+        COMPILED[name, platform] += count
+
+
+def pytest_terminal_summary(terminalreporter):
+    here = jax.default_backend()
+
+    def listed(ran):
+        found = (
+            f"{name} {count}" if ran else f"{name} for {platform} {count}"
+            for (name, platform), count in sorted(COMPILED.items())
+            if ran == (platform == here)
+        )
+        return ", ".join(found) or "none"
+
+    terminalreporter.write_line(
+        f"backends that ran on {here} (operations compiled): {listed(True)}; only lowered: {listed(False)}"
+    )

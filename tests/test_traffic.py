@@ -1,0 +1,124 @@
+"""Passes over x that the layer makes through a GPU's memory, counted in its HLO compiled for an H200, without one.
+
+The compiler runs in a process of its own, because a process compiles for one GPU only.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bn_fused.bench import deviceless
+
+MISSING = deviceless.missing("h200")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+# NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
+LAYOUTS = {"NCHW": (32, 64, 56, 56), "NHWC": (32, 56, 56, 64)}
+DTYPES = ("float32", "bfloat16")
+OPTIONS = {"plain": {}, "relu": {"activation": "relu"}}
+CASES = [(layout, dtype, option) for layout in LAYOUTS for dtype in DTYPES for option in OPTIONS]
+
+COMPILE = """
+import json, math, sys
+import equinox as eqx, jax, jax.numpy as jnp
+import bn_fused
+from bn_fused.bench.deviceless import compile_for
+from bn_fused.bench.traffic import passes
+
+def layer_step(shape, options):
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(shape[1], "batch", approach="batch", **options)
+    def step(x, weight, bias):
+        moved = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, bias))
+        y, new = jax.vmap(moved, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        return y, jax.tree.leaves(new)
+    return shape[1], step
+
+def function_step(shape, options):
+    stats = bn_fused.RunningStats.init(shape[-1])
+    def step(x, weight, bias):
+        y, new = bn_fused.batch_norm(x, stats, weight, bias, approach="batch", **options)
+        return y, jax.tree.leaves(new)
+    return shape[-1], step
+
+def count(layout, dtype, shape, options):
+    channels, step = (layer_step if layout == "NCHW" else function_step)(shape, options)
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    parameter = jax.ShapeDtypeStruct((channels,), jnp.float32)
+    structure = []
+
+    def forward(x, weight, bias):
+        y, pullback, state = jax.vjp(step, x, weight, bias, has_aux=True)
+        kept, tree = jax.tree.flatten(pullback)
+        structure[:] = [tree, [leaf is x for leaf in kept]]
+        # x is kept as it lies; returning it from here would copy it.
+        return y, state, [None if leaf is x else leaf for leaf in kept]
+
+    _, _, kept = jax.eval_shape(forward, x, parameter, parameter)
+    tree, is_x = structure
+
+    def backward(kept, x, dy):
+        return jax.tree.unflatten(tree, [x if mine else leaf for mine, leaf in zip(is_x, kept, strict=True)])(dy)
+
+    nbytes = math.prod(shape) * jnp.dtype(dtype).itemsize
+    figures = {}
+    for name, function, specs in (
+        ("forward", forward, (x, parameter, parameter)), ("backward", backward, (kept, x, x))
+    ):
+        traffic = passes(compile_for("h200", function, *specs).as_text(), math.prod(shape), nbytes)
+        figures[name] = {
+            "reads": traffic.reads,
+            "writes": traffic.writes,
+            "launches": traffic.launches,
+            "copies": traffic.copies_or_transposes,
+            "details": [str(access) for access in traffic.details],
+        }
+    return figures
+
+cases = json.load(sys.stdin)
+json.dump([count(*case) for case in cases], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def counted():
+    """The traffic of every case, forward and backward."""
+    cases = [(layout, dtype, LAYOUTS[layout], OPTIONS[option]) for layout, dtype, option in CASES]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    compiled = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps(cases),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert compiled.returncode == 0, compiled.stderr[-4000:]
+    return dict(zip(CASES, json.loads(compiled.stdout), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_forward_reads_x_at_most_three_times_and_writes_it_once(counted, case):
+    forward = counted[case]["forward"]
+    assert forward["reads"] <= 3 and forward["writes"] <= 1, forward["details"]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_backward_makes_four_reads_and_one_write(counted, case):
+    backward = counted[case]["backward"]
+    assert backward["reads"] <= 4 and backward["writes"] <= 1, backward["details"]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_nothing_of_the_size_of_x_is_copied_or_transposed(counted, case):
+    assert counted[case]["forward"]["copies"] == []
+    assert counted[case]["backward"]["copies"] == []
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_the_counts_are_not_empty(counted, case):
+    # No implementation reads x less than once in the forward, x and dy less than once in the backward.
+    assert counted[case]["forward"]["reads"] >= 1 and counted[case]["forward"]["writes"] >= 1
+    assert counted[case]["backward"]["reads"] >= 2 and counted[case]["backward"]["writes"] >= 1
