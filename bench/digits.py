@@ -101,14 +101,21 @@ def step(model, state, velocity, images, labels, lr):
     return model, state, velocity, loss, jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient)))
 
 
+def draw_batches(examples, steps, seed):
+    """Indices [steps, batch] of batches drawn without replacement, a new order for every epoch."""
+    rng = np.random.default_rng(seed)
+    per_epoch = examples // BATCH_SIZE
+    epochs = [rng.permutation(examples)[: per_epoch * BATCH_SIZE] for _ in range(-(-steps // per_epoch))]
+    return np.concatenate(epochs).reshape(-1, BATCH_SIZE)[:steps]
+
+
 def train(model, state, images, labels, *, steps=300, lr=0.3, seed=0):
-    """Train on batches drawn at random; returns model, state, losses and gradient norms (numpy, shape [steps])."""
+    """Train from scratch; returns model, state, losses and gradient norms (numpy, shape [steps])."""
     # One call for each step: a lax.scan over all of them is ten times slower on a CPU, whose convolutions use several
     # threads only outside of loops.
-    batches = np.random.default_rng(seed).integers(len(images), size=(steps, BATCH_SIZE))
     velocity = jax.tree.map(jnp.zeros_like, eqx.filter(model, eqx.is_inexact_array))
     history = []
-    for batch in batches:
+    for batch in draw_batches(len(images), steps, seed):
         model, state, velocity, *measured = step(model, state, velocity, images[batch], labels[batch], lr)
         history.append(measured)
     losses, norms = np.asarray(jax.device_get(history)).T

@@ -113,8 +113,7 @@ def check_input(x, channels, axis, channels_from):
     floating("x", x)
     if x.shape[axis] != channels:
         raise ValueError(
-            f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; "
-            f"{channels_from} has {channels}"
+            f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {channels_from} has {channels}"
         )
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
@@ -126,7 +125,9 @@ def floating(name, array):
     if dtype.name in FLOATING:
         return
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise TypeError(f"{name} has dtype {dtype.name}: complex input is not normalised; accepted are {', '.join(FLOATING)}")
+        raise TypeError(
+            f"{name} has dtype {dtype.name}: complex input is not normalised; accepted are {', '.join(FLOATING)}"
+        )
     raise TypeError(f"{name} has dtype {dtype.name}; accepted are {', '.join(FLOATING)}")
 
 
@@ -142,7 +143,7 @@ def check_residual(residual, x):
 
 
 def broadcast_mask(mask, x, axis):
-    """The mask in x's shape with one channel. It comes in x's shape without the channel axis, or broadcastable to it."""
+    """A mask of x's shape without the channel axis, or broadcastable to it, in x's shape with one channel."""
     if mask is None:
         return None
     if mask.dtype != jnp.bool_:
@@ -166,12 +167,14 @@ def warn_of_few_values(settings, positions, examples):
     """One warning where a training step has too little to estimate a variance from."""
     if positions == 1:
         warnings.warn(
-            "a single value per channel: its variance is 0, and the output does not depend on x", UserWarning, stacklevel=4
+            "a single value per channel: its variance is 0, and the output does not depend on x",
+            UserWarning,
+            stacklevel=4,
         )
     elif settings.approach == "batch" and settings.debias == "axis" and examples == 1:
         warnings.warn(
-            f'a batch of one example with debias="axis": the running variance is multiplied by 1/eps = {1 / settings.eps:g}; '
-            'use debias="samples" or "none"',
+            f'a batch of one example with debias="axis" multiplies the running variance by 1/eps = {1 / settings.eps:g}; '
+            'debias="samples" or "none" does not',
             UserWarning,
             stacklevel=4,
         )

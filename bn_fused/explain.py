@@ -12,7 +12,16 @@ from .kernels.registry import PLATFORMS
 
 
 def explain(
-    shape, dtype, *, channel_axis=-1, activation=None, residual=False, mask=False, groups=1, target=None, backend="auto"
+    shape,
+    dtype,
+    *,
+    channel_axis=-1,
+    activation=None,
+    residual=False,
+    mask=False,
+    groups=1,
+    target=None,
+    backend="auto",
 ):
     """Say which backend `batch_norm` or the layer would use, without running anything.
 
@@ -39,7 +48,13 @@ def explain(
     shape = tuple(shape)
     channels = shape[arguments.channel_axis(channel_axis, shape, "shape")]
     problem = Problem(
-        groups, math.prod(shape) // max(channels, 1), channels, jnp.dtype(dtype).name, activation, residual, mask
+        groups,
+        math.prod(shape) // max(channels, 1),
+        channels,
+        jnp.dtype(dtype).name,
+        activation,
+        residual,
+        mask,
     )
     return choose(problem, _target(target), backend)
 

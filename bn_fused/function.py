@@ -44,8 +44,8 @@ def batch_norm(
     - `eps`: added to the variance, above 0.
     - `warmup_period`: steps over which the approach "ema" moves from batch to running statistics.
     - `channel_axis`: the axis of the channels, any but 0.
-    - `axis_name`: further named axes to average over (of `jax.vmap`, `jax.shard_map`, `jax.pmap`): a name, a sequence of
-        names, or None for this batch alone.
+    - `axis_name`: further named axes to average over (of `jax.vmap`, `jax.shard_map`, `jax.pmap`): a name, a
+        sequence of names, or None for this batch alone.
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count.

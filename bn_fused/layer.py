@@ -37,8 +37,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
       unbiased, see `debias`.
     - `"ema"`:
       $\hat\mu' = (1-m)\mu + m\hat\mu$, $\hat v' = (1-m)v + m\hat v$, $z' = zm$;
-      $\mu^{\text{norm}} = (1-f)\mu + f(z'\mu + \hat\mu')$ and $v^{\text{norm}}$ alike, with $f = c'/P$, where the counter
-      $c' = \min(c+1, P)$ runs up to the `warmup_period` $P$.
+      $\mu^{\text{norm}} = (1-f)\mu + f(z'\mu + \hat\mu')$ and $v^{\text{norm}}$ alike, with $f = c'/P$, where
+      the counter $c' = \min(c+1, P)$ runs up to the `warmup_period` $P$.
       Training moves from batch to running statistics, so that training and inference normalise alike in the end:
       for small batches, and for what is fine-tuned or run with statistics from elsewhere.
     - `"ema_compatibility"`:
@@ -62,9 +62,10 @@ class BatchNorm(eqx.nn.StatefulLayer):
     !!! example
 
         ```python
-        model, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(64, axis_name="batch", approach="batch")
-        y, state = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-        y, _ = jax.vmap(eqx.nn.inference_mode(model), axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(64, axis_name="batch", approach="batch")
+        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+        layer = eqx.nn.inference_mode(layer)
+        y, state = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
         ```
 
     The statistics are computed in float32 (float64 for float64 inputs), whatever the input's dtype; `y` has x's dtype.
@@ -138,11 +139,11 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `dtype`: of the running statistics, float32 or float64; None is JAX's default. 16-bit floats are refused: an
             update of 1 % is lost in their rounding.
         - `activation`: None, "relu", "silu", "gelu" (tanh form) or "leaky_relu" (slope 0.01).
-        - `debias`: the factor $k$ on the variance that "batch" keeps. "axis" (the default): n/max(n-1, eps), n the number
-            of examples, positions not counted. It is exact for inputs without spatial axes. With few examples and large
-            maps it is far from unbiased: two examples of 56×56 double the running variance, a single one multiplies it
-            by 1/eps (and warns). "samples": n/(n-1), n the number of positions of the channel, as in PyTorch. "none": 1,
-            as in Flax.
+        - `debias`: the factor $k$ on the variance that "batch" keeps. "axis" (the default): n/max(n-1, eps), n the
+            number of examples, positions not counted. It is exact for inputs without spatial axes. With few examples and
+            large maps it is far from unbiased: two examples of 56×56 double the running variance, a single one
+            multiplies it by 1/eps (and warns). "samples": n/(n-1), n the number of positions of the channel, as in
+            PyTorch. "none": 1, as in Flax.
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,
             and the running statistics move by the mean over these virtual batches.
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
@@ -197,9 +198,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `x`: one example, shape `(input_size, *spatial)`, float32, bfloat16, float16 or float64.
         - `state`: the `equinox.nn.State` that holds the running statistics.
         - `residual`: None, or x's shape and dtype; added before the activation.
-        - `mask`: None, or bool of shape `spatial` (shape `()` without spatial axes) or broadcastable to it: which positions
-            count in the statistics. Every position is normalised. If none counts in the whole batch, the state stays as it
-            is and the running statistics normalise.
+        - `mask`: None, or bool of shape `spatial` (shape `()` without spatial axes) or broadcastable to it: which
+            positions count in the statistics. Every position is normalised. If none counts in the whole batch, the
+            state stays as it is and the running statistics normalise.
         - `key`: ignored; for compatibility with Equinox.
         - `inference`: overrides `self.inference` if it is not None.
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .kernels.dispatch import SPREAD, insert_axis, jitted, result_types
+from .kernels.contract import present_results
+from .kernels.dispatch import SPREAD, bind, insert_axis, jitted, result_types
 from .kernels.jax_internals import (
     Primitive,
     ad,
@@ -26,7 +27,6 @@ from .kernels.jax_internals import (
     fancy_primitive_batchers,
     lower_fun,
     register_lowering,
-    vary_together,
 )
 from .kernels.layout import GROUP, ROW
 
@@ -57,7 +57,7 @@ class Batched:
 class NamedOperation:
     """A primitive and what its rules need.
 
-    - `operands`, `results`: name to kind; `optional` results are there with the operand of the same position.
+    - `operands`, `results`: name to kind, as in `bn_fused.kernels.contract.Operation`.
     - `compute(spec, averaged, operands)`: the results from operands by name, in jnp and dispatched operations.
     - `rowwise`: no result sums over rows, so that any mapped axis may become rows.
     - `folds`: an averaged axis may become rows.
@@ -75,13 +75,11 @@ class NamedOperation:
 
     def result_kinds(self, present):
         """Name to kind of the results there are, given the names of the operands there are."""
-        return {name: kind for name, kind in self.results.items() if name != "dresidual" or "residual" in present}
+        return present_results(self.results, present)
 
     def __call__(self, spec, averaged=NOTHING, /, **operands):
         """Bind the primitive; operands that are None are left out. Returns {name: result}."""
-        operands = {name: jnp.asarray(value) for name, value in operands.items() if value is not None}
-        values = vary_together(list(operands.values()))
-        results = self.primitive.bind(*values, names=tuple(operands), spec=spec, averaged=averaged)
+        operands, results = bind(self.primitive, operands, spec=spec, averaged=averaged)
         return dict(zip(self.result_kinds(operands), results, strict=True))
 
     def batch(self, axis, spec, averaged, operands):
@@ -143,9 +141,7 @@ class NamedOperation:
             split[name] = jnp.reshape(value, (axis.size // size, size, *value.shape[1:]))
         inner = jax.vmap(bind_named, axis_name=axis.name, axis_size=size)
         results = jax.vmap(inner, axis_size=axis.size // size)(split)
-        return {
-            name: Batched(jnp.reshape(value, (axis.size, *value.shape[2:])), 0) for name, value in results.items()
-        }
+        return {name: Batched(jnp.reshape(value, (axis.size, *value.shape[2:])), 0) for name, value in results.items()}
 
 
 def define(name, operands, results, compute, **rules):

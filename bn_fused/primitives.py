@@ -31,7 +31,7 @@ from .kernels.contract import (
 from .kernels.dispatch import run
 from .kernels.jax_internals import ad, zero_tangent
 from .kernels.layout import count_rows, expand, sum_rows
-from .named_axes import NOTHING, Batched, define, map_batched, named_sum, sum_batched
+from .named_axes import NOTHING, define, map_batched, named_sum, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
 _TANGENTS = {
@@ -77,7 +77,7 @@ def _dispatched(name):
 
     def compute(spec, averaged, operands):
         del averaged
-        present = OPERATIONS[name].result_names(operands)
+        present = OPERATIONS[name].result_kinds(operands)
         return dict(zip(present, run(name, spec, **operands), strict=True))
 
     return compute
@@ -118,12 +118,12 @@ def _normalise_backward(spec, averaged, operands):
 def _backward_in_jnp(spec, averaged, operands):
     """`backward` while axes are still averaged by name: the sums local, the moments' cotangents over all."""
     results = jnp_backend.backward(**operands, spec=spec, total=lambda value: named_sum(value, averaged))
-    return _to_gradients(dict(zip(OPERATIONS["backward"].result_names(operands), results, strict=True)), operands)
+    return _to_gradients(dict(zip(OPERATIONS["backward"].result_kinds(operands), results, strict=True)), operands)
 
 
 def _normalise_backward_in_jnp(spec, averaged, operands):
     results = jnp_backend.normalise_backward(**operands, spec=spec)
-    names = OPERATIONS["normalise_backward"].result_names(operands)
+    names = OPERATIONS["normalise_backward"].result_kinds(operands)
     return _to_gradients(dict(zip(names, results, strict=True)), operands)
 
 
@@ -209,7 +209,12 @@ def _forward_apart(axis, spec, averaged, operands):
         axis,
         spec,
         NOTHING,
-        {**_only(operands, normalise.operands), "pivot": results["pivot"], "offset": new.offset, "norm_var": new.norm_var},
+        {
+            **_only(operands, normalise.operands),
+            "pivot": results["pivot"],
+            "offset": new.offset,
+            "norm_var": new.norm_var,
+        },
     )
     state = {"new_running_mean": new.new_running_mean, "new_running_var": new.new_running_var}
     return {**normalised, **results, **state}
@@ -285,7 +290,11 @@ tangent = define(
 backward = define("backward", OPERATIONS["backward"].operands, _GRADIENTS, _backward, apart=_backward_apart)
 
 moments = define(
-    "moments", OPERATIONS["moments"].operands, OPERATIONS["moments"].results, _dispatched("moments"), folds=True
+    "moments",
+    OPERATIONS["moments"].operands,
+    OPERATIONS["moments"].results,
+    _dispatched("moments"),
+    folds=True,
 )
 moments_tangent = define(
     "moments_tangent",

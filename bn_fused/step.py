@@ -199,7 +199,15 @@ def _normalise(call, x, mean, offset, norm_var, weight, bias, residual):
     dtype = accumulation_dtype(x.dtype)
     mean, offset, norm_var = (value.astype(dtype) for value in (mean, offset, norm_var))
     return normalise(
-        call.spec(x), NOTHING, x=x, pivot=mean, offset=offset, norm_var=norm_var, weight=weight, bias=bias, residual=residual
+        call.spec(x),
+        NOTHING,
+        x=x,
+        pivot=mean,
+        offset=offset,
+        norm_var=norm_var,
+        weight=weight,
+        bias=bias,
+        residual=residual,
     )["y"]
 
 

@@ -66,18 +66,22 @@ class Spec:
     plan: object = None
 
 
+def present_results(results, present):
+    """The results a call has, {name: kind}, given the names of its operands: dresidual is there with a residual."""
+    return {name: kind for name, kind in results.items() if name != "dresidual" or "residual" in present}
+
+
 @dataclass(frozen=True)
 class Operation:
-    """An operation's operands and results by name and kind; optional operands may be None."""
+    """An operation's operands and results, {name: kind}. A residual and a mask may be left out."""
 
     name: str
     operands: dict
     results: dict
-    optional: tuple = ()
 
-    def result_names(self, present):
-        """The results this call has, given the names of the operands that are there."""
-        return tuple(name for name in self.results if name != "dresidual" or "residual" in present)
+    def result_kinds(self, present):
+        """The results this call has, {name: kind}, given the names of the operands that are there."""
+        return present_results(self.results, present)
 
 
 _NORMALISATION = {
@@ -116,7 +120,6 @@ OPERATIONS = {
                 "new_running_mean": PER_CHANNEL,
                 "new_running_var": PER_CHANNEL,
             },
-            ("residual", "mask"),
         ),
         # Its gradient: dmean and dvar are the cotangents of the batch's moments that come from elsewhere (the
         # running statistics), batch the coefficient of that name, count the number of positions averaged over.
@@ -133,14 +136,12 @@ OPERATIONS = {
                 "mask": MASK,
             },
             _SUMS,
-            ("residual", "mask"),
         ),
         # The two halves, between which devices exchange moments and sums.
         Operation(
             "moments",
             {"x": LIKE_X, "mask": MASK},
             {"pivot": PER_CHANNEL, "delta": PER_CHANNEL, "var": PER_CHANNEL},
-            ("mask",),
         ),
         Operation(
             "moments_backward",
@@ -154,10 +155,9 @@ OPERATIONS = {
                 "mask": MASK,
             },
             {"dx": LIKE_X},
-            ("mask",),
         ),
-        Operation("normalise", _NORMALISATION, {"y": LIKE_X}, ("residual",)),
-        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISATION}, _SUMS, ("residual",)),
+        Operation("normalise", _NORMALISATION, {"y": LIKE_X}),
+        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISATION}, _SUMS),
     )
 }
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from .contract import COEFFICIENTS, LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
+from .contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
 from .jax_internals import (
     Primitive,
     drop_sharding_and_manual_axes,
@@ -28,16 +28,17 @@ from .registry import PLATFORMS, Target, choose, operation_of, problem_of
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 
 
-def call(primitive, spec, operands, **parameters):
-    """Bind a primitive to operands by name; those that are None are left out. Returns its results in order."""
-    names = tuple(name for name, value in operands.items() if value is not None)
-    values = vary_together([jnp.asarray(operands[name]) for name in names])
-    return primitive.bind(*values, names=names, spec=spec, **parameters)
+def bind(primitive, operands, **parameters):
+    """Bind a primitive to operands by name; those that are None are left out. Returns {name: operand}, results."""
+    operands = {name: jnp.asarray(value) for name, value in operands.items() if value is not None}
+    values = vary_together(list(operands.values()))
+    return operands, primitive.bind(*values, names=tuple(operands), **parameters)
 
 
 def run(operation, spec, /, **operands):
     """Compute an operation; returns the tuple of its results."""
-    return tuple(call(dispatch_p, spec, operands, operation=operation))
+    _, results = bind(dispatch_p, operands, spec=spec, operation=operation)
+    return tuple(results)
 
 
 def result_types(results, spec, operands):
@@ -100,7 +101,7 @@ dispatch_p.def_impl(lambda *values, **parameters: jitted(dispatch_p, **parameter
 
 @dispatch_p.def_abstract_eval
 def _dispatch_types(*types, names, spec, operation):
-    results = {name: OPERATIONS[operation].results[name] for name in OPERATIONS[operation].result_names(names)}
+    results = OPERATIONS[operation].result_kinds(names)
     return result_types(results, spec, dict(zip(names, types, strict=True)))
 
 
@@ -108,8 +109,7 @@ def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
     kinds = [OPERATIONS[operation].operands[name] for name in names]
     spec, values, result_dim = insert_axis(spec, kinds, values, dims, axis_data.size, GROUP)
     results = dispatch_p.bind(*values, names=names, spec=spec, operation=operation)
-    kinds = (OPERATIONS[operation].results[name] for name in OPERATIONS[operation].result_names(names))
-    return results, [result_dim(kind) for kind in kinds]
+    return results, [result_dim(kind) for kind in OPERATIONS[operation].result_kinds(names).values()]
 
 
 fancy_primitive_batchers[dispatch_p] = _dispatch_batch
@@ -128,5 +128,3 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
 
 for _platform in PLATFORMS:
     register_lowering(dispatch_p, functools.partial(_dispatch_lower, platform=_platform), platform=_platform)
-
-__all__ = ["COEFFICIENTS", "SPREAD", "call", "dispatch_p", "insert_axis", "jitted", "result_types", "run"]

@@ -120,7 +120,17 @@ def _fused_forward(spec, x, weight, bias, running_mean, running_var, coefficient
     moments = results[1:4]
     # Without an activation the residual's gradient is dy: nothing of it is kept.
     kept = residual if spec.activation is not None else None
-    return results, (x, weight, bias, running_mean, running_var, coefficients, kept, residual is not None, moments)
+    return results, (
+        x,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        coefficients,
+        kept,
+        residual is not None,
+        moments,
+    )
 
 
 def _fused_backward(spec, saved, cotangents):

@@ -56,7 +56,10 @@ def output_type(like, shape, dtype, axes):
     sharding = like.sharding
     spec = tuple(None if axis is None else sharding.spec[axis] for axis in axes)
     return like.update(
-        shape=tuple(shape), dtype=dtype, weak_type=False, sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec))
+        shape=tuple(shape),
+        dtype=dtype,
+        weak_type=False,
+        sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec)),
     )
 
 
@@ -67,6 +70,7 @@ def zero_tangent(value):
 
 def drop_sharding_and_manual_axes(context):
     """A lowering context whose types carry neither explicit sharding nor device axes, so that any code traces in it."""
+
     def plain(types):
         return [ShapedArray(type_.shape, type_.dtype) for type_ in types]
 

@@ -46,10 +46,21 @@ def fused_batch_norm(x, weight, bias, running_mean, running_var, coefficients, r
     state_dtype = running_mean.dtype
     per_channel = jax.vmap(one_channel, in_axes=(1, 0, 0, 0, 0, None), out_axes=(1, 0, 0, 0, 0))
     y, mean, var, new_mean, new_var = jax.vmap(per_channel)(
-        x, weight, bias, running_mean.astype(dtype), running_var.astype(dtype), Coefficients.unpack(coefficients.astype(dtype))
+        x,
+        weight,
+        bias,
+        running_mean.astype(dtype),
+        running_var.astype(dtype),
+        Coefficients.unpack(coefficients.astype(dtype)),
     )
     if residual is not None:
         y = y + residual.astype(dtype)
     y = activate(y, activation).astype(x.dtype)
     moments_dtype = accumulation_dtype(x.dtype)
-    return y, mean.astype(moments_dtype), var.astype(moments_dtype), new_mean.astype(state_dtype), new_var.astype(state_dtype)
+    return (
+        y,
+        mean.astype(moments_dtype),
+        var.astype(moments_dtype),
+        new_mean.astype(state_dtype),
+        new_var.astype(state_dtype),
+    )

@@ -1,4 +1,4 @@
-"""Settings of every test: CPU with 4 virtual devices, strict promotion, warnings as errors, which backends ran."""
+"""Settings of every test: CPU, 4 virtual devices, strict promotion; and the summary of which backends ran."""
 
 import os
 
@@ -22,8 +22,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("repeatable")
 
-# (backend, platform) to the number of operations it was compiled for. Choosing happens when an operation is lowered,
-# so a call that JAX has compiled before is not counted again.
+# (backend, platform) to the number of operations it was compiled for. Choosing happens when an operation is
+# lowered, so a call that JAX has compiled before is not counted again.
 COMPILED = collections.Counter()
 
 
@@ -45,7 +45,7 @@ def count_backends():
         COMPILED[choice.name, target.platform] += 1
         return choice
 
-    # The reference backend is differentiated by JAX and so never chosen at lowering: its moments stand for it.
+    # The reference backend is differentiated by JAX, never chosen at lowering: its moments stand for it.
     def counting_moments(*arguments):
         COMPILED["reference", jax.default_backend()] += 1
         return moments(*arguments)

@@ -1,11 +1,11 @@
-"""BatchNorm in float64 numpy, from the definition: values, running state and the closed form of every gradient.
+"""BatchNorm in float64 numpy, from the definition: values, running state, the closed form of all gradients.
 
-Independent of the code under test. Everything is float64; what the code under test stores or is given in float32
-(the running state, the momentum m and 1 - m) is taken as it is stored there.
+Independent of the code under test. Everything is float64; what the code under test stores or is given in
+float32 (the running state, the momentum m and 1 - m) is taken as it is stored there.
 
-Beside each result stands its `scale`: the size of the quantities whose rounding must be allowed for in a computation
-of finite precision, that is the sum of the absolute values of the terms. `tolerances.assert_close` multiplies it with
-c * eps.
+Beside each result stands its `scale`: the size of the quantities whose rounding must be allowed for in a
+computation of finite precision, that is the sum of the absolute values of the terms.
+`tolerances.assert_close` multiplies it with c * eps.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ import numpy as np
 
 
 class Coefficients(NamedTuple):
-    """norm_mean = batch*mu + running*rm; norm_var = batch*var + running*rv + constant; rm' = mean_gain*mu + keep*rm."""
+    """norm_mean = batch*mu + running*rm, norm_var = batch*var + running*rv + constant;
+    rm' = mean_gain*mu + keep*rm, rv' = var_gain*var + keep*rv.
+    """
 
     batch: float
     running: float
@@ -31,8 +33,9 @@ class Coefficients(NamedTuple):
 class Definition:
     """What is static about a BatchNorm.
 
-    `precision` is the dtype in which the code under test keeps m and 1 - m. `rounded_mean` says that it subtracts a
-    mean rounded to its own precision, as the definition written out does: then the scales hold |mean|/std.
+    `precision` is the dtype in which the code under test keeps m and 1 - m. `rounded_mean` says that it
+    subtracts a mean rounded to its own precision, as the definition written out does: then the scales hold
+    |mean|/std.
     """
 
     approach: str = "batch"
@@ -60,7 +63,7 @@ class State(NamedTuple):
         return State(np.zeros(channels), np.zeros(channels), 1.0, 0)
 
 
-# --- activations: value and derivative -------------------------------------------------------------------------
+# --- activations: value and derivative ----------------------------------------------------------------------
 
 
 def _sigmoid(z):
@@ -86,11 +89,11 @@ ACTIVATIONS = {
 KINKED = ("relu", "leaky_relu")
 
 
-# --- one channel axis, last: rows and channels -----------------------------------------------------------------
+# --- one channel axis, last: rows and channels --------------------------------------------------------------
 
 
 def _times(coefficient, values):
-    """Zero where the coefficient is zero, whatever the values: what has no part in a result cannot spoil it."""
+    """Zero where the coefficient is zero, whatever the values: they have no part in the result then."""
     return np.zeros_like(values) if coefficient == 0 else coefficient * values
 
 
@@ -98,9 +101,9 @@ def _times(coefficient, values):
 class Rows:
     """The fused step on x [rows, channels] with given coefficients: results, and `backward`.
 
-    `counting` [rows] is 1.0 where a position counts, else 0.0. Where the normalisation uses this batch's moments
-    alone, no stored mean's rounding enters and the scales hold no |mean|/std, unless `rounded_mean`, the relative
-    rounding of the mean, is not zero.
+    `counting` [rows] is 1.0 where a position counts, else 0.0. Where the normalisation uses this batch's
+    moments alone, no stored mean's rounding enters and the scales hold no |mean|/std, unless `rounded_mean`,
+    the relative rounding of the mean, is not zero.
     """
 
     x: np.ndarray
@@ -209,7 +212,7 @@ class Rows:
         return abs(c.var_gain * self.var_scale) + abs(c.keep * self.running_var)
 
     def backward(self, dy, dnew_mean, dnew_var, dmean=0.0, dvar=0.0):
-        """The gradients and their scales, two `RowsGradients`, of cotangents of y, new_running_* and mean, var."""
+        """Gradients and their scales, two `RowsGradients`, for cotangents of y, new_running_*, mean, var."""
         dy, dnew_mean, dnew_var, dmean, dvar = (
             np.asarray(cotangent, np.float64) for cotangent in (dy, dnew_mean, dnew_var, dmean, dvar)
         )
@@ -220,7 +223,9 @@ class Rows:
         d1, d2 = -w * r * s1, -w * r**2 * s2 / 2
         ct_mean, ct_var = dmean + c.mean_gain * dnew_mean, dvar + c.var_gain * dnew_var
         counting = self.counting[:, None]
-        dx = dz * w * r + counting * ((c.batch * d1 + ct_mean) / n + (x - mu) * 2 * (c.batch * d2 + ct_var) / n)
+        dx = dz * w * r + counting * (
+            (c.batch * d1 + ct_mean) / n + (x - mu) * 2 * (c.batch * d2 + ct_var) / n
+        )
         gradients = RowsGradients(
             x=dx,
             weight=s2,
@@ -251,7 +256,8 @@ class Rows:
         rm, rv = abs(self.running_mean), abs(self.running_var)
         scales = RowsGradients(
             x=dz_s * abs(w) * r
-            + counting * ((abs(c.batch) * d1_s + ct_mean_s) / n + away * 2 * (abs(c.batch) * d2_s + ct_var_s) / n),
+            + counting
+            * ((abs(c.batch) * d1_s + ct_mean_s) / n + away * 2 * (abs(c.batch) * d2_s + ct_var_s) / n),
             weight=s2_s,
             bias=s1_s,
             residual=dz_s,
@@ -279,7 +285,7 @@ class RowsGradients(NamedTuple):
     coefficients: Coefficients
 
 
-# --- the whole layer -------------------------------------------------------------------------------------------
+# --- the whole layer ----------------------------------------------------------------------------------------
 
 
 class Gradients(NamedTuple):
@@ -384,12 +390,15 @@ def _rows_of(array, channel_axis):
 def batch_norm(definition, x, state, weight=None, bias=None, residual=None, mask=None, n_axis=None):
     """One call on x [examples, ..., channels, ...] (`definition.channel_axis` says where); gives a `Result`.
 
-    `mask` broadcasts against x's shape without the channel axis. `n_axis` overrides the number of examples, for
-    batches spread over several named axes.
+    `mask` broadcasts against x's shape without the channel axis. `n_axis` overrides the number of examples,
+    for batches spread over several named axes.
     """
     x = np.asarray(x, np.float64)
     state = State(
-        np.asarray(state.mean, np.float64), np.asarray(state.var, np.float64), float(state.zero_frac), int(state.count)
+        np.asarray(state.mean, np.float64),
+        np.asarray(state.var, np.float64),
+        float(state.zero_frac),
+        int(state.count),
     )
     rows = _rows_of(x, definition.channel_axis)
     channels = rows.shape[1]

@@ -15,12 +15,12 @@ FAST = "jnp"
 
 
 @functools.cache
-def step(approach="batch", *, backend=FAST, activation=None, channel_axis=1, inference=False, debias="samples", warmup_period=1):
+def step(approach="batch", backend=FAST, debias="samples", **settings):
     """A jitted (x, dy, mask) -> y, new statistics, (dx, dweight, dbias), from the initial state."""
 
     @jax.jit
     def run(x, dy, mask=None):
-        channels = x.shape[channel_axis]
+        channels = x.shape[1]
         stats = bn_fused.RunningStats.init(channels)
 
         def of(x, weight, bias):
@@ -29,18 +29,17 @@ def step(approach="batch", *, backend=FAST, activation=None, channel_axis=1, inf
                 stats,
                 weight,
                 bias,
+                mask=mask,
                 approach=approach,
                 backend=backend,
-                activation=activation,
-                channel_axis=channel_axis,
-                mask=mask,
-                inference=inference,
+                channel_axis=1,
                 debias=debias,
-                warmup_period=warmup_period,
+                **settings,
             )
 
         (y, new), pullback = jax.vjp(of, x, jnp.ones(channels), jnp.zeros(channels))
-        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0 if leaf.dtype == jnp.int32 else leaf.dtype), new)
+        zeros = new._replace(count=np.zeros((), jax.dtypes.float0))  # integers have no cotangent
+        zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), zeros)
         return y, new, pullback((dy, zeros))
 
     return run
@@ -100,8 +99,8 @@ def test_a_constant_channel_is_normalised_to_the_bias(value):
     x = np.concatenate([np.full((24, 1, 7), value), normal((24, 2, 7))], 1).astype(np.float32)
     y, new, (dx, dweight, _) = step()(x, np.ones_like(x))
     y, dx, var = np.asarray(y), np.asarray(dx), np.asarray(new.var)
-    # The least standard deviation, sqrt(eps), magnifies the mean's rounding 300 times. Up to |mean|/std = 1e4 it is
-    # kept in two parts and costs nothing; beyond, it is no worse than the definition's mean, rounded once.
+    # The least standard deviation, sqrt(eps), magnifies the mean's rounding 300 times. Up to |mean|/std = 1e4
+    # it is kept in two parts and costs nothing; beyond, it is no worse than the definition's rounded mean.
     size = abs(np.float32(value)) / np.sqrt(1e-5)
     assert np.max(abs(y[:, 0])) <= (tol(np.float32) if size <= 1e4 else np.finfo(np.float32).eps * size)
     assert var[0] <= (np.finfo(np.float32).eps * abs(np.float32(value))) ** 2
@@ -111,7 +110,7 @@ def test_a_constant_channel_is_normalised_to_the_bias(value):
 
 def pattern(tree):
     """Where numbers are finite (0), NaN, or an infinity of which sign."""
-    arrays = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree) if leaf.dtype != jax.dtypes.float0]
+    arrays = (np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree))
     return [np.where(np.isfinite(array), 0, array) for array in arrays]
 
 
@@ -131,11 +130,20 @@ def test_where_float32_overflows_the_pattern_is_the_definitions(approach, size):
         np.testing.assert_array_equal(ours, definition)
 
 
+def test_a_finished_warm_up_does_not_multiply_infinity_by_zero():
+    """With f = 1 the definition's (1 - f) * var is 0 * inf, NaN; in coefficients the term is not there."""
+    x, dy = overflowing(1e30)
+    (defined, *_), (fused, *_) = (step("ema", backend=backend)(x, dy) for backend in ("reference", FAST))
+    assert np.all(np.isnan(np.asarray(defined)[:, 1])) and np.all(np.asarray(fused)[:, 1] == 0)
+
+
 def test_denormals_are_normalised_to_almost_nothing():
     x = (1e-40 * normal((16, 2, 9))).astype(np.float32)
     assert np.any(x != 0)
     y, new, (dx, *_) = step()(x, normal(x.shape, 1))
-    expected = oracle.batch_norm(oracle.Definition(channel_axis=1, debias="samples"), x, oracle.State.initial(2))
+    expected = oracle.batch_norm(
+        oracle.Definition(channel_axis=1, debias="samples"), x, oracle.State.initial(2)
+    )
     np.testing.assert_allclose(y, expected.y, rtol=0, atol=tol(np.float32))
     assert np.all(np.asarray(new.var) <= 1e-38) and np.all(np.isfinite(np.asarray(dx)))
 
@@ -153,7 +161,8 @@ def test_what_is_not_finite_stays_in_its_channel(approach, inference, bad):
 
     def channels(result):
         y, new, (dx, dweight, dbias) = result
-        return [np.asarray(y)[:, others], *(np.asarray(v)[others] for v in (new.mean, new.var, dweight, dbias)), np.asarray(dx)[:, others]]
+        spread = [np.asarray(array)[:, others] for array in (y, dx)]
+        return spread + [np.asarray(array)[others] for array in (new.mean, new.var, dweight, dbias)]
 
     for got, expected in zip(channels(dirty), channels(clean), strict=True):
         assert_same_bits(got, expected)
@@ -192,7 +201,7 @@ def test_sizes_that_fit_no_tile():
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_one_row_has_variance_zero_and_normalises_to_the_bias(approach):
     x = 3 * normal((1, 5)) + 7
-    y, new, (dx, dweight, dbias) = step(approach)(x, np.ones_like(x))
+    y, new, (dx, _, dbias) = step(approach)(x, np.ones_like(x))
     # `batch` normalises with the value itself; the others with a mean that went through float32.
     allowed = tol(np.float32) * (1 if approach == "batch" else np.abs(x) / np.sqrt(1e-5))
     assert np.all(np.abs(np.asarray(y)) <= allowed)
@@ -214,7 +223,7 @@ def test_one_channel_and_many_rows():
 def test_one_outlier_does_not_spoil_the_other_values(shape, place):
     """A pivot taken from the first rows must not carry an outlier there into all the others.
 
-    The outlier is sqrt(rows) standard deviations away in the end, so that much of its rounding is unavoidable.
+    In the end it is sqrt(rows) standard deviations away, so that much of its rounding is unavoidable.
     """
     x = normal(shape)
     x[place] += np.float32(1e6)

@@ -1,4 +1,4 @@
-"""What cannot be computed says so: which argument, its value, what is accepted; and leaves nothing half-updated."""
+"""What cannot be computed says so: argument, value, what is accepted; and nothing is left half-updated."""
 
 import re
 import warnings
@@ -19,9 +19,7 @@ def make(**settings):
 
 
 def apply(layer, state, x, **options):
-    return jax.vmap(
-        lambda x: layer(x, state, **options), axis_name="batch", out_axes=(0, None)
-    )(x)
+    return jax.vmap(lambda x: layer(x, state, **options), axis_name="batch", out_axes=(0, None))(x)
 
 
 def function(x=None, channels=CHANNELS, **settings):
@@ -34,7 +32,7 @@ def names(*parts):
     return "(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in parts)
 
 
-# --- settings: the layer and the function refuse the same ------------------------------------------------------
+# --- settings: the layer and the function refuse the same ---------------------------------------------------
 
 BAD_SETTINGS = [
     ("warmup_period", 0, ValueError),
@@ -86,7 +84,9 @@ def test_mode_and_approach_exclude_each_other():
         bn_fused.BatchNorm(CHANNELS, "batch", mode="legacy")
 
 
-@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("3", TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("3", TypeError)]
+)
 def test_a_bad_number_of_channels_is_named(value, error):
     with pytest.raises(error, match=names("input_size", repr(value))):
         bn_fused.BatchNorm(value, "batch", "batch")
@@ -100,7 +100,7 @@ def test_a_state_that_is_not_float_is_refused(dtype):
         make(dtype=dtype)
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------
+# --- inputs -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64])
@@ -185,7 +185,15 @@ def test_stats_are_running_stats():
         bn_fused.batch_norm(jnp.ones((4, 3)), (jnp.zeros(3), jnp.ones(3)))
 
 
-# --- names and backends ----------------------------------------------------------------------------------------
+def test_a_virtual_batch_divides_the_batch():
+    x = jnp.ones((4, CHANNELS, 5))
+    with pytest.raises(ValueError, match=names("virtual_batch_size", "3", "4")):
+        function(x, virtual_batch_size=3)
+    with pytest.raises(ValueError, match=names("virtual_batch_size", "8", "4")):
+        apply(*make(virtual_batch_size=8), x)
+
+
+# --- names and backends -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -214,7 +222,13 @@ def test_a_name_stands_once_in_axis_name():
 
 
 def test_explain_refuses_what_the_function_refuses():
-    for options in ({"activation": "tanh"}, {"backend": "cudnn"}, {"target": "gpu3"}, {"channel_axis": 0}, {"groups": 0}):
+    for options in (
+        {"activation": "tanh"},
+        {"backend": "cudnn"},
+        {"target": "gpu3"},
+        {"channel_axis": 0},
+        {"groups": 0},
+    ):
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=names(name, repr(value))):
             bn_fused.explain((4, 3), jnp.float32, **options)
@@ -222,7 +236,7 @@ def test_explain_refuses_what_the_function_refuses():
         bn_fused.explain((4, 3), jnp.int32)
 
 
-# --- warnings --------------------------------------------------------------------------------------------------
+# --- warnings -----------------------------------------------------------------------------------------------
 
 
 def caught(call):
@@ -264,7 +278,7 @@ def test_ordinary_calls_do_not_warn():
     assert not caught(lambda: apply(layer, state, jnp.ones((4, CHANNELS, 5))))[1]
 
 
-# --- after an error --------------------------------------------------------------------------------------------
+# --- after an error -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,11 @@ def operands(groups=(), dtype="float32", residual=False, seed=0):
 
 def coefficients_for(values, groups, dtype):
     """As scalars without groups, else [groups], each group with other numbers."""
-    grown = [jnp.asarray(value, dtype) * (1 + jnp.arange(*groups) / 10).astype(dtype) for value in values] if groups else values
+    grown = (
+        [jnp.asarray(value, dtype) * (1 + jnp.arange(*groups) / 10).astype(dtype) for value in values]
+        if groups
+        else values
+    )
     return kernels.Coefficients(*(jnp.asarray(value, dtype) for value in grown))
 
 
@@ -86,7 +90,9 @@ def oracle_rows(arrays, coefficients, activation, group, backend="auto"):
         activation=activation,
         residual=of("residual"),
         counting=np.ones(len(x)),
-        rounded_mean=float(np.finfo(precision).eps) if backend == "reference" or precision == np.float64 else 0.0,
+        rounded_mean=float(np.finfo(precision).eps)
+        if backend == "reference" or precision == np.float64
+        else 0.0,
     )
 
 
@@ -108,7 +114,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("groups", "dtype", "activation", "residual", "numbers", "backend"), CASES)
-def test_values_and_all_gradients_agree_with_the_oracle(groups, dtype, activation, residual, numbers, backend):
+def test_values_and_all_gradients_agree_with_the_oracle(
+    groups, dtype, activation, residual, numbers, backend
+):
     with jax.enable_x64(dtype == "float64"):
         arrays, random = operands(groups, dtype, residual)
         wide = computed_in(dtype)
@@ -137,7 +145,9 @@ def test_values_and_all_gradients_agree_with_the_oracle(groups, dtype, activatio
         assert y.dtype == arrays["x"].dtype and mean.dtype == var.dtype == new_mean.dtype == wide
         close(y, joined(row.y for row in rows), joined(row.y_scale for row in rows), what="y")
         std = joined(np.sqrt(row.var) for row in rows)
-        close(mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean")
+        close(
+            mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean"
+        )
         close(var, joined(row.var for row in rows), joined(row.var_scale for row in rows), what="var")
         close(
             new_mean,
@@ -232,7 +242,7 @@ def test_bad_arguments_are_named():
             kernels.fused_batch_norm(**{**good, **change})
 
 
-# --- backends --------------------------------------------------------------------------------------------------
+# --- backends -----------------------------------------------------------------------------------------------
 
 
 def test_the_backends_there_are():
@@ -242,7 +252,7 @@ def test_the_backends_there_are():
 
 @pytest.fixture
 def tpu_only():
-    """A backend that computes as jnp does, on TPUs only, prefers to, and counts what it was asked to compute."""
+    """A backend for TPUs only, which computes as jnp does and notes what it was asked to compute."""
     from bn_fused.kernels import jnp_backend
     from bn_fused.kernels.contract import OPERATIONS
 
@@ -299,7 +309,7 @@ ENTRANCES = [raw, through_the_function, through_the_layer]
 @pytest.mark.parametrize("entrance", ENTRANCES)
 def test_a_named_backend_that_cannot_run_says_where_and_why(tpu_only, entrance):
     run, x = entrance("fake_tpu")
-    with pytest.raises(bn_fused.BackendError, match="(?s)'fake_tpu'.* cpu.*written for TPUs"):
+    with pytest.raises(bn_fused.BackendError, match=r"(?s)'fake_tpu'.* cpu.*written for TPUs"):
         run.lower(x)
     with pytest.raises(bn_fused.BackendError, match="'fake_tpu'"):
         run(x)
@@ -338,7 +348,7 @@ def test_explain_names_backend_reason_and_plan(tpu_only):
     there = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu")
     assert there.name == "fake_tpu" and there.plan == ("plan", ROWS, CHANNELS)
     assert "a test prefers it" in there.reason
-    with pytest.raises(bn_fused.BackendError, match="(?s)fake_tpu.*cuda.*written for TPUs"):
+    with pytest.raises(bn_fused.BackendError, match=r"(?s)fake_tpu.*cuda.*written for TPUs"):
         bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cuda", backend="fake_tpu")
     named = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu", backend="jnp")
     assert named.name == "jnp" and named.reason
@@ -350,7 +360,9 @@ def test_explain_counts_rows_without_the_channel_axis(tpu_only):
 
 
 def test_explain_defaults_to_where_jax_computes():
-    assert bn_fused.explain((4, 3), jnp.float32) == bn_fused.explain((4, 3), jnp.float32, target=jax.default_backend())
+    assert bn_fused.explain((4, 3), jnp.float32) == bn_fused.explain(
+        (4, 3), jnp.float32, target=jax.default_backend()
+    )
 
 
 def test_explain_and_the_function_agree(tpu_only):
@@ -362,11 +374,13 @@ def test_explain_and_the_function_agree(tpu_only):
 
 
 def test_a_backends_name_is_new_and_its_operations_complete():
-    complete = dict.fromkeys(("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward"))
+    complete = dict.fromkeys(
+        ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
+    )
     for name in ("jnp", "reference", "auto"):
         with pytest.raises(ValueError, match=name):
             kernels.register(kernels.Backend(name, complete))
-    with pytest.raises(ValueError, match="half.*backward"):
+    with pytest.raises(ValueError, match=r"half.*backward"):
         kernels.register(kernels.Backend("half", {"forward": None}))
     with pytest.raises(ValueError, match="unheard of"):
         kernels.unregister("unheard of")

@@ -16,7 +16,7 @@ EPS, MOMENTUM, WARMUP = 1e-5, 0.99, 3
 
 
 def definition(approach, x, stats, weight, bias, debias, axis_name):
-    """One training step on one example x [channels, *spatial], mapped over `axis_name`, as the formulas stand."""
+    """The formulas as they stand: one training step on one example x [channels, *spatial]."""
     m, (rm, rv, z, c) = MOMENTUM, stats
 
     def moments(y):
@@ -86,7 +86,9 @@ def layer_step(approach, weight, bias, debias, axis_name="batch"):
         channelwise_affine=weight is not None,
         backend="reference",
     )
-    layer = eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (weight, bias), is_leaf=lambda v: v is None)
+    layer = eqx.tree_at(
+        lambda tree: (tree.weight, tree.bias), layer, (weight, bias), is_leaf=lambda v: v is None
+    )
 
     def step(x, stats):
         # A State may be updated once; the initial one is used again at every step.
@@ -171,7 +173,9 @@ def test_reference_gives_the_bits_of_the_inference_formula(approach, dtype, jitt
     with jax.enable_x64(dtype == np.float64):
         wrap = jax.jit if jitted else lambda function: function
         (x, other), weight, bias = inputs(SHAPES["maps"], dtype, True, steps=2)
-        _, stats = function_step(approach, weight, bias, "axis")(x, bn_fused.RunningStats.init(CHANNELS, dtype))
+        _, stats = function_step(approach, weight, bias, "axis")(
+            x, bn_fused.RunningStats.init(CHANNELS, dtype)
+        )
 
         @wrap
         def ours(x, stats):
@@ -192,7 +196,9 @@ def test_references_gradients_are_those_of_the_definition(approach, dtype):
     with jax.enable_x64(dtype == np.float64):
         xs, weight, bias = inputs(SHAPES["maps"], dtype, True, steps=2)
         dy = jnp.asarray(np.random.default_rng(3).standard_normal(SHAPES["maps"]), dtype)
-        _, stats = function_step(approach, weight, bias, "axis")(xs[0], bn_fused.RunningStats.init(CHANNELS, dtype))
+        _, stats = function_step(approach, weight, bias, "axis")(
+            xs[0], bn_fused.RunningStats.init(CHANNELS, dtype)
+        )
 
         def gradients(make):
             @jax.jit

@@ -1,6 +1,7 @@
 """The running state: what it starts as, how it moves, what it keeps, and what leaves it alone."""
 
 import dataclasses
+import functools
 import inspect
 import warnings
 
@@ -49,7 +50,7 @@ def assert_unchanged(after, before):
         assert_same_bits(new, old, name)
 
 
-# --- what it starts as -----------------------------------------------------------------------------------------
+# --- what it starts as --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("approach", APPROACHES)
@@ -84,7 +85,7 @@ def test_delete_init_state_removes_exactly_the_four_state_arrays():
     assert sorted(leaf.shape for leaf in after) == [(CHANNELS,), (CHANNELS,)]
 
 
-# --- how it moves ----------------------------------------------------------------------------------------------
+# --- how it moves -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("approach", APPROACHES)
@@ -111,7 +112,7 @@ def test_after_one_step_inference_uses_exactly_that_batch(approach):
     exact = np.asarray(x, np.float64)
     mean, var = exact.mean((0, 2), keepdims=True), exact.var((0, 2), keepdims=True)
     expected = (exact - mean) / np.sqrt(var + 1e-5)
-    # 1 - zero_frac is 0.01 with zero_frac's rounding: a hundred times its epsilon, in the mean and the variance.
+    # 1 - zero_frac is 0.01 with zero_frac's rounding: a hundred times its epsilon, in mean and variance.
     scale = (np.abs(expected) + 1 + np.abs(mean) / np.sqrt(var)) / (1 - 0.99)
     assert_close(y, expected, scale, c=1, what="y")
 
@@ -135,7 +136,7 @@ def test_state_keeps_dtype_and_strong_type_through_a_scan(approach):
 def test_a_step_returns_the_type_of_the_state_it_was_given(x_dtype):
     stats = bn_fused.RunningStats.init(CHANNELS)
     for inference in (False, True):
-        run = jax.jit(lambda x: bn_fused.batch_norm(x, stats, channel_axis=1, inference=inference))
+        run = functools.partial(bn_fused.batch_norm, stats=stats, channel_axis=1, inference=inference)
         given, returned = jax.eval_shape(lambda: stats), jax.eval_shape(run, data(dtype=x_dtype))[1]
         for before, after in zip(given, returned, strict=True):
             assert (before.shape, before.dtype) == (after.shape, after.dtype) and not after.weak_type
@@ -144,7 +145,9 @@ def test_a_step_returns_the_type_of_the_state_it_was_given(x_dtype):
 def test_a_float32_state_serves_float64_inputs_and_stays_float32(x64):
     x = data(dtype=np.float64)
     y, stats = bn_fused.batch_norm(x, bn_fused.RunningStats.init(CHANNELS), channel_axis=1, debias="none")
-    assert y.dtype == jnp.float64 and stats.mean.dtype == stats.var.dtype == stats.zero_frac.dtype == jnp.float32
+    assert (
+        y.dtype == jnp.float64 and stats.mean.dtype == stats.var.dtype == stats.zero_frac.dtype == jnp.float32
+    )
     expected = oracle.batch_norm(
         oracle.Definition(debias="none", channel_axis=1), np.asarray(x), oracle.State.initial(CHANNELS)
     )
@@ -162,7 +165,7 @@ def test_a_float64_state_keeps_its_digits_for_float32_inputs(x64):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_only_a_zero_frac_of_exactly_one_is_never_trained(backend, inference):
-    """One bit less than one is an ordinary value: no first step of `ema_compatibility`, no mean 0 and variance 1."""
+    """One bit less is an ordinary value: no first step of `ema_compatibility`, no mean 0 and variance 1."""
     zero_frac = jnp.nextafter(jnp.float32(1), jnp.float32(0))
     stats = bn_fused.RunningStats(jnp.ones(CHANNELS), 4 * jnp.ones(CHANNELS), zero_frac, jnp.array(0))
     settings = dict(approach="ema_compatibility", channel_axis=1, inference=inference)
@@ -174,7 +177,7 @@ def test_only_a_zero_frac_of_exactly_one_is_never_trained(backend, inference):
     assert_close(new.var, expected.state.var, expected.state_scale.var, what="running var")
 
 
-# --- what leaves it alone --------------------------------------------------------------------------------------
+# --- what leaves it alone -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("approach", APPROACHES)
@@ -253,7 +256,7 @@ def test_a_mask_broadcasts_over_positions_and_all_true_is_no_mask():
         assert_same_bits(one, other)
 
 
-# --- state of low precision ------------------------------------------------------------------------------------
+# --- state of low precision ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, "bfloat16"])
@@ -267,7 +270,10 @@ def test_a_16_bit_state_is_refused_with_the_reason(dtype):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_a_state_cast_later_is_computed_in_float32_kept_in_its_type_and_warned_about(approach, dtype):
     stats = bn_fused.RunningStats(
-        jnp.array([1.5, -2.25, 0.75], dtype), jnp.array([1.25, 2.5, 0.5], dtype), jnp.array(0.5, dtype), jnp.array(1)
+        jnp.array([1.5, -2.25, 0.75], dtype),
+        jnp.array([1.25, 2.5, 0.5], dtype),
+        jnp.array(0.5, dtype),
+        jnp.array(1),
     )
     x = data()
     with pytest.warns(UserWarning, match="float16") as caught:
@@ -275,14 +281,16 @@ def test_a_state_cast_later_is_computed_in_float32_kept_in_its_type_and_warned_a
     assert len(caught) == 1
     assert y.dtype == jnp.float32 and all(leaf.dtype == dtype for leaf in new[:3])
     definition = oracle.Definition(approach=approach, channel_axis=1, debias="none", momentum=0.9)
-    expected = oracle.batch_norm(definition, x, oracle.State(*(np.asarray(leaf, np.float64) for leaf in stats)))
+    expected = oracle.batch_norm(
+        definition, x, oracle.State(*(np.asarray(leaf, np.float64) for leaf in stats))
+    )
     assert_close(y, expected.y, expected.y_scale, what="y")
     for name in ("mean", "var", "zero_frac"):
         scale = getattr(expected.state_scale, name)
         assert_close(getattr(new, name), getattr(expected.state, name), scale, what=name)
 
 
-# --- RunningStats ----------------------------------------------------------------------------------------------
+# --- RunningStats -------------------------------------------------------------------------------------------
 
 
 def test_running_stats_is_a_pytree_of_four_arrays():
@@ -313,7 +321,7 @@ def test_gradients_reach_running_stats_under_jax_grad():
         assert_close(getattr(gradient, name), getattr(wanted, name), 2 * getattr(scales, name), what=name)
 
 
-# --- spellings -------------------------------------------------------------------------------------------------
+# --- spellings ----------------------------------------------------------------------------------------------
 
 
 def test_mode_is_equinoxs_spelling():
@@ -352,7 +360,9 @@ def test_the_arguments_stand_in_the_documented_order():
     assert names(bn_fused.BatchNorm.__init__, keyword) == options
     assert names(bn_fused.BatchNorm.__call__, keyword) == ["residual", "mask", "key", "inference"]
     defaults = {p.name: p.default for p in inspect.signature(bn_fused.BatchNorm).parameters.values()}
-    expected = dict(approach=None, eps=1e-5, channelwise_affine=True, momentum=0.99, warmup_period=1, inference=False)
+    expected = dict(
+        approach=None, eps=1e-5, channelwise_affine=True, momentum=0.99, warmup_period=1, inference=False
+    )
     assert {name: defaults[name] for name in expected} == expected
 
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -364,12 +374,21 @@ def test_the_arguments_stand_in_the_documented_order():
 
 
 def test_everything_but_inference_and_the_arrays_is_static():
-    layer, state = make()
+    layer, _ = make()
     leaves = jax.tree.leaves(eqx.partition(layer, eqx.is_array)[1])
     assert leaves == [False]
     assert [layer.inference for layer in (layer, eqx.nn.inference_mode(layer))] == [False, True]
     static = {field.name for field in dataclasses.fields(layer) if field.metadata.get("static")}
-    assert {"input_size", "approach", "eps", "momentum", "warmup_period", "activation", "debias", "backend"} <= static
+    assert {
+        "input_size",
+        "approach",
+        "eps",
+        "momentum",
+        "warmup_period",
+        "activation",
+        "debias",
+        "backend",
+    } <= static
 
 
 def test_the_annotations_of_a_call_are_true():

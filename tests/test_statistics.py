@@ -1,4 +1,4 @@
-"""The running statistics after 1, 10, 100 and 1000 steps: what inference normalises with is right from the first."""
+"""The running statistics after 1, 10, 100 and 1000 steps: right from the first."""
 
 import functools
 import math
@@ -77,10 +77,12 @@ def test_inference_statistics_are_right_from_the_first_step(approach, debias, fa
         mean, var = (values[steps - 1] / max(1 - zero_frac, EPS) for values in (means, vars_))
         weights = average_weights(approach, steps)
 
-        # Against the same weighted mean of the batches' own moments: one rounding of the state a step, of which
-        # each later step forgets a hundredth; and 1 - m, whose float32 is off by eps/2, is summed as often.
+        # Against the same weighted mean of the batches' own moments: one rounding of the state a step, of
+        # which each later step forgets a hundredth; and 1 - m, off by eps/2 in float32, is summed as often.
         rounding = tol(np.float32, n=min(steps, 1 / (1 - MOMENTUM))) / (1 - zero_frac)
-        np.testing.assert_allclose(mean, weights @ batch_means[:steps], rtol=0, atol=rounding * (MEAN + VAR**0.5))
+        np.testing.assert_allclose(
+            mean, weights @ batch_means[:steps], rtol=0, atol=rounding * (MEAN + VAR**0.5)
+        )
         np.testing.assert_allclose(var, factor * weights @ batch_vars[:steps], rtol=rounding)
 
         # Against theory: the mean of all channels is within five standard deviations of the estimator.
@@ -100,7 +102,7 @@ def test_zero_frac_is_the_momentum_to_the_power_of_the_steps():
 
 
 def test_running_state_follows_the_oracle_for_a_hundred_steps():
-    """Each step from the float32 state of the step before, so that nothing but that step's rounding is allowed."""
+    """Each step from the float32 state of the step before: only that step's rounding is allowed."""
     for approach in ("batch", "ema", "ema_compatibility"):
         definition = oracle.Definition(approach=approach, momentum=MOMENTUM, channel_axis=1)
         means, vars_, zero_fracs = train(approach, "axis")
@@ -109,6 +111,8 @@ def test_running_state_follows_the_oracle_for_a_hundred_steps():
             if step:
                 before = oracle.State(means[step - 1], vars_[step - 1], zero_fracs[step - 1], 1)
             after = oracle.batch_norm(definition, batches()[step], before)
-            np.testing.assert_allclose(means[step], after.state.mean, rtol=0, atol=tol(np.float32) * (MEAN + 3))
+            np.testing.assert_allclose(
+                means[step], after.state.mean, rtol=0, atol=tol(np.float32) * (MEAN + 3)
+            )
             np.testing.assert_allclose(vars_[step], after.state.var, rtol=tol(np.float32))
             np.testing.assert_allclose(zero_fracs[step], after.state.zero_frac, rtol=tol(np.float32))

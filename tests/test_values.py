@@ -17,8 +17,8 @@ from tolerances import assert_close, computed_in
 APPROACHES = ("batch", "ema", "ema_compatibility")
 ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
 BACKENDS = ("auto", "jnp", "reference")
-# Shape of the whole batch (axis 0 the examples) and its channel axis. Few, so that little is compiled; with sizes
-# that no vector width divides, one channel, one position per example, one example.
+# Shape of the whole batch (axis 0 the examples) and its channel axis. Few, so that little is compiled; with
+# sizes that no vector width divides, one channel, one position per example, one example.
 LAYOUTS = {
     "rows": ((12, 5), 1),
     "nchw": ((6, 5, 3, 4), 1),
@@ -124,7 +124,11 @@ def layer_step(case, inputs):
         inputs["x"], inputs.get("residual"), inputs.get("mask")
     )
     mean, var = state.get(layer.state_index)
-    return y, dict(mean=mean, var=var, zero_frac=state.get(layer.zero_frac_index)), state.get(layer.count_index)
+    return (
+        y,
+        dict(mean=mean, var=var, zero_frac=state.get(layer.zero_frac_index)),
+        state.get(layer.count_index),
+    )
 
 
 @functools.cache
@@ -152,7 +156,7 @@ def rounded(random, shape, dtype, spread=1.0, centre=0.0):
 
 
 def make_inputs(case, seed, first, offset=3.0, spread=2.0):
-    """Arrays of one call, every channel with its own mean and spread. `first`: the state is the initial one."""
+    """Arrays of one call, every channel with its own mean and spread. `first`: with the initial state."""
     random, state_dtype = np.random.default_rng(seed), computed_in(case.dtype)
     channel_shape = [1] * len(case.shape)
     channel_shape[case.channel_axis] = case.channels
@@ -270,7 +274,12 @@ def test_values_state_and_gradients_agree_with_the_oracle(case):
 def test_inference_and_its_gradients_agree_with_the_oracle(approach, route):
     layout = {"function": "nhwc", "layer": "nchw"}[route]
     case = Case(
-        route=route, approach=approach, layout=layout, inference=True, activation="silu", residual=route == "layer"
+        route=route,
+        approach=approach,
+        layout=layout,
+        inference=True,
+        activation="silu",
+        residual=route == "layer",
     )
     check_in_its_precision(case, seed=2, first=True)
     check_in_its_precision(case, seed=3, first=False)
@@ -281,6 +290,47 @@ def test_reference_agrees_with_the_oracle(approach):
     case = Case(approach=approach, backend="reference", activation="gelu", residual=True, mask=True)
     check_in_its_precision(case, seed=4, first=True)
     check_in_its_precision(case, seed=5, first=False)
+
+
+@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_virtual_batch_has_statistics_of_its_own_and_the_state_moves_by_their_mean(approach, backend):
+    size, shape = 4, (12, 3, 5)
+    random = np.random.default_rng(8)
+    # Every virtual batch with another mean and spread, so that mixing them up shows.
+    x = jnp.asarray(random.standard_normal(shape) * np.repeat([1, 2, 3], size).reshape(-1, 1, 1), jnp.float32)
+    x = x + jnp.repeat(jnp.array([0.0, 4.0, -2.0]), size).reshape(-1, 1, 1)
+    dy = jnp.asarray(random.standard_normal(shape), jnp.float32)
+    settings = dict(approach=approach, momentum=0.9, warmup_period=3, channel_axis=1)
+    given = bn_fused.RunningStats(jnp.ones(3), 2 * jnp.ones(3), jnp.float32(0.5), jnp.int32(1))
+
+    @jax.jit
+    def run(x):
+        def of(x):
+            return bn_fused.batch_norm(x, given, virtual_batch_size=size, backend=backend, **settings)
+
+        y, pullback, new = jax.vjp(of, x, has_aux=True)
+        return y, new, pullback(dy)[0]
+
+    y, new, dx = run(x)
+    definition = oracle.Definition(**settings, rounded_mean=backend == "reference")
+    parts = [oracle.batch_norm(definition, part, given) for part in np.split(np.asarray(x), 3)]
+    assert_close(
+        y, np.concatenate([part.y for part in parts]), np.concatenate([part.y_scale for part in parts])
+    )
+    for name in ("mean", "var"):
+        wanted = np.mean([getattr(part.state, name) for part in parts], 0)
+        scale = np.mean([getattr(part.state_scale, name) for part in parts], 0)
+        assert_close(getattr(new, name), wanted, scale, what=f"running {name}")
+    assert_close(new.zero_frac, parts[0].state.zero_frac, what="zero_frac")
+    assert new.count == parts[0].state.count
+    zeros = np.zeros(3)
+    both = [
+        part.backward(d, zeros, zeros, 0.0)
+        for part, d in zip(parts, np.split(np.asarray(dy), 3), strict=True)
+    ]
+    wanted, scale = (np.concatenate([one.x for one in ones]) for ones in zip(*both, strict=True))
+    assert_close(dx, wanted, scale, what="gradient of x")
 
 
 @st.composite
@@ -329,7 +379,7 @@ def test_a_thousand_combinations_agree_with_the_oracle(case, seed, first, offset
     check_in_its_precision(case, seed, first, offset, spread)
 
 
-# --- the oracle's own gradients --------------------------------------------------------------------------------
+# --- the oracle's own gradients -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -383,7 +433,8 @@ def test_the_oracles_gradients_are_the_numerical_derivatives_of_its_values(appro
         direction = random.standard_normal(np.shape(value))
         ahead = weighted_sum({**point, name: value + step * direction})
         behind = weighted_sum({**point, name: value - step * direction})
-        # The difference quotient is off by step**2 and by the values' roundings over the step, both about 1e-10.
+        # The difference quotient is off by step**2 and by the values' roundings over the step, both about
+        # 1e-10.
         numerical, closed = (ahead - behind) / (2 * step), np.sum(getattr(gradients, name) * direction)
         if approach == "ema_compatibility" and not inference and name == "zero_frac":
             assert closed == 0

@@ -1,8 +1,8 @@
-"""Tolerances, derived and in one place: a constant times the dtype's epsilon times the size of what is summed.
+"""Tolerances, derived and in one place: a constant times the dtype's epsilon times the size of the terms.
 
-`c` counts the roundings that may add up in one direction; 50 covers a formula of a dozen operations on values that
-themselves come from blocked sums. A test says how large the quantities are whose rounding it allows for (`scale`:
-for a sum, the sum of the absolute terms), never how far apart two results were once seen to be.
+`c` counts the roundings that may add up in one direction; 50 covers a formula of a dozen operations on values
+that themselves come from blocked sums. A test says how large the quantities are whose rounding it allows for
+(`scale`: for a sum, the sum of the absolute terms), never how far apart two results were once seen to be.
 """
 
 import math
@@ -24,24 +24,29 @@ def computed_in(dtype):
 
 
 def tol(dtype, n=1, c=C):
-    """c * eps(dtype) * sqrt(n): the relative error of n values of this dtype summed in no particular order."""
+    """c * eps(dtype) * sqrt(n): relative error of n values of this dtype summed in no particular order."""
     return c * eps(dtype) * math.sqrt(n)
 
 
 def assert_close(actual, expected, scale=None, *, dtype=np.float32, stored=None, c=C, what="value"):
-    """Every element of `actual` lies within c * eps * scale of `expected`, float64; the same NaN and infinities.
+    """Every element of `actual` lies within c * eps * scale of `expected`; NaN and infinities are the same.
 
-    `scale`: size of the quantities whose roundings are allowed for, broadcast against `expected`; its absolute value
-    where it is not given. `dtype`: what it was computed in. `stored`: the dtype in which the result is kept, whose
-    own rounding is then allowed once; by default that of `actual`.
+    `scale`: size of the quantities whose roundings are allowed for, broadcast against `expected`; its
+    absolute value where it is not given. `dtype`: what it was computed in. `stored`: the dtype in which the
+    result is kept, whose own rounding is then allowed once; by default that of `actual`.
     """
     stored = jnp.dtype(actual.dtype if stored is None else stored)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, expected {expected.shape}"
-    scale = np.abs(expected) if scale is None else np.broadcast_to(np.asarray(scale, np.float64), expected.shape)
+    scale = (
+        np.abs(expected) if scale is None else np.broadcast_to(np.asarray(scale, np.float64), expected.shape)
+    )
     finite = np.isfinite(expected)
-    same_pattern = np.array_equal(np.where(finite, 0.0, expected), np.where(np.isfinite(actual), 0.0, actual), equal_nan=True)
-    assert same_pattern, f"{what} is not finite in other places than expected: {actual} against {expected}"
+    patterns = (np.where(np.isfinite(array), 0.0, array) for array in (actual, expected))
+    assert np.array_equal(*patterns, equal_nan=True), (
+        f"{what} is not finite in other places than expected: {actual} against {expected}"
+    )
+    assert np.all(np.isfinite(scale[finite])), f"{what}: a scale that is not finite allows everything"
     allowed = c * eps(dtype) * np.where(finite, scale, 0)
     if stored != jnp.dtype(dtype):
         allowed = allowed + eps(stored) * np.abs(np.where(finite, expected, 0))
@@ -52,9 +57,9 @@ def assert_close(actual, expected, scale=None, *, dtype=np.float32, stored=None,
     excess = error / allowed
     worst = np.unravel_index(np.argmax(excess), excess.shape)
     raise AssertionError(
-        f"{what}: {np.count_nonzero(error > allowed)} of {error.size} differ; worst at {tuple(map(int, worst))}: "
-        f"{actual[worst]!r} against {expected[worst]!r}, error {error[worst]:.3g}, allowed {allowed[worst]:.3g} "
-        f"({excess[worst]:.3g} times)"
+        f"{what}: {np.count_nonzero(error > allowed)} of {error.size} differ; worst at "
+        f"{tuple(map(int, worst))}: {actual[worst]:.9g} against {expected[worst]:.9g}, "
+        f"error {error[worst]:.3g}, allowed {allowed[worst]:.3g} ({excess[worst]:.3g} times)"
     )
 
 
@@ -66,6 +71,9 @@ def assert_same_bits(actual, expected, what="value"):
     )
     if actual.tobytes() == expected.tobytes():
         return
-    different = np.count_nonzero(actual.view(f"u{actual.dtype.itemsize}") != expected.view(f"u{actual.dtype.itemsize}"))
+    bits = f"u{actual.dtype.itemsize}"
+    different = np.count_nonzero(actual.view(bits) != expected.view(bits))
     gap = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)))
-    raise AssertionError(f"{what}: {different} of {actual.size} values differ in their bits, by up to {gap:.3g}")
+    raise AssertionError(
+        f"{what}: {different} of {actual.size} values differ in their bits, by up to {gap:.3g}"
+    )
