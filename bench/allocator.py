@@ -5,9 +5,15 @@ import platform
 import sys
 
 # glibc hands large blocks back to the kernel when they are freed, so that every new output array is paid for
-# again in page faults: on a CPU that costs more than the arithmetic that is to be timed. Above these sizes
-# (bytes) it still does so; an array of a benchmark stays below them.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
+# again in page faults: on a CPU that costs more than the arithmetic that is to be timed. Above the two thresholds
+# (bytes) it still does so; an array of a benchmark stays below them. A single arena, which grows by half a gigabyte
+# at a time, because the arenas of further threads are handed back whatever the thresholds say.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_TOP_PAD_": str(512 << 20),
+}
 
 
 def keeps_freed_memory() -> bool:

@@ -99,7 +99,15 @@ TARGETS = _table(
     GpuTarget("h200", "NVIDIA H200", (9, 0), 132, 1.98, 233472, 150_000_000_000, 4_800_000_000_000, 50 << 20),
     GpuTarget("b200", "NVIDIA B200", (10, 0), 148, 1.96, 233472, 190_000_000_000, 8_000_000_000_000, 126 << 20),
     GpuTarget(
-        "a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 167936, 85_000_000_000, 2_039_000_000_000, 40 << 20
+        "a100",
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+        108,
+        1.41,
+        167936,
+        85_000_000_000,
+        2_039_000_000_000,
+        40 << 20,
     ),
     TpuTarget("v4", "v4:2x2x1", "v4-8"),
     TpuTarget("v5e", "v5e:2x2", "v5litepod-4"),
@@ -138,8 +146,10 @@ def missing(target: str) -> str | None:
     """None if the compiler for a target is installed, else one sentence: what is missing and how to install it."""
     platform = target_named(target).platform
     found = {
-        CUDA: lambda: importlib.util.find_spec("jax_plugins") is not None
-        and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None,
+        CUDA: lambda: (
+            importlib.util.find_spec("jax_plugins") is not None
+            and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+        ),
         TPU: lambda: importlib.util.find_spec("libtpu") is not None,
     }[platform]()
     if found:

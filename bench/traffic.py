@@ -113,9 +113,7 @@ class Traffic:
         return f"{self.reads:g}R + {self.writes:g}W in {self.launches} launches"
 
 
-def passes(
-    hlo_text: str, x_elements: int, x_bytes: int, *, smallest: float = 1 / 32, padded: bool = False
-) -> Traffic:
+def passes(hlo_text: str, x_elements: int, x_bytes: int, *, smallest: float = 1 / 32, padded: bool = False) -> Traffic:
     """Count the passes over x in an optimised HLO module.
 
     **Arguments:**
@@ -216,7 +214,11 @@ def _arrays(type_text: str) -> Iterator[Array]:
         bits = _bits(dtype)
         padded = _padded_elements(sizes, layout)
         yield Array(
-            f"{dtype}[{dimensions}]{layout}", elements, -(-elements * bits // 8), -(-padded * bits // 8), _ON_CHIP.search(layout) is not None
+            f"{dtype}[{dimensions}]{layout}",
+            elements,
+            -(-elements * bits // 8),
+            -(-padded * bits // 8),
+            _ON_CHIP.search(layout) is not None,
         )
 
 
@@ -273,7 +275,10 @@ class _Counter:
                 continue
             launches += 1
             access = Access(
-                instruction.name, opcode, self._reads(instruction, instructions), self._writes(instruction, instructions)
+                instruction.name,
+                opcode,
+                self._reads(instruction, instructions),
+                self._writes(instruction, instructions),
             )
             reads, writes = reads + access.reads, writes + access.writes
             if access.reads or access.writes:
@@ -321,7 +326,9 @@ class _Counter:
             # The result of an asynchronous copy or slice lists its operand again, then where the data go.
             from_chip = all(array.on_chip for array in self._operand_arrays(instruction, instructions))
             moved = self._destinations(instruction, instructions)
-            return 0.0 if from_chip else self._passes(tuple(dataclasses.replace(array, on_chip=False) for array in moved))
+            return (
+                0.0 if from_chip else self._passes(tuple(dataclasses.replace(array, on_chip=False) for array in moved))
+            )
         # How many elements of each source are read; a source that several operands share is read once.
         touched: dict[str, float] = {}
         for index, operand in enumerate(instruction.operands):
@@ -341,7 +348,11 @@ class _Counter:
             return math.inf
         fused = self._fused(instruction)
         parameter = next(
-            (inner for inner in fused.values() if inner.opcode == "parameter" and inner.arguments.strip() == str(index)),
+            (
+                inner
+                for inner in fused.values()
+                if inner.opcode == "parameter" and inner.arguments.strip() == str(index)
+            ),
             None,
         )
         return self._elements_used(parameter.name, fused) if parameter else math.inf
@@ -374,7 +385,8 @@ class _Counter:
         if not users:
             return instructions[name].root
         return all(
-            (user.opcode == "tuple" and user.root) or (user.opcode == "bitcast" and self._is_result(user.name, instructions))
+            (user.opcode == "tuple" and user.root)
+            or (user.opcode == "bitcast" and self._is_result(user.name, instructions))
             for user in users
         )
 

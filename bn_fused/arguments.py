@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .kernels.activations import ACTIVATIONS
 from .kernels.registry import FLOATING, check_backend_name
 
 LOW_PRECISION = ("bfloat16", "float16")
+_PACKAGES = (__package__, "equinox", "jax")  # whose lines a warning does not point at
 STATE_DTYPES = ("float32", "float64")
 
 
@@ -163,29 +165,29 @@ def broadcast_mask(mask, x, axis):
     return jnp.expand_dims(mask, axis)
 
 
+def warn(message):
+    """A UserWarning that points at the first line outside of this package, Equinox and JAX."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1)
+
+
 def warn_of_few_values(settings, positions, examples):
     """One warning where a training step has too little to estimate a variance from."""
     if positions == 1:
-        warnings.warn(
-            "a single value per channel: its variance is 0, and the output does not depend on x",
-            UserWarning,
-            stacklevel=4,
-        )
+        warn("a single value per channel: its variance is 0, and the output does not depend on x")
     elif settings.approach == "batch" and settings.debias == "axis" and examples == 1:
-        warnings.warn(
+        warn(
             f'a batch of one example with debias="axis" multiplies the running variance by 1/eps = {1 / settings.eps:g}; '
-            'debias="samples" or "none" does not',
-            UserWarning,
-            stacklevel=4,
+            'debias="samples" or "none" does not'
         )
 
 
 def warn_of_low_precision(dtype):
     """One warning where running statistics were cast to 16 bits after their construction."""
     if jnp.dtype(dtype).name in LOW_PRECISION:
-        warnings.warn(
+        warn(
             f"the running statistics are {jnp.dtype(dtype).name}: the update is computed in float32 and rounded back, "
-            "and small updates are lost; keep them in float32",
-            UserWarning,
-            stacklevel=4,
+            "and small updates are lost; keep them in float32"
         )

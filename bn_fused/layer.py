@@ -1,6 +1,5 @@
 """`BatchNorm`: the Equinox layer."""
 
-import warnings
 from collections.abc import Hashable, Sequence
 
 import equinox as eqx
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from . import arguments
 from .step import Call, RunningStats, infer, train
 
-_MODES = {"ema": ("ema_compatibility", None), "batch": ("batch", "none")}
+_MODES = {"ema": "ema_compatibility", "batch": "batch"}
 
 
 class BatchNorm(eqx.nn.StatefulLayer):
@@ -119,7 +118,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         dtype=None,
         *,
         activation: str | None = None,
-        debias: str | None = None,
+        debias: str = "axis",
         virtual_batch_size: int | None = None,
         backend: str = "auto",
         mode: str | None = None,
@@ -147,8 +146,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,
             and the running statistics move by the mean over these virtual batches.
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
-        - `mode`: `equinox.nn.BatchNorm`'s spelling: "ema" is `approach="ema_compatibility"`, "batch" is
-            `approach="batch", debias="none"`.
+        - `mode`: `equinox.nn.BatchNorm`'s spelling, in place of `approach`: "ema" is `approach="ema_compatibility"`,
+            "batch" is `approach="batch"` with `debias="none"` where the default is not replaced.
 
         **Raises:**
 
@@ -252,14 +251,12 @@ def _approach_and_debias(approach, mode, debias):
         if approach is not None:
             raise ValueError(f"mode is {mode!r} and approach is {approach!r}: give one of them")
         arguments.one_of("mode", mode, _MODES)
-        approach, from_mode = _MODES[mode]
-        debias = from_mode if debias is None else debias
+        approach = _MODES[mode]
+        debias = "none" if debias == "axis" else debias
     if approach is None:
-        warnings.warn(
+        arguments.warn(
             'approach is not given, and "ema_compatibility" is used, as equinox.nn.BatchNorm does by default. It '
-            'trains unstably: approach="batch" or approach="ema" is better for new code.',
-            UserWarning,
-            stacklevel=4,
+            'trains unstably: approach="batch" or approach="ema" is better for new code.'
         )
         approach = "ema_compatibility"
-    return approach, "axis" if debias is None else debias
+    return approach, debias

@@ -172,6 +172,8 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
 def _reference_step(call, mix, averaged, devices, x, stats, weight, bias, residual, mask):
     del averaged, devices
     wide = mix.zero_frac.dtype
+    # Widened once for both uses, so that the gradient of a 16-bit x is added up before it is rounded.
+    dtype, x = x.dtype, x.astype(accumulation_dtype(x.dtype))
     mean, var = reference.moments(call, x, mask)
     running_mean, running_var = stats.mean.astype(wide), stats.var.astype(wide)
     step = approaches.definition(
@@ -191,7 +193,7 @@ def _reference_step(call, mix, averaged, devices, x, stats, weight, bias, residu
         unchanged = approaches.Step(norm_mean, norm_var, running_mean, running_var)
         step = approaches.Step(*(jnp.where(mix.nothing, old, new) for old, new in zip(unchanged, step, strict=True)))
     y = reference.normalise(call, x, step.norm_mean, step.norm_var, weight, bias, residual)
-    return y, step.running_mean, step.running_var
+    return y.astype(dtype), step.running_mean, step.running_var
 
 
 def _normalise(call, x, mean, offset, norm_var, weight, bias, residual):

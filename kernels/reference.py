@@ -34,7 +34,8 @@ def fused_batch_norm(x, weight, bias, running_mean, running_var, coefficients, r
     dtype = widest(x.dtype, running_mean.dtype)
 
     def one_channel(values, weight, bias, running_mean, running_var, c):
-        mean, var = moments(values.astype(accumulation_dtype(values.dtype)), jnp.mean)
+        values = values.astype(accumulation_dtype(values.dtype))
+        mean, var = moments(values, jnp.mean)
         mean, var = mean.astype(dtype), var.astype(dtype)
         norm_mean = c.batch * mean + c.running * running_mean
         norm_var = c.batch * var + c.running * running_var + c.constant

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from tolerances import assert_same_bits
+from tolerances import assert_close, assert_same_bits
 
 APPROACHES = ("batch", "ema", "ema_compatibility")
 CHANNELS = 5
@@ -192,7 +192,7 @@ def test_reference_gives_the_bits_of_the_inference_formula(approach, dtype, jitt
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("approach", APPROACHES)
 def test_references_gradients_are_those_of_the_definition(approach, dtype):
-    """Differentiated by JAX through the same operations: the same bits."""
+    """Differentiated by JAX through the same operations: it may add cotangents in another order."""
     with jax.enable_x64(dtype == np.float64):
         xs, weight, bias = inputs(SHAPES["maps"], dtype, True, steps=2)
         dy = jnp.asarray(np.random.default_rng(3).standard_normal(SHAPES["maps"]), dtype)
@@ -214,7 +214,9 @@ def test_references_gradients_are_those_of_the_definition(approach, dtype):
 
         names = ("x", "mean", "var", "zero_frac", "weight", "bias")
         for name, ours, plain in zip(names, gradients(function_step), gradients(plain_step), strict=True):
-            assert_same_bits(ours, plain, f"gradient of {name}")
+            # Sums of some hundred terms, none larger than the largest result or one.
+            plain = np.asarray(plain, np.float64)
+            assert_close(ours, plain, 1 + np.max(np.abs(plain)), dtype=dtype, what=f"gradient of {name}")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -239,8 +241,7 @@ def test_ema_compatibility_gives_the_bits_of_equinox(affine, jitted, steps, dtyp
 
         layers, states = zip(ours, theirs, strict=True)
         if affine:
-            parameters = lambda tree: (tree.weight, tree.bias)
-            layers = [eqx.tree_at(parameters, layer, (weight, bias)) for layer in layers]
+            layers = [eqx.tree_at(lambda t: (t.weight, t.bias), layer, (weight, bias)) for layer in layers]
         indices = layers[0].state_index, layers[1].ema_state_index
         for number, x in enumerate(xs):
             results = [step(layer, state, x, False) for layer, state in zip(layers, states, strict=True)]

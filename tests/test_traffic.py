@@ -1,6 +1,7 @@
 """Passes over x that the layer makes through a GPU's memory, counted in its HLO compiled for an H200, without one.
 
-The compiler runs in a process of its own, because a process compiles for one GPU only.
+The compiler runs in a process of its own, because a process compiles for one GPU only. At the end, the tests of
+`bn_fused.bench.deviceless` itself.
 """
 
 import json
@@ -8,12 +9,11 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from bn_fused.bench import deviceless
-
-MISSING = deviceless.missing("h200")
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 # NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
 LAYOUTS = {"NCHW": (32, 64, 56, 56), "NHWC": (32, 56, 56, 64)}
@@ -32,7 +32,7 @@ COMPILE = """
 import json, math, sys
 import equinox as eqx, jax, jax.numpy as jnp
 import bn_fused
-from bn_fused.bench.deviceless import compile_for
+from bn_fused.bench.deviceless import DevicelessUnavailable, compile_for
 from bn_fused.bench.traffic import passes
 
 def layer_step(shape, options):
@@ -84,17 +84,25 @@ def count(layout, dtype, shape, options):
         }
     return figures
 
-cases = json.load(sys.stdin)
-json.dump([count(*case) for case in cases], sys.stdout)
+counts = [count(*case) for case in json.load(sys.stdin)]
+try:
+    compile_for("a100", jnp.sin, jnp.ones(3))
+    second = None
+except DevicelessUnavailable as error:
+    second = str(error)
+json.dump([counts, second], sys.stdout)
 """
 
 
 @pytest.fixture(scope="module")
-def counted():
-    """The traffic of every case, forward and backward."""
+def compiled():
+    """What the process that compiles found: each case's traffic, forward and backward, and how it refused an A100."""
+    missing = deviceless.missing("h200")
+    if missing is not None:
+        pytest.skip(missing)
     cases = [(layout, dtype, LAYOUTS[layout], OPTIONS[option]) for layout, dtype, option in CASES]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    compiled = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", COMPILE],
         input=json.dumps(cases),
         capture_output=True,
@@ -102,8 +110,14 @@ def counted():
         timeout=300,
         env=environment | {"JAX_PLATFORMS": "cpu"},
     )
-    assert compiled.returncode == 0, compiled.stderr[-4000:]
-    return dict(zip(CASES, json.loads(compiled.stdout), strict=True))
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+@pytest.fixture(scope="module")
+def counted(compiled):
+    """The traffic of every case."""
+    return dict(zip(CASES, compiled[0], strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -129,3 +143,52 @@ def test_the_counts_are_not_empty(counted, case):
     # No implementation reads x less than once in the forward, x and dy less than once in the backward.
     assert counted[case]["forward"]["reads"] >= 1 and counted[case]["forward"]["writes"] >= 1
     assert counted[case]["backward"]["reads"] >= 2 and counted[case]["backward"]["writes"] >= 1
+
+
+def test_a_second_gpu_is_refused_in_the_same_process(compiled):
+    assert "compiles for h200" in compiled[1]
+    assert "a100" in compiled[1]
+
+
+def test_the_requirements_are_those_of_the_installed_jax():
+    version = jax.__version__
+    assert deviceless.requirements("cuda") == (f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}")
+    (libtpu,) = deviceless.requirements("tpu")
+    assert libtpu.startswith("libtpu==")
+    assert not set(libtpu) & set(" ;\"'")
+
+
+def test_the_requirements_print_without_the_bench_extra():
+    script = (
+        "import sys; sys.modules.update(click=None, rich=None, sklearn=None)\n"
+        "from bn_fused.bench import deviceless; sys.exit(deviceless.main(['cuda', 'tpu']))"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.split() == [*deviceless.requirements("cuda"), *deviceless.requirements("tpu")]
+
+
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda name: None)
+    for target, platform in {"b200": "cuda", "v5e": "tpu"}.items():
+        command = (
+            rf"{target} is not installed: pip install --no-deps \$\(python -m bn_fused.bench.deviceless {platform}\)"
+        )
+        with pytest.raises(deviceless.DevicelessUnavailable, match=command):
+            deviceless.compile_for(target, jnp.sin, jnp.ones(3))
+
+
+def test_unknown_targets_and_platforms_are_refused_by_name(capsys):
+    with pytest.raises(ValueError, match="target is 'h2000'; accepted are 'h200'"):
+        deviceless.compile_for("h2000", jnp.sin, jnp.ones(3))
+    with pytest.raises(ValueError, match="platform is 'metal'"):
+        deviceless.requirements("metal")
+    with pytest.raises(SystemExit) as exit_:
+        deviceless.main(["metal"])
+    assert exit_.value.code == 2
+    assert "unknown platform 'metal'" in capsys.readouterr().err
+
+
+def test_without_arguments_every_target_is_listed(capsys):
+    assert deviceless.main([]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(deviceless.TARGETS)

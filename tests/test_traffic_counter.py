@@ -240,7 +240,10 @@ ENTRY %main (which: s32[], x: f32[64,1024]) -> f32[64,1024] {
   ROOT %y = f32[64,1024]{1,0} conditional(%which, %x, %x), BRANCHES
 }
 """
-    for branches in ("branch_computations={%cheap, %dear}", "true_computation=%dear, false_computation=%cheap"):
+    for branches in (
+        "branch_computations={%cheap, %dear}",
+        "true_computation=%dear, false_computation=%cheap",
+    ):
         assert figures(count(text.replace("BRANCHES", branches))) == (1, 1, 1)
 
 
@@ -324,6 +327,29 @@ ENTRY %main (x: f32[64,1024], rows: f32[16,1024], start: s32[]) -> f32[64,1024] 
     assert figures(traffic) == (0.5, 0.5, 2)
 
 
+def test_a_fusion_with_two_results_writes_each_as_it_is():
+    # One result is updated in place (a quarter of x), the other is all of x.
+    traffic = count("""
+%fused (param_0: f32[64,1024], param_1: f32[16,1024], param_2: f32[64,1024]) -> (f32[64,1024], f32[64,1024]) {
+  %param_0 = f32[64,1024]{1,0} parameter(0)
+  %param_1 = f32[16,1024]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %update = f32[64,1024]{1,0} dynamic-update-slice(%param_0, %param_1, %zero, %zero)
+  %param_2 = f32[64,1024]{1,0} parameter(2)
+  %negate = f32[64,1024]{1,0} negate(%param_2)
+  ROOT %both = (f32[64,1024]{1,0}, f32[64,1024]{1,0}) tuple(%update, %negate)
+}
+
+ENTRY %main (x: f32[64,1024], rows: f32[16,1024], dy: f32[64,1024]) -> (f32[64,1024], f32[64,1024]) {
+  %x = f32[64,1024]{1,0} parameter(0)
+  %rows = f32[16,1024]{1,0} parameter(1)
+  %dy = f32[64,1024]{1,0} parameter(2)
+  ROOT %both = (f32[64,1024]{1,0}, f32[64,1024]{1,0}) fusion(%x, %rows, %dy), kind=kLoop, calls=%fused
+}
+""")
+    assert figures(traffic) == (1.25, 1.25, 1)
+
+
 def test_the_padding_of_tiled_layouts_counts_on_request():
     # 12 x 100 in tiles of 8 x 128 fills 16 x 128; the minor dimension is the first of the layout.
     for layout in ("{1,0:T(8,128)}", "{1,0:T(8,128)(2,1)}"):
@@ -339,8 +365,17 @@ ENTRY %main (x: f32[12,100]) -> f32[12,100] {{
 
 
 def test_sizes_of_all_dtypes_are_known():
-    for dtype, nbytes in {"bf16": 200, "pred": 100, "s4": 50, "f8e4m3fn": 100, "c64": 800, "u64": 800}.items():
-        module = parse(f"ENTRY %main (x: {dtype}[<=10,10]) -> {dtype}[<=10,10] {{\n  ROOT %x = {dtype}[<=10,10] parameter(0)\n}}")
+    for dtype, nbytes in {
+        "bf16": 200,
+        "pred": 100,
+        "s4": 50,
+        "f8e4m3fn": 100,
+        "c64": 800,
+        "u64": 800,
+    }.items():
+        module = parse(
+            f"ENTRY %main (x: {dtype}[<=10,10]) -> {dtype}[<=10,10] {{\n  ROOT %x = {dtype}[<=10,10] parameter(0)\n}}"
+        )
         assert module.computations["main"]["x"].arrays[0].nbytes == nbytes
 
 

@@ -5,217 +5,39 @@ are JAX's own. A program is one way to call the layer on a batch (`STRUCTURES`) 
 (`DERIVATIVES`); each is a function of all differentiable inputs, the incoming running statistics among them.
 """
 
+import collections
 import dataclasses
 import functools
-from typing import NamedTuple
 
-import bn_fused
 import equinox as eqx
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from tolerances import assert_close
+from programs import (
+    CASES,
+    EXAMPLES,
+    IN_AXES,
+    MORE_CASES,
+    OUT_AXES,
+    STATE_MAPPED,
+    Function,
+    Inputs,
+    Outputs,
+    Program,
+    another,
+    assert_trees_close,
+    inputs_and_count,
+    mask_of,
+    scalar,
+    stacked,
+    varied,
+    with_state,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-EXAMPLES, CHANNELS, POSITIONS = 4, 3, 2
-WARMUP_PERIOD = 3
-
-
-class Inputs(NamedTuple):
-    """What a step is differentiated with respect to; `residual` may be None."""
-
-    x: jax.Array
-    residual: jax.Array | None
-    weight: jax.Array
-    bias: jax.Array
-    mean: jax.Array
-    var: jax.Array
-    zero_frac: jax.Array
-
-
-class Outputs(NamedTuple):
-    """What a step gives, its int32 counter apart."""
-
-    y: jax.Array
-    mean: jax.Array
-    var: jax.Array
-    zero_frac: jax.Array
-
-
-IN_AXES = Inputs(0, 0, None, None, None, None, None)
-OUT_AXES = Outputs(0, None, None, None)
-EACH_ITS_OWN = Outputs(0, 0, 0, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """The static options of a layer."""
-
-    approach: str
-    activation: str | None = None
-    residual: bool = False
-    mask: bool = False
-    inference: bool = False
-    virtual_batch_size: int | None = None
-
-
-CASES = {
-    "batch": Case("batch"),
-    "ema-all": Case("ema", "silu", residual=True, mask=True),
-    "ema_compatibility-all": Case("ema_compatibility", "relu", residual=True, mask=True),
-}
-MORE_CASES = {
-    "batch-all": Case("batch", "gelu", residual=True, mask=True),
-    "batch-leaky_relu": Case("batch", "leaky_relu", residual=True),
-    "ema": Case("ema"),
-    "ema_compatibility": Case("ema_compatibility"),
-    "inference": Case("ema", inference=True),
-    "inference-all": Case("batch", "silu", residual=True, inference=True),
-    "virtual": Case("batch", virtual_batch_size=2),
-    "virtual-all": Case("ema", "silu", residual=True, mask=True, virtual_batch_size=2),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A layer's step as a function of `Inputs`; the mask [examples, positions] (or None) and the counter are given."""
-
-    case: Case
-    backend: str
-    mask: jax.Array | None
-    count: jax.Array
-    axis_name: object = "batch"
-
-    def step(self, inputs, mask):
-        """One example, under the vmap that names its axis; returns `Outputs` and the counter."""
-        case = self.case
-        layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(
-            CHANNELS,
-            self.axis_name,
-            case.approach,
-            momentum=0.9,
-            warmup_period=WARMUP_PERIOD,
-            inference=case.inference,
-            activation=case.activation,
-            virtual_batch_size=case.virtual_batch_size,
-            backend=self.backend,
-        )
-        layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (inputs.weight, inputs.bias))
-        state = state.set(layer.state_index, (inputs.mean, inputs.var))
-        state = state.set(layer.zero_frac_index, inputs.zero_frac)
-        state = state.set(layer.count_index, self.count)
-        y, state = layer(inputs.x, state, residual=inputs.residual, mask=mask)
-        outputs = Outputs(y, *state.get(layer.state_index), state.get(layer.zero_frac_index))
-        return outputs, state.get(layer.count_index)
-
-    def example(self, inputs, mask):
-        """One example, without the counter."""
-        return self.step(inputs, mask)[0]
-
-    def batch(self, inputs, wrap=lambda function: function, in_axes=IN_AXES, out_axes=OUT_AXES):
-        """The whole batch: `wrap(example)` under the named vmap."""
-        mapped = jax.vmap(
-            wrap(self.example),
-            in_axes=(in_axes, 0),
-            out_axes=out_axes,
-            axis_name=self.axis_name,
-            axis_size=EXAMPLES,
-        )
-        return mapped(inputs, self.mask)
-
-    def counted_batch(self, inputs):
-        """The whole batch; returns `Outputs` and the program of the next step."""
-        mapped = jax.vmap(self.step, axis_name=self.axis_name, in_axes=(IN_AXES, 0), out_axes=(OUT_AXES, None))
-        outputs, count = mapped(inputs, self.mask)
-        return outputs, dataclasses.replace(self, count=count)
-
-
-class Function(Program):
-    """The same for the functional form, which takes the whole batch."""
-
-    def counted_batch(self, inputs, axis_name=None):
-        case = self.case
-        stats = bn_fused.RunningStats(inputs.mean, inputs.var, inputs.zero_frac, self.count)
-        y, stats = bn_fused.batch_norm(
-            inputs.x,
-            stats,
-            inputs.weight,
-            inputs.bias,
-            approach=case.approach,
-            momentum=0.9,
-            warmup_period=WARMUP_PERIOD,
-            channel_axis=1,
-            axis_name=axis_name,
-            activation=case.activation,
-            residual=inputs.residual,
-            mask=self.mask,
-            virtual_batch_size=case.virtual_batch_size,
-            inference=case.inference,
-            backend=self.backend,
-        )
-        return Outputs(y, stats.mean, stats.var, stats.zero_frac), dataclasses.replace(self, count=stats.count)
-
-    def batch(self, inputs):
-        return self.counted_batch(inputs)[0]
-
-
-# --- data ------------------------------------------------------------------------------------------------------
-
-
-def inputs_and_count(case, later, shape=(EXAMPLES,)):
-    """The inputs of a layer's first step, or of a later one with running statistics from elsewhere."""
-    rng = np.random.default_rng(later)
-    shape = (*shape, CHANNELS, POSITIONS)
-    inputs = Inputs(
-        x=2 * rng.standard_normal(shape) + 1,
-        residual=rng.standard_normal(shape) if case.residual else None,
-        weight=1 + 0.3 * rng.standard_normal(CHANNELS),
-        bias=rng.standard_normal(CHANNELS),
-        mean=rng.standard_normal(CHANNELS) if later else np.zeros(CHANNELS),
-        var=1 + rng.random(CHANNELS) if later else np.zeros(CHANNELS),
-        zero_frac=np.asarray(0.3 if later else 1.0),
-    )
-    return jax.tree.map(jnp.asarray, inputs), jnp.asarray(1 if later else 0, jnp.int32)
-
-
-def mask_of(case):
-    """One example counts whole, one in part, one not at all."""
-    mask = [[True, True], [False, True], [False, False], [True, True]]
-    return jnp.asarray(mask) if case.mask else None
-
-
-def scalar(outputs):
-    """A number to which every value contributes, none of them linearly and no two alike."""
-
-    def total(values):
-        return jnp.sum(jnp.reshape(jnp.cos(jnp.arange(values.size, dtype=values.dtype)), values.shape) * values + values**2)
-
-    return sum(total(values) for values in jax.tree.leaves(outputs))
-
-
-def another(inputs, seed=7):
-    """Inputs of the same shapes that point elsewhere: a tangent."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda value: jnp.asarray(rng.standard_normal(value.shape)), inputs)
-
-
-def stacked(inputs, *others):
-    """Several inputs along a new leading axis."""
-    return jax.tree.map(lambda *values: jnp.stack(values), inputs, *others)
-
-
-def varied(inputs, scale):
-    """Inputs of the same kind with other values; the variance stays positive, zero_frac what it is."""
-    changed = jax.tree.map(lambda value: value * scale + 0.1, inputs)
-    return changed._replace(var=inputs.var * scale, zero_frac=inputs.zero_frac)
-
-
-def with_state(inputs, outputs):
-    """The inputs of the step after the one that gave these outputs."""
-    return inputs._replace(mean=outputs.mean, var=outputs.var, zero_frac=outputs.zero_frac)
 
 
 # --- ways to call the layer ------------------------------------------------------------------------------------
@@ -297,7 +119,7 @@ def two_names_in_the_other_order(program, inputs):
 
 @structure
 def inner_of_two_names(program, inputs):
-    return _nested(dataclasses.replace(program, axis_name="b"), inputs, "a", "b", EACH_ITS_OWN)
+    return _nested(dataclasses.replace(program, axis_name="b"), inputs, "a", "b", STATE_MAPPED)
 
 
 @structure
@@ -342,7 +164,7 @@ def ensemble_outside_of_weights(program, inputs):
 @structure
 def ensemble_inside(program, inputs):
     def members(inputs, mask):
-        return jax.vmap(program.example, in_axes=(IN_AXES, None), out_axes=EACH_ITS_OWN)(
+        return jax.vmap(program.example, in_axes=(IN_AXES, None), out_axes=STATE_MAPPED)(
             inputs._replace(**{
                 name: jnp.stack([value, 1.5 * value])
                 for name, value in (("x", inputs.x), ("residual", inputs.residual))
@@ -360,7 +182,7 @@ def ensemble_inside_with_its_own_weights_and_state(program, inputs):
     inside = Inputs(None, None, 0, 0, 0, 0, 0)
 
     def members(inputs, mask):
-        return jax.vmap(program.example, in_axes=(inside, None), out_axes=EACH_ITS_OWN)(inputs, mask)
+        return jax.vmap(program.example, in_axes=(inside, None), out_axes=STATE_MAPPED)(inputs, mask)
 
     return jax.vmap(members, axis_name="batch", in_axes=(IN_AXES, 0))(many, program.mask)
 
@@ -374,7 +196,7 @@ def ensembles_outside_and_inside(program, inputs):
 @structure
 def x_the_same_for_all(program, inputs):
     inputs = inputs._replace(x=inputs.x[1])
-    return program.batch(inputs, in_axes=IN_AXES._replace(x=None))
+    return program.batch(inputs, in_axes=IN_AXES._replace(x=None), size=EXAMPLES)
 
 
 @structure
@@ -401,31 +223,31 @@ def _differing(inputs, *names):
 def state_of_each_example(program, inputs):
     names = ("mean", "var", "zero_frac")
     return program.batch(
-        _differing(inputs, *names), in_axes=IN_AXES._replace(mean=0, var=0, zero_frac=0), out_axes=EACH_ITS_OWN
+        _differing(inputs, *names), in_axes=IN_AXES._replace(mean=0, var=0, zero_frac=0), out_axes=STATE_MAPPED
     )
 
 
 @structure
 def running_mean_of_each_example(program, inputs):
-    return program.batch(_differing(inputs, "mean"), in_axes=IN_AXES._replace(mean=0), out_axes=EACH_ITS_OWN)
+    return program.batch(_differing(inputs, "mean"), in_axes=IN_AXES._replace(mean=0), out_axes=STATE_MAPPED)
 
 
 @structure
 def weights_of_each_example(program, inputs):
     axes = IN_AXES._replace(weight=0, bias=0)
-    return program.batch(_differing(inputs, "weight", "bias"), in_axes=axes, out_axes=EACH_ITS_OWN)
+    return program.batch(_differing(inputs, "weight", "bias"), in_axes=axes, out_axes=STATE_MAPPED)
 
 
 @structure
 def bias_of_each_example(program, inputs):
-    return program.batch(_differing(inputs, "bias"), in_axes=IN_AXES._replace(bias=0), out_axes=EACH_ITS_OWN)
+    return program.batch(_differing(inputs, "bias"), in_axes=IN_AXES._replace(bias=0), out_axes=STATE_MAPPED)
 
 
 @structure
 def one_x_and_the_state_of_each_example(program, inputs):
     inputs = _differing(inputs, "mean", "var", "zero_frac")._replace(x=inputs.x[1])
     axes = IN_AXES._replace(x=None, mean=0, var=0, zero_frac=0)
-    return program.batch(inputs, in_axes=axes, out_axes=EACH_ITS_OWN)
+    return program.batch(inputs, in_axes=axes, out_axes=STATE_MAPPED)
 
 
 @structure
@@ -719,32 +541,17 @@ def third_derivative(program, inputs):
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def assert_trees_close(actual, expected):
-    """Every leaf agrees to c * eps * sqrt(n) of the largest number in its result, n the values of a channel.
-
-    Both sides compute the same sums of up to n terms in float64, in another order. The sizes of the terms are not those
-    of the results, which may cancel (a gradient of x sums to zero): the largest of all results stands for them.
-    """
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    leaves = jax.tree.leaves(expected)
-    assert leaves
-    scale = max(1.0, *(float(jnp.max(jnp.abs(leaf))) for leaf in leaves)) * np.sqrt(EXAMPLES * POSITIONS)
-    for (path, got), want in zip(jax.tree_util.tree_leaves_with_path(actual), leaves, strict=True):
-        assert got.dtype == want.dtype == jnp.float64, jax.tree_util.keystr(path)
-        assert_close(got, want, scale, dtype=np.float64, what=jax.tree_util.keystr(path))
-
-
 def compare(function, case, program_type=Program, compiled=True):
-    """Run a function of (program, inputs) with the fused operation and with the reference, first and later step."""
+    """Run a function of (program, inputs) on the fused operation and on the layer's reference, first and later step."""
 
-    def run(backend):
+    def run(program_type, backend):
         def call(inputs, count):
             return function(program_type(case, backend, mask_of(case), count), inputs)
 
         # Most of the time here is LLVM's, which has nothing to do with what is compared.
         return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0}) if compiled else call
 
-    fused, reference = run("auto"), run("reference")
+    fused, reference = run(program_type, "auto"), run(Program, "reference")
     for later in (False, True):
         arguments = inputs_and_count(case, later)
         assert_trees_close(fused(*arguments), reference(*arguments))
@@ -761,8 +568,20 @@ def with_gradient(structure):
 
 
 PROGRAMS = {**{name: with_gradient(build) for name, build in STRUCTURES.items()}, **DERIVATIVES}
-# Each of these in every case, the others in one of the three main ones by turns; all of them in all with -m slow.
+# Each of these in every main case, the others in one of them by turns; all in all cases with -m slow.
 IN_EVERY_CASE = ("vmap", "value_and_grad", "per_example_gradients", "hessian_forward_over_reverse")
+# What calls nothing but whole batches, and so runs with the functional form as it is.
+OF_WHOLE_BATCHES = (
+    "vmap",
+    "jit_around_vmap",
+    "checkpoint_around_vmap",
+    "ensemble_outside",
+    "ensemble_outside_of_weights",
+    "scan_around_vmap",
+    "jvp_of_one_input_at_a_time",
+    "hessian_reverse_over_forward",
+    "vjp_under_vmap",
+)
 
 
 def grid():
@@ -771,8 +590,16 @@ def grid():
         for case_name, case in {**CASES, **MORE_CASES}.items():
             if case.virtual_batch_size is not None and ("_names" in name or name == "everything_the_same_for_all"):
                 continue  # virtual batches are consecutive examples of one vmap
-            by_default = name in IN_EVERY_CASE or case_name == main[index % len(main)]
+            by_default = case_name == main[index % len(main)] or (name in IN_EVERY_CASE and case_name in main)
             marks = () if by_default else pytest.mark.slow
+            yield pytest.param(name, case, id=f"{name}-{case_name}", marks=marks)
+
+
+def functional_grid():
+    main = list(CASES)
+    for index, name in enumerate(OF_WHOLE_BATCHES):
+        for case_name, case in {**CASES, **MORE_CASES}.items():
+            marks = () if case_name == main[index % len(main)] else pytest.mark.slow
             yield pytest.param(name, case, id=f"{name}-{case_name}", marks=marks)
 
 
@@ -781,6 +608,147 @@ def test_agrees_with_plain_autodiff_of_the_definition(name, case):
     compare(PROGRAMS[name], case)
 
 
+@pytest.mark.parametrize("name", ["vmap", "ensemble_outside", "per_example_gradients", "hessian_reverse_over_reverse"])
+@pytest.mark.parametrize("case_name", ["inference-all", "virtual-all"])
+def test_inference_and_virtual_batches_agree_with_plain_autodiff_of_the_definition(case_name, name):
+    compare(PROGRAMS[name], MORE_CASES[case_name])
+
+
+@pytest.mark.parametrize(("name", "case"), list(functional_grid()))
+def test_the_functional_form_agrees_with_plain_autodiff_of_the_definition(name, case):
+    compare(PROGRAMS[name], case, program_type=Function)
+
+
+def test_the_functional_form_averages_over_an_outer_name_too():
+    case = CASES["ema-all"]
+
+    def run(program, inputs):
+        if program.backend == "reference":
+            return program.batch(inputs)
+
+        def halves(values):
+            return None if values is None else jnp.reshape(values, (2, -1, *values.shape[1:]))
+
+        def half(inputs, mask):
+            program_of_half = dataclasses.replace(program, mask=mask)
+            return program_of_half.counted_batch(inputs, axis_name="half")[0]
+
+        mapped = jax.vmap(half, axis_name="half", in_axes=(IN_AXES, 0), out_axes=OUT_AXES)
+        outputs = mapped(inputs._replace(x=halves(inputs.x), residual=halves(inputs.residual)), halves(program.mask))
+        return outputs._replace(y=jnp.reshape(outputs.y, inputs.x.shape))
+
+    compare(with_gradient(run), case, program_type=Function)
+
+
+@pytest.mark.parametrize("name", ["ema-all", *[pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES]])
+def test_eager_agrees_with_plain_autodiff_of_the_definition(name):
+    compare(value_and_grad, {**CASES, **MORE_CASES}[name], compiled=False)
+
+
+def test_while_loop_and_its_tangents_agree_with_plain_autodiff_of_the_definition():
+    def run(program, inputs):
+        def loop(inputs):
+            def body(carry):
+                steps, inputs = carry
+                return steps + 1, with_state(inputs._replace(x=1.5 * inputs.x), program.batch(inputs))
+
+            # How many steps there are depends on the data, so that JAX has no reverse mode of this.
+            limit = jnp.where(inputs.weight[0] > 99, 99, 3)
+            return jax.lax.while_loop(lambda carry: carry[0] < limit, body, (0, inputs))[1]
+
+        return jax.jvp(loop, (inputs,), (another(inputs),))
+
+    compare(run, CASES["ema-all"])
+
+
+def test_an_unbound_axis_name_is_a_name_error_under_every_transform():
+    case = CASES["batch"]
+    inputs, count = inputs_and_count(case, later=True)
+    program = Program(case, "auto", None, count, axis_name="nowhere")
+    one = inputs._replace(x=inputs.x[0])
+    for call in (
+        lambda: program.example(one, None),
+        lambda: jax.jit(program.example)(one, None),
+        lambda: jax.grad(lambda inputs: scalar(program.example(inputs, None)))(one),
+        lambda: jax.vmap(program.example, axis_name="batch", in_axes=(IN_AXES, None))(inputs, None),
+        lambda: jax.vmap(program.example, in_axes=(IN_AXES, None))(inputs, None),
+    ):
+        with pytest.raises(NameError, match="nowhere"):
+            call()
+
+
+# --- how often the fused operation runs ------------------------------------------------------------------------
+
+
+def fused_operations(function, *arguments):
+    """How many of each of the library's primitives a function's jaxpr has, those of inner jaxprs included."""
+    found = collections.Counter()
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name.startswith("bn_fused_"):
+                found[equation.primitive.name.removeprefix("bn_fused_")] += 1
+            for parameter in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+                if is_jaxpr(parameter):
+                    visit(getattr(parameter, "jaxpr", parameter))
+
+    def is_jaxpr(value):
+        return isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))
+
+    visit(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return dict(found)
+
+
+FORWARD_AND_BACKWARD = {"forward": 1, "backward": 1}
+OPERATIONS_OF = {
+    "vmap": {"forward": 1},
+    "two_names": {"forward": 1},
+    "ensembles_outside_and_inside": {"forward": 1},
+    "scan_around_vmap": {"forward": 1},
+    "grad": FORWARD_AND_BACKWARD,
+    "value_and_grad": FORWARD_AND_BACKWARD,
+    "grad_of_weight_alone": FORWARD_AND_BACKWARD,
+    "grad_of_an_ensemble": FORWARD_AND_BACKWARD,
+    "grad_of_two_names": FORWARD_AND_BACKWARD,
+    # Once to compute, once more in the backward pass: that is what checkpoint is for.
+    "grad_of_checkpoint": {"forward": 2, "backward": 1},
+    # Gradients of one example each differ along the batch, so what goes through the statistics is summed in between.
+    "per_example_gradients": {"forward": 1, "normalise_backward": 1, "moments_backward": 1},
+}
+
+
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
-def test_eager_agrees_with_plain_autodiff_of_the_definition(case):
-    compare(value_and_grad, case, compiled=False)
+@pytest.mark.parametrize("name", OPERATIONS_OF)
+def test_a_step_is_one_fused_operation_each_way(name, case):
+    programs = {
+        **PROGRAMS,
+        **STRUCTURES,
+        "grad": lambda program, inputs: gradient(program.batch)(inputs),
+        "grad_of_weight_alone": lambda program, inputs: jax.grad(
+            lambda weight: scalar(program.batch(inputs._replace(weight=weight)))
+        )(inputs.weight),
+        "grad_of_an_ensemble": lambda program, inputs: gradient(
+            functools.partial(ensemble_outside, program)
+        )(inputs),
+        "grad_of_two_names": lambda program, inputs: gradient(functools.partial(two_names, program))(inputs),
+        "grad_of_checkpoint": lambda program, inputs: gradient(jax.checkpoint(program.batch))(inputs),
+    }
+    inputs, count = inputs_and_count(case, later=True)
+    program = Program(case, "auto", mask_of(case), count)
+    assert fused_operations(functools.partial(programs[name], program), inputs) == OPERATIONS_OF[name]
+
+
+def test_inference_is_one_normalise_each_way():
+    case = MORE_CASES["inference-all"]
+    inputs, count = inputs_and_count(case, later=True)
+    program = Program(case, "auto", None, count)
+    assert fused_operations(program.batch, inputs) == {"normalise": 1}
+    assert fused_operations(gradient(program.batch), inputs) == {"normalise": 1, "normalise_backward": 1}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+def test_the_functional_form_is_one_fused_operation_each_way(case):
+    inputs, count = inputs_and_count(case, later=True)
+    program = Function(case, "auto", mask_of(case), count)
+    assert fused_operations(program.batch, inputs) == {"forward": 1}
+    assert fused_operations(gradient(program.batch), inputs) == FORWARD_AND_BACKWARD
