@@ -170,7 +170,7 @@ def warn(message):
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level - 1)
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def warn_of_few_values(settings, positions, examples):
@@ -179,8 +179,8 @@ def warn_of_few_values(settings, positions, examples):
         warn("a single value per channel: its variance is 0, and the output does not depend on x")
     elif settings.approach == "batch" and settings.debias == "axis" and examples == 1:
         warn(
-            f'a batch of one example with debias="axis" multiplies the running variance by 1/eps = {1 / settings.eps:g}; '
-            'debias="samples" or "none" does not'
+            f'a batch of one example with debias="axis" multiplies the running variance by 1/eps = '
+            f'{1 / settings.eps:g}; debias="samples" or "none" does not'
         )
 
 

@@ -37,7 +37,7 @@ def explain(
 
     **Returns:**
 
-    A `BackendChoice`: `name`, `reason`, `plan` (None where XLA decides about launches and tiles).
+    A `BackendChoice`: `name`, `reason`, `plan` (None for "reference", which has none).
 
     **Raises:**
 

@@ -139,8 +139,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
             update of 1 % is lost in their rounding.
         - `activation`: None, "relu", "silu", "gelu" (tanh form) or "leaky_relu" (slope 0.01).
         - `debias`: the factor $k$ on the variance that "batch" keeps. "axis" (the default): n/max(n-1, eps), n the
-            number of examples, positions not counted. It is exact for inputs without spatial axes. With few examples and
-            large maps it is far from unbiased: two examples of 56×56 double the running variance, a single one
+            number of examples, positions not counted. It is exact for inputs without spatial axes. With few examples
+            and large maps it is far from unbiased: two examples of 56×56 double the running variance, a single one
             multiplies it by 1/eps (and warns). "samples": n/(n-1), n the number of positions of the channel, as in
             PyTorch. "none": 1, as in Flax.
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,

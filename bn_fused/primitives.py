@@ -420,6 +420,7 @@ def _normalise_jvp(values, tangents, *, names, spec, averaged):
         **kept,
         rstd=reciprocal_std(operands["norm_var"], spec.eps),
         residual=_kept_residual(operands, spec),
+        mask=operands.get("mask"),
     )["ty"]
     return [y], [ty]
 

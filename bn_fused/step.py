@@ -165,7 +165,7 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
     mean, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
     new = blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
-    y = _normalise(call, x, mean, new.offset, new.norm_var, weight, bias, residual)
+    y = _normalise(call, x, mean, new.offset, new.norm_var, weight, bias, residual, mask)
     return y, new.new_running_mean, new.new_running_var
 
 
@@ -196,7 +196,7 @@ def _reference_step(call, mix, averaged, devices, x, stats, weight, bias, residu
     return y.astype(dtype), step.running_mean, step.running_var
 
 
-def _normalise(call, x, mean, offset, norm_var, weight, bias, residual):
+def _normalise(call, x, mean, offset, norm_var, weight, bias, residual, mask=None):
     weight, bias = _affine(x, call, weight, bias)
     dtype = accumulation_dtype(x.dtype)
     mean, offset, norm_var = (value.astype(dtype) for value in (mean, offset, norm_var))
@@ -210,6 +210,7 @@ def _normalise(call, x, mean, offset, norm_var, weight, bias, residual):
         weight=weight,
         bias=bias,
         residual=residual,
+        mask=mask,
     )["y"]
 
 

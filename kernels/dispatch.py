@@ -17,6 +17,7 @@ from .jax_internals import (
     Primitive,
     drop_sharding_and_manual_axes,
     fancy_primitive_batchers,
+    is_partitioned,
     lower_fun,
     output_type,
     register_lowering,
@@ -117,7 +118,10 @@ fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
-    choice = choose(problem_of(spec, operands["x"], names), Target(platform), spec.backend)
+    target = Target(platform, partitioned=is_partitioned(context))
+    choice = choose(problem_of(spec, operands["x"], names), target, spec.backend)
+    if spec.plan is None:
+        spec = replace(spec, plan=choice.plan)
 
     def compute(*arrays):
         results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)

@@ -16,6 +16,7 @@ __all__ = [
     "device_axis_names",
     "drop_sharding_and_manual_axes",
     "fancy_primitive_batchers",
+    "is_partitioned",
     "lower_fun",
     "output_type",
     "register_lowering",
@@ -61,6 +62,15 @@ def output_type(like, shape, dtype, axes):
         weak_type=False,
         sharding=sharding.update(spec=jax.sharding.PartitionSpec(*spec)),
     )
+
+
+def is_partitioned(context):
+    """Whether a lowering context is that of a program which XLA itself partitions over several devices."""
+    axes = context.module_context.axis_context
+    if hasattr(axes, "num_devices"):
+        return axes.num_devices > 1
+    # Inside shard_map: the axes that it leaves to XLA.
+    return any(size > 1 and name not in axes.manual_axes for name, size in axes.mesh.shape.items())
 
 
 def zero_tangent(value):

@@ -18,6 +18,8 @@ is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -37,9 +39,7 @@ def moments(x, mask=None, *, spec):
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
         count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index("c")]))
-        pivot = (
-            _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), layout) / count
-        )
+        pivot = _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), spec) / count
     # An infinite pivot would turn an infinite mean into NaN.
     pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
 
@@ -48,8 +48,8 @@ def moments(x, mask=None, *, spec):
         return d if mask is None else jnp.where(mask, d, jnp.zeros((), dtype))
 
     arrays = (x, expand(pivot, layout), *(() if mask is None else (mask,)))
-    delta = _sum_of(deviation, arrays, layout) / count
-    mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, layout) / count
+    delta = _sum_of(deviation, arrays, spec) / count
+    mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
     return pivot, delta, _variance(mean_square, delta)
 
 
@@ -61,8 +61,9 @@ def _variance(mean_square, delta):
     return jnp.maximum(mean_square - correction, jnp.zeros_like(delta))
 
 
-def normalise(x, pivot, offset, rstd, weight, bias, residual=None, *, spec):
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    del mask
     _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
     return activate(z, spec.activation).astype(x.dtype)
 
@@ -99,11 +100,9 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    if mask is not None:
-        # Padding may hold anything: where y is not used either, not even a NaN gets into the sums.
-        x = jnp.where(mask | (dy != 0), x, jnp.zeros((), x.dtype))
+    x = _without_padding(x, dy, mask)
     d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
-    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec.layout)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
     doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     dmean = total(dmean + scaled(batch, doffset))
     dvar = total(dvar + scaled(batch, dnorm_var))
@@ -118,10 +117,11 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     return (_through_moments(d, dmean, dvar, delta, count, mask, spec.layout).astype(x.dtype),)
 
 
-def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, *, spec):
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`."""
+    x = _without_padding(x, dy, mask)
     d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
-    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec.layout)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
     return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
 
@@ -136,6 +136,11 @@ def before_activation(x, pivot, offset, rstd, weight, bias, residual, spec):
     return d, z if residual is None else z + residual.astype(dtype)
 
 
+def _without_padding(x, dy, mask):
+    """x with zeros where it neither counts nor matters to the result: padding may hold anything, NaN too."""
+    return x if mask is None else jnp.where(mask | (dy != 0), x, jnp.zeros((), x.dtype))
+
+
 def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec):
     """d = x - pivot, and dz = dy * activation'(z)."""
     d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
@@ -143,14 +148,14 @@ def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residu
     if spec.activation is not None:
         dz = dz * ACTIVATIONS[spec.activation].derivative(z)
         # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
-        dz = lax.platform_dependent(dz, cpu=_written_out, default=lambda dz: dz)
+        dz = _written_out(dz) if _folds(spec) else dz
     return d, dz
 
 
-def _sums(d, dz, offset, rstd, layout):
+def _sums(d, dz, offset, rstd, spec):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
-    sum_dz = _sum_of(lambda dz: dz, (dz,), layout)
-    return sum_dz, (_sum_of(jnp.multiply, (dz, d), layout) - offset * sum_dz) * rstd
+    sum_dz = _sum_of(lambda dz: dz, (dz,), spec)
+    return sum_dz, (_sum_of(jnp.multiply, (dz, d), spec) - offset * sum_dz) * rstd
 
 
 def _through_moments(d, dmean, dvar, delta, count, mask, layout):
@@ -166,40 +171,51 @@ def _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, dtype):
     return gradients if residual is None else (*gradients, dz.astype(dtype))
 
 
-# How many parts of the rows `_folded_sum` adds up at once: 4 and 16 were slower.
-FOLD = 8
+@dataclass(frozen=True)
+class Plan:
+    """How the sums are written: `fold` the rows into that many parts first (see `_folded_sum`), or not (None)."""
+
+    fold: int | None = None
 
 
-def _sum_of(function, arrays, layout):
+def plan(problem, target):
+    """Fold on a CPU (4 and 16 parts were slower than 8), where XLA does not partition: a part would cross devices."""
+    del problem
+    return Plan(8 if target.platform == "cpu" and not target.partitioned else None)
+
+
+def _folds(spec):
+    return spec.plan is not None and spec.plan.fold is not None
+
+
+def _sum_of(function, arrays, spec):
     """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one."""
-    return lax.platform_dependent(
-        *arrays,
-        cpu=lambda *arrays: _folded_sum(function, arrays, layout),
-        default=lambda *arrays: sum_rows(function(*arrays), layout),
-    )
+    if _folds(spec):
+        return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
+    return sum_rows(function(*arrays), spec.layout)
 
 
-def _folded_sum(function, arrays, layout):
+def _folded_sum(function, arrays, layout, parts):
     """`_sum_of` for XLA:CPU, 2 to 3 times as fast there.
 
     XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
     costs it about as much as the reduction alone. A fused loop does that work at the memory's speed: so the rows are
-    cut into `FOLD` parts, a loop adds the parts' values, and only their sum is left to be reduced.
+    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced.
     """
     shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
-    axis = next((axis for axis in axes_of(layout, ROW) if shape[axis] >= FOLD), None)
+    axis = next((axis for axis in axes_of(layout, ROW) if shape[axis] >= parts), None)
     if axis is None:
         return sum_rows(function(*arrays), layout)
 
     def part(start, stop):
         return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))
 
-    size, rest = divmod(shape[axis], FOLD)
+    size, rest = divmod(shape[axis], parts)
     folded = part(0, size)
-    for start in range(size, FOLD * size, size):
+    for start in range(size, parts * size, size):
         folded = folded + part(start, start + size)
     total = sum_rows(_written_out(folded), layout)
-    return total + sum_rows(part(FOLD * size, shape[axis]), layout) if rest else total
+    return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
 
 
 def _written_out(array):

@@ -21,10 +21,14 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class Target:
-    """What an operation is lowered for: a platform of `PLATFORMS` and, where it is known, the chip."""
+    """What an operation is lowered for.
+
+    A platform of `PLATFORMS`; the chip, where it is known; whether XLA partitions the arrays over several devices.
+    """
 
     platform: str
     chip: str | None = None
+    partitioned: bool = False
 
     def __str__(self):
         return self.platform if self.chip is None else f"{self.platform} ({self.chip})"
@@ -45,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """The backend that runs, why it was chosen, and its plan (None where XLA decides: jnp and reference)."""
+    """The backend that runs, why it was chosen, and its plan (None where it has none: reference)."""
 
     name: str
     reason: str
@@ -111,6 +115,7 @@ register(
         "jnp",
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
         preference=_jnp_preference,
+        plan=jnp_backend.plan,
     )
 )
 

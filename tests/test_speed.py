@@ -23,10 +23,6 @@ pytestmark = pytest.mark.skipif(
 SHAPES = {"resnet-early": (32, 64, 56, 56), "resnet-late": (64, 256, 14, 14), "mlp": (4096, 512)}
 LIMITS = {"forward": 1.1, "forward and backward": 0.6}
 
-# XLA's threads allocate too, from arenas of 64 MB that glibc returns to the system whatever the thresholds say: one
-# arena for all, grown by more than the arrays of a round need.
-KEEP_MEMORY = ALLOCATOR | {"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(512 << 20)}
-
 TIME = """
 import json, os, sys
 if hasattr(os, "sched_setaffinity"):
@@ -68,7 +64,7 @@ def ratios():
         capture_output=True,
         text=True,
         timeout=300,
-        env=environment | KEEP_MEMORY | {"JAX_PLATFORMS": "cpu"},
+        env=environment | ALLOCATOR | {"JAX_PLATFORMS": "cpu"},
     )
     assert timed.returncode == 0, timed.stderr[-4000:]
     return json.loads(timed.stdout)
