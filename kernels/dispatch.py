@@ -122,6 +122,8 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     choice = choose(problem_of(spec, operands["x"], names), target, spec.backend)
     if spec.plan is None:
         spec = replace(spec, plan=choice.plan)
+    elif type(spec.plan) is not type(choice.plan):
+        raise TypeError(f"plan is {spec.plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
 
     def compute(*arrays):
         results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)

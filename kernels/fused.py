@@ -44,7 +44,7 @@ def fused_batch_norm(
     - `activation`: None or one of "relu", "silu", "gelu", "leaky_relu".
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `backend`: "auto" or a name of `backend_names()`.
-    - `plan`: overrides the backend's own plan; None for backends that have none.
+    - `plan`: None for the backend's own plan (`bn_fused.explain` shows it), or another of the same type.
 
     **Returns:**
 

@@ -185,7 +185,7 @@ def plan(problem, target):
 
 
 def _folds(spec):
-    return spec.plan is not None and spec.plan.fold is not None
+    return isinstance(spec.plan, Plan) and spec.plan.fold is not None
 
 
 def _sum_of(function, arrays, spec):

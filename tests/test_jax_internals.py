@@ -233,12 +233,33 @@ def probe_drop_sharding_and_manual_axes(internals):
     assert seen == [set()]
 
 
+def probe_is_partitioned(internals):
+    """a lowering context tells a program that XLA partitions from one on a single device and from shard_map's body"""
+    seen = []
+    primitive = internals.Primitive("probe_is_partitioned")
+    primitive.def_impl(lambda x: x)
+    primitive.def_abstract_eval(lambda x: x)
+
+    def lower(context, x):
+        seen.append(internals.is_partitioned(context))
+        return [x]
+
+    internals.register_lowering(primitive, lower)
+    jax.jit(primitive.bind).lower(jnp.arange(4.0))
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharded = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, P("d")))
+    jax.jit(primitive.bind).lower(sharded)
+    on_devices(lambda x, whole: primitive.bind(x))
+    assert seen == [False, True, False]
+
+
 PROBES = {
     "Primitive": probe_primitive,
     "ad": probe_ad,
     "device_axis_names": probe_device_axis_names,
     "drop_sharding_and_manual_axes": probe_drop_sharding_and_manual_axes,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
+    "is_partitioned": probe_is_partitioned,
     "lower_fun": probe_lowering,
     "output_type": probe_output_type,
     "register_lowering": probe_lowering,

@@ -10,6 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from bn_fused import kernels
+from bn_fused.kernels import jnp_backend
 from tolerances import assert_close, computed_in
 
 ROWS, CHANNELS, GROUPS = 24, 5, 3
@@ -343,7 +344,7 @@ def test_auto_passes_over_a_backend_that_cannot_run(tpu_only, entrance):
 def test_explain_names_backend_reason_and_plan(tpu_only):
     here = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cpu")
     assert isinstance(here, bn_fused.BackendChoice)
-    assert here.name == "jnp" and here.plan is None
+    assert here.name == "jnp" and here.plan.fold == 8
     assert "fake_tpu" in here.reason and "written for TPUs" in here.reason
     there = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu")
     assert there.name == "fake_tpu" and there.plan == ("plan", ROWS, CHANNELS)
@@ -352,6 +353,24 @@ def test_explain_names_backend_reason_and_plan(tpu_only):
         bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cuda", backend="fake_tpu")
     named = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu", backend="jnp")
     assert named.name == "jnp" and named.reason
+
+
+def test_a_plan_overrides_the_backends_own_and_must_be_of_its_type():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, CHANNELS)), jnp.float32)
+    ones, zeros = jnp.ones(CHANNELS), jnp.zeros(CHANNELS)
+    coefficients = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
+
+    def compiled_with(plan):
+        def run(x):
+            return kernels.fused_batch_norm(x, ones, zeros, zeros, ones, coefficients, eps=1e-5, plan=plan)
+
+        return jax.jit(run).lower(x).as_text()
+
+    folded, plain = compiled_with(jnp_backend.Plan(fold=8)), compiled_with(jnp_backend.Plan(fold=None))
+    assert compiled_with(None) == folded
+    assert "reduce_precision" in folded and "reduce_precision" not in plain
+    with pytest.raises(TypeError, match=r"plan.*3.*jnp.*Plan"):
+        compiled_with(3)
 
 
 def test_explain_counts_rows_without_the_channel_axis(tpu_only):

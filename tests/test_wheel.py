@@ -129,12 +129,21 @@ def test_ci_runs_the_commands_of_the_readme_as_they_stand_there():
     assert deviceless in ci
 
 
+def python_blocks_of_the_readme():
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_examples_of_the_readme_run(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = python_blocks_of_the_readme()
     assert len(blocks) == 3
-    # The training as it stands takes seconds; here two steps of it, the second of which prints.
-    program = "\n".join(blocks).replace("range(300)", "range(48, 50)")
-    exec(compile(program, "README.md", "exec"), {"__name__": "readme"})
-    out = capsys.readouterr().out
-    assert "BackendChoice(name=" in out
-    assert re.search(r"step 50: loss \d+\.\d+", out)
+    exec(compile("\n".join(blocks), "README.md", "exec"), {"__name__": "readme"})
+    assert "BackendChoice(name=" in capsys.readouterr().out
+
+
+def test_the_network_of_the_readme_is_that_of_the_script():
+    network = python_blocks_of_the_readme()[0]
+    script = (ROOT / "bench" / "digits.py").read_text()
+    parts = network.strip().split("\n\n\n")
+    assert len(parts) > 4 and any(part.startswith("class Classifier") for part in parts)
+    for part in parts[1:]:
+        assert f"\n{part}\n" in script
