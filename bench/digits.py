@@ -64,7 +64,7 @@ def equinox_norm(mode):
 
 
 def load_digits_split():
-    """((images, labels), (images, labels)), to train and to test: 1437 and 360 images [n, 1, 8, 8], float32 in [0, 1]."""
+    """(images, labels) to train and to test on: 1437 and 360 images [n, 1, 8, 8], float32 between 0 and 1."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)

@@ -200,7 +200,8 @@ def _folded_sum(function, arrays, layout, parts):
 
     XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
     costs it about as much as the reduction alone. A fused loop does that work at the memory's speed: so the rows are
-    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced.
+    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for the last
+    row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the number.
     """
     shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
     axis = next((axis for axis in axes_of(layout, ROW) if shape[axis] >= parts), None)
@@ -214,7 +215,8 @@ def _folded_sum(function, arrays, layout, parts):
     folded = part(0, size)
     for start in range(size, parts * size, size):
         folded = folded + part(start, start + size)
-    total = sum_rows(_written_out(folded), layout)
+    by_last_axis = jnp.sum(_written_out(folded), axes_of(layout, ROW)[-1], keepdims=True)
+    total = sum_rows(_written_out(by_last_axis), layout)
     return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
 
 

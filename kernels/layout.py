@@ -72,7 +72,8 @@ def sample_rows(array, layout):
     index = [slice(None)] * array.ndim
     for axis in (*others[:-1], *others[-1:], first):
         size = array.shape[axis]
-        stride = max(1, min(size, remaining // target))
+        # An odd stride does not fall in step with what repeats at a power of two.
+        stride = max(1, min(size, remaining // target) - 1 | 1)
         index[axis] = slice(stride // 2, size, stride)
         remaining = remaining // size * len(range(*index[axis].indices(size)))
     return array[tuple(index)]

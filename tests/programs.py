@@ -196,7 +196,9 @@ def scalar(outputs):
     """A number to which every value contributes, none of them linearly and no two alike."""
 
     def total(values):
-        return jnp.sum(jnp.reshape(jnp.cos(jnp.arange(values.size, dtype=values.dtype)), values.shape) * values + values**2)
+        return jnp.sum(
+            jnp.reshape(jnp.cos(jnp.arange(values.size, dtype=values.dtype)), values.shape) * values + values**2
+        )
 
     return sum(total(values) for values in jax.tree.leaves(outputs))
 

@@ -35,12 +35,11 @@ from programs import (
     stacked,
     varied,
 )
-from tolerances import assert_close, assert_same_bits, eps
+from tolerances import assert_close, assert_same_bits
 
 DEVICES, LOCAL = 4, 2
 EXAMPLES = DEVICES * LOCAL
 
-CASE_NAMES = list(CASES)
 CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
 ON_DEVICES = ("dev", "batch")
 
@@ -174,7 +173,7 @@ def test_averaging_over_one_of_two_device_axes_leaves_the_other_its_own_statisti
 
     mesh = make_mesh((2, 2), ("b", "a"))
     split = IN_SPECS._replace(x=P(("b", "a")), residual=P(("b", "a")))
-    # zero_frac does not depend on what the devices have, and where nothing counts on one device it does.
+    # With the mask, zero_frac moves where anything counts, which it does for both halves: that is left out.
     out = Outputs(P(("b", "a")), P("b"), P("b"), P())
 
     def fields(outputs):
@@ -249,7 +248,9 @@ def test_scan_inside_shard_map_carries_the_state(check_vma):
     def local(program, inputs, mask):
         return steps(lambda inputs: local_step(program, inputs, mask), inputs)
 
-    on_devices = spread(program, make_mesh(), local, out_specs=OUT_SPECS._replace(y=P(None, "dev")), check_vma=check_vma)
+    on_devices = spread(
+        program, make_mesh(), local, out_specs=OUT_SPECS._replace(y=P(None, "dev")), check_vma=check_vma
+    )
     check(on_devices, lambda inputs: steps(one_device.batch, inputs), inputs)
 
 
@@ -343,7 +344,12 @@ def test_per_example_gradients_inside_shard_map_are_those_of_one_device(name, ch
         return per_example(program, inputs, mask)
 
     on_devices = spread(program, make_mesh(), local, out_specs=every_example, check_vma=check_vma)
-    check(on_devices, lambda inputs: per_example(one_device, inputs, one_device.mask), inputs, gradient=check_vma)
+    check(
+        on_devices,
+        lambda inputs: per_example(one_device, inputs, one_device.mask),
+        inputs,
+        gradient=check_vma,
+    )
 
 
 # --- pmap ------------------------------------------------------------------------------------------------------
@@ -447,17 +453,13 @@ def test_the_functional_form_over_sharded_arrays_is_one_device_with_the_whole_ba
 
 
 def test_channels_sharded_under_jit():
-    program, one_device, inputs = make("batch", axis_name="batch")
-    # Four channels, one on each device.
-    inputs = jax.tree.map(lambda leaf: leaf, inputs)
-    case = program.case
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.standard_normal((EXAMPLES, DEVICES, POSITIONS)))
     stats = bn_fused.RunningStats.init(DEVICES, jnp.float64)
     mesh = make_mesh()
 
     def step(backend):
-        return jax.jit(lambda x: bn_fused.batch_norm(x, stats, channel_axis=1, approach=case.approach, backend=backend))
+        return jax.jit(lambda x: bn_fused.batch_norm(x, stats, channel_axis=1, approach="ema", backend=backend))
 
     y, after = step("auto")(jax.device_put(x, NamedSharding(mesh, P(None, "dev"))))
     expected, expected_after = step("reference")(x)
@@ -476,12 +478,21 @@ def float32_step(x, mask=None, approach="batch", inference=False, **settings):
     """One example's step of the functional form on a device's examples, from the initial state."""
     stats = bn_fused.RunningStats.init(CHANNELS)
     return bn_fused.batch_norm(
-        x, stats, channel_axis=1, axis_name="dev", mask=mask, approach=approach, inference=inference, **settings
+        x,
+        stats,
+        channel_axis=1,
+        axis_name="dev",
+        mask=mask,
+        approach=approach,
+        inference=inference,
+        **settings,
     )
 
 
 def in_shard_map(function, in_specs, out_specs, check_vma=True):
-    return jax.jit(jax.shard_map(function, mesh=make_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=check_vma))
+    return jax.jit(
+        jax.shard_map(function, mesh=make_mesh(), in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    )
 
 
 def collectives(compiled):
@@ -580,26 +591,28 @@ def test_what_is_masked_contributes_exactly_nothing_even_if_it_is_nan(approach, 
             # The cotangent of what is masked is zero, as a loss that ignores it has it.
             return jnp.sum(jnp.where(mask[:, None, :], y, 0.0) ** 3), (y, after)
 
-        return (*jax.grad(loss, has_aux=True)(x),)
+        return jax.grad(loss, has_aux=True)(x)
 
     run = in_shard_map(step, (P("dev"), P("dev")), (P("dev"), (P("dev"), state)))
     gradient, (y, after) = run(jnp.asarray(poisoned), jnp.asarray(mask))
     expected_gradient, (expected, expected_after) = run(jnp.asarray(x), jnp.asarray(mask))
     for one, other in zip(after, expected_after, strict=True):
         assert_same_bits(one, other)
-    assert_same_bits(np.asarray(y)[mask[:, None, :].repeat(CHANNELS, 1)], np.asarray(expected)[mask[:, None, :].repeat(CHANNELS, 1)])
-    assert_same_bits(
-        np.asarray(gradient)[mask[:, None, :].repeat(CHANNELS, 1)],
-        np.asarray(expected_gradient)[mask[:, None, :].repeat(CHANNELS, 1)],
-    )
+    counts = np.broadcast_to(mask[:, None, :], x.shape)
+    assert_same_bits(np.asarray(y)[counts], np.asarray(expected)[counts], "y")
+    assert_same_bits(np.asarray(gradient)[counts], np.asarray(expected_gradient)[counts], "gradient of x")
 
 
 def test_a_mask_in_which_nothing_counts_on_any_device_leaves_the_state():
-    stats = bn_fused.RunningStats(*(jnp.full(CHANNELS, v, jnp.float32) for v in (0.3, 0.8)), jnp.float32(0.5), jnp.int32(2))
+    stats = bn_fused.RunningStats(
+        *(jnp.full(CHANNELS, v, jnp.float32) for v in (0.3, 0.8)), jnp.float32(0.5), jnp.int32(2)
+    )
     mask = jnp.zeros((EXAMPLES, 16), bool)
 
     def step(x, mask):
-        return bn_fused.batch_norm(x, stats, channel_axis=1, axis_name="dev", mask=mask, approach="ema", warmup_period=5)
+        return bn_fused.batch_norm(
+            x, stats, channel_axis=1, axis_name="dev", mask=mask, approach="ema", warmup_period=5
+        )
 
     state = bn_fused.RunningStats(P(), P(), P(), P())
     y, after = in_shard_map(step, (P("dev"), P("dev")), (P("dev"), state))(jnp.asarray(float32_data()), mask)
@@ -635,4 +648,3 @@ def test_two_runs_give_the_same_bits():
     )
     for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert_same_bits(one, other)
-    assert eps(np.float32) > 0

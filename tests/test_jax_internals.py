@@ -40,7 +40,8 @@ def is_semi_private(name):
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(module, name) for module, name in imports_of(MODULE) if module.split(".")[0] == "jax"]
+    ("module", "name"),
+    [(module, name) for module, name in imports_of(MODULE) if module.split(".")[0] == "jax"],
 )
 def test_jax_still_exports(module, name):
     exporting = importlib.import_module(module)
@@ -93,7 +94,10 @@ def probe_primitive(internals):
 def probe_ad(internals):
     """ad.primitive_jvps and ad.primitive_transposes define derivatives, with ad.Zero for what is zero"""
     ad = internals.ad
-    primitive, linear = doubling(internals, "bn_fused_probe_square"), doubling(internals, "bn_fused_probe_double")
+    primitive, linear = (
+        doubling(internals, "bn_fused_probe_square"),
+        doubling(internals, "bn_fused_probe_double"),
+    )
     seen = []
 
     def jvp(values, tangents):
@@ -234,23 +238,26 @@ def probe_drop_sharding_and_manual_axes(internals):
 
 
 def probe_is_partitioned(internals):
-    """a lowering context tells a program that XLA partitions from one on a single device and from shard_map's body"""
-    seen = []
-    primitive = internals.Primitive("probe_is_partitioned")
-    primitive.def_impl(lambda x: x)
+    """a lowering context says whether XLA partitions the program over several devices"""
+    primitive = internals.Primitive("bn_fused_probe_partitioned")
     primitive.def_abstract_eval(lambda x: x)
+    seen = []
 
-    def lower(context, x):
-        seen.append(internals.is_partitioned(context))
-        return [x]
+    def rule(context, value):
+        seen.append(bool(internals.is_partitioned(context)))
+        return [value]
 
-    internals.register_lowering(primitive, lower)
-    jax.jit(primitive.bind).lower(jnp.arange(4.0))
+    internals.register_lowering(primitive, rule)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
-    sharded = jax.device_put(jnp.arange(4.0), jax.NamedSharding(mesh, P("d")))
-    jax.jit(primitive.bind).lower(sharded)
-    on_devices(lambda x, whole: primitive.bind(x))
-    assert seen == [False, True, False]
+    sharded = jax.device_put(jnp.ones(4), jax.sharding.NamedSharding(mesh, P("d")))
+    jax.jit(primitive.bind).lower(jnp.ones(4))
+    jax.jit(lambda x: primitive.bind(x)).lower(sharded)
+    for check_vma in (True, False):
+        on_devices(lambda split, whole: primitive.bind(split), check_vma)
+    grid = jax.make_mesh((2, 2), ("d", "e"), axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    partly = jax.shard_map(lambda x: primitive.bind(x), mesh=grid, in_specs=P("d"), out_specs=P("d"), axis_names={"d"})
+    jax.jit(partly).lower(jnp.ones(4))
+    assert seen == [False, True, False, False, True]
 
 
 PROBES = {
@@ -289,5 +296,5 @@ def test_jax_still_behaves_so_that(name):
     except Exception as error:
         promise = PROBES[name].__doc__
         raise AssertionError(
-            f"on jax {jax.__version__}, bn_fused.kernels.jax_internals.{name} does not do what it is needed for: {promise}"
+            f"on jax {jax.__version__}, bn_fused.kernels.jax_internals.{name} is not what it must be: {promise}"
         ) from error

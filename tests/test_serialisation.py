@@ -16,9 +16,7 @@ APPROACHES = ("batch", "ema", "ema_compatibility")
 
 
 def make(approach="ema", **settings):
-    return eqx.nn.make_with_state(bn_fused.BatchNorm)(
-        CHANNELS, "batch", approach, activation="silu", **settings
-    )
+    return eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", approach, activation="silu", **settings)
 
 
 @eqx.filter_jit
@@ -46,7 +44,7 @@ def assert_trees_same_bits(actual, expected):
 
 
 def assert_trees_close(actual, expected, n=1):
-    """For the same operations compiled as other programs: c * eps * sqrt(n) of the leaf's largest value, n the summands."""
+    """As other programs compute the same: within c * eps * sqrt(n) of a leaf's largest value, n the summands."""
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         if jnp.issubdtype(want.dtype, jnp.integer):
             assert_same_bits(got, want)
@@ -96,9 +94,7 @@ def test_leaves_written_to_a_file_and_read_into_a_new_layer_go_on_as_if_nothing_
 def test_leaves_are_read_into_a_layer_that_was_never_made():
     like = eqx.filter_eval_shape(make)
     layer, state = roundtrip_file(trained(), like)
-    assert_trees_same_bits(
-        jax.tree.leaves(apply(layer, state, data(5))), jax.tree.leaves(apply(*trained(), data(5)))
-    )
+    assert_trees_same_bits(jax.tree.leaves(apply(layer, state, data(5))), jax.tree.leaves(apply(*trained(), data(5))))
 
 
 # --- exported programs -----------------------------------------------------------------------------------------
@@ -165,9 +161,7 @@ def test_a_step_exported_for_several_platforms_runs_here():
     step, arguments = step_on_arrays("ema")
     program = jax.export.export(jax.jit(step), platforms=["cpu", "cuda", "tpu", "rocm"])(*arguments)
     # The program for several platforms is another one, with a choice in it.
-    assert_trees_close(
-        jax.export.deserialize(program.serialize()).call(*arguments), jax.jit(step)(*arguments)
-    )
+    assert_trees_close(jax.export.deserialize(program.serialize()).call(*arguments), jax.jit(step)(*arguments))
 
 
 def test_a_function_with_running_stats_is_exported():
@@ -254,9 +248,7 @@ def test_inference_is_a_leaf_and_everything_else_that_is_no_array_is_static():
 def test_filter_eval_shape_gives_the_shapes_of_layer_and_step():
     layer, state = eqx.filter_eval_shape(make)
     assert layer.weight.shape == (CHANNELS,)
-    y, after = eqx.filter_eval_shape(
-        apply, layer, state, jax.ShapeDtypeStruct((8, CHANNELS, 4), jnp.bfloat16)
-    )
+    y, after = eqx.filter_eval_shape(apply, layer, state, jax.ShapeDtypeStruct((8, CHANNELS, 4), jnp.bfloat16))
     assert (y.shape, y.dtype) == ((8, CHANNELS, 4), jnp.bfloat16)
     layer, state = make()
     kinds = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state)]
@@ -293,13 +285,14 @@ def test_filter_grad_and_filter_vmap_make_and_train_an_ensemble():
 
     models, states = make_member(jax.random.split(jax.random.key(0), 2))
     gradients, after = gradient(models, states, data())
+
+    def member_of(tree, index):
+        return jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, tree)
+
     for index in range(2):
-        member, state = jax.tree.map(
-            lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, (models, states)
-        )
+        member, state = member_of((models, states), index)
         expected = eqx.filter_jit(eqx.filter_grad(loss, has_aux=True))(member, state, data())
-        actual = jax.tree.map(lambda leaf: leaf[index] if eqx.is_array(leaf) else leaf, (gradients, after))
-        assert_trees_close(actual, expected, n=16)  # the examples times the positions
+        assert_trees_close(member_of((gradients, after), index), expected, n=16)  # the examples times the positions
 
 
 def test_a_layer_is_hashed_and_compared_by_its_static_fields():

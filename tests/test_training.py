@@ -1,7 +1,9 @@
 """A real network: what the three approaches do to the training and to the accuracy of a digits classifier.
 
 Which weights come out is chaos: another number of threads or another JAX, and two runs with the same seed part after
-some dozens of steps. So the claims are about medians over seeds, and leave room for the spread from seed to seed.
+some dozens of steps. So the claims leave room for the spread from run to run: at learning rate 0.3, of 16 runs with
+"ema" all ended below 0.17 after 500 steps (two thirds below 0.2 after 300), of 10 with "batch" below 0.05, and of 10
+with "ema_compatibility" above 1.6.
 """
 
 import functools
@@ -28,16 +30,16 @@ def trained(norm, seed, steps, lr):
 
 
 def last_losses(norm, seeds=SEEDS):
-    """The median loss of the last 50 of 300 steps at learning rate 0.3, of every seed."""
-    losses = [trained(norm, seed, steps=300, lr=0.3)[2] for seed in seeds]
-    assert all(loss.shape == (300,) for loss in losses)
+    """The median loss of the last 50 of 500 steps at learning rate 0.3, of every seed."""
+    losses = [trained(norm, seed, steps=500, lr=0.3)[2] for seed in seeds]
+    assert all(loss.shape == (500,) for loss in losses)
     return [float(np.median(loss[-50:])) for loss in losses]
 
 
 @pytest.mark.parametrize("approach", ["batch", "ema"])
 def test_the_training_loss_falls(approach):
-    losses = last_losses(digits.fused_norm(approach))
-    assert np.median(losses) < 0.2, losses
+    losses = last_losses(digits.fused_norm(approach), seeds=(0, 1))
+    assert max(losses) < 0.2, losses
 
 
 def test_the_training_loss_of_ema_compatibility_does_not_fall():
@@ -46,9 +48,9 @@ def test_the_training_loss_of_ema_compatibility_does_not_fall():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("period", [100, 1000])
-def test_the_training_loss_falls_with_any_warmup_period(period):
-    losses = last_losses(digits.fused_norm("ema", warmup_period=period))
+@pytest.mark.parametrize("settings", [{"warmup_period": 1}, {"warmup_period": 100}, {"warmup_period": 1000}], ids=str)
+def test_the_training_loss_falls_with_any_warmup_period(settings):
+    losses = last_losses(digits.fused_norm("ema", **settings))
     assert np.median(losses) < 0.2, losses
 
 
@@ -74,6 +76,7 @@ def test_accuracy_at_inference_after_a_longer_run(approach, reaches):
     for seed in SEEDS:
         model, state, *_ = trained(digits.fused_norm(approach), seed, steps=1500, lr=0.1)
         accuracies.append(digits.accuracy(model, state, images, labels))
+    # The median: a late jump of the weights, which the running statistics follow with a delay, can spoil one run.
     assert (np.median(accuracies) >= 0.97) == reaches, accuracies
 
 
@@ -113,7 +116,9 @@ def test_the_program_prints_a_row_for_each_approach(capsys):
     assert all(len(line.split()) == 6 for line in out[2:])
 
 
-@pytest.mark.parametrize("arguments", [["--approach", "best"], ["--steps", "0"], ["--warmup-period", "0"], ["--lr", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--approach", "best"], ["--steps", "0"], ["--warmup-period", "0"], ["--lr", "x"]]
+)
 def test_the_program_refuses_what_it_cannot_use(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         digits.main(arguments)

@@ -13,7 +13,6 @@ import equinox as eqx
 import jax
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 from programs import (
@@ -125,16 +124,13 @@ def inner_of_two_names(program, inputs):
 @structure
 def outer_of_two_names(program, inputs):
     program = dataclasses.replace(program, axis_name="a")
-    paired = stacked(inputs, varied(inputs, 1.5))
 
     def pair(inputs, mask):
-        in_axes = Inputs(0, 0, None, None, None, None, None)
-        return jax.vmap(lambda inputs: program.example(inputs, mask), axis_name="b", in_axes=(in_axes,))(inputs)
+        many = stacked(inputs, varied(inputs, 1.5))
+        mapped = jax.vmap(lambda inputs: program.example(inputs, mask), axis_name="b", in_axes=(IN_AXES,))
+        return mapped(inputs._replace(x=many.x, residual=many.residual))
 
-    shared = inputs._replace(x=jnp.moveaxis(paired.x, 0, 1), residual=paired.residual)
-    if inputs.residual is not None:
-        shared = shared._replace(residual=jnp.moveaxis(paired.residual, 0, 1))
-    return jax.vmap(pair, axis_name="a", in_axes=(IN_AXES, 0))(shared, program.mask)
+    return jax.vmap(pair, axis_name="a", in_axes=(IN_AXES, 0))(inputs, program.mask)
 
 
 @structure
@@ -164,14 +160,9 @@ def ensemble_outside_of_weights(program, inputs):
 @structure
 def ensemble_inside(program, inputs):
     def members(inputs, mask):
-        return jax.vmap(program.example, in_axes=(IN_AXES, None), out_axes=STATE_MAPPED)(
-            inputs._replace(**{
-                name: jnp.stack([value, 1.5 * value])
-                for name, value in (("x", inputs.x), ("residual", inputs.residual))
-                if value is not None
-            }),
-            mask,
-        )
+        many = stacked(inputs, varied(inputs, 1.5))
+        mapped = jax.vmap(program.example, in_axes=(IN_AXES, None), out_axes=STATE_MAPPED)
+        return mapped(inputs._replace(x=many.x, residual=many.residual), mask)
 
     return jax.vmap(members, axis_name="batch", in_axes=(IN_AXES, 0))(inputs, program.mask)
 
@@ -205,7 +196,10 @@ def everything_the_same_for_all(program, inputs):
     one = dataclasses.replace(program, mask=None if program.mask is None else program.mask[1])
     axes = Inputs(*[None] * len(Inputs._fields))
     return jax.vmap(
-        lambda inputs, index: one.example(inputs, one.mask), axis_name="batch", in_axes=(axes, 0), out_axes=OUT_AXES
+        lambda inputs, index: one.example(inputs, one.mask),
+        axis_name="batch",
+        in_axes=(axes, 0),
+        out_axes=OUT_AXES,
     )(inputs, jnp.arange(EXAMPLES))
 
 
@@ -223,7 +217,9 @@ def _differing(inputs, *names):
 def state_of_each_example(program, inputs):
     names = ("mean", "var", "zero_frac")
     return program.batch(
-        _differing(inputs, *names), in_axes=IN_AXES._replace(mean=0, var=0, zero_frac=0), out_axes=STATE_MAPPED
+        _differing(inputs, *names),
+        in_axes=IN_AXES._replace(mean=0, var=0, zero_frac=0),
+        out_axes=STATE_MAPPED,
     )
 
 
@@ -254,9 +250,7 @@ def one_x_and_the_state_of_each_example(program, inputs):
 def scan_around_vmap(program, inputs):
     def body(carry, factor):
         inputs, count = carry
-        outputs, after = dataclasses.replace(program, count=count).counted_batch(
-            inputs._replace(x=inputs.x * factor)
-        )
+        outputs, after = dataclasses.replace(program, count=count).counted_batch(inputs._replace(x=inputs.x * factor))
         return (with_state(inputs, outputs), after.count), outputs.y
 
     (after, _), ys = jax.lax.scan(body, (inputs, program.count), jnp.asarray([1.0, 2.0, 0.5]))
@@ -268,9 +262,7 @@ def scan_inside_vmap(program, inputs):
     def steps(inputs, mask):
         def body(carry, factor):
             inputs, count = carry
-            outputs, count = dataclasses.replace(program, count=count).step(
-                inputs._replace(x=inputs.x * factor), mask
-            )
+            outputs, count = dataclasses.replace(program, count=count).step(inputs._replace(x=inputs.x * factor), mask)
             return (with_state(inputs, outputs), count), outputs.y
 
         (after, _), ys = jax.lax.scan(body, (inputs, program.count), jnp.asarray([1.0, 2.0, 0.5]))
@@ -365,9 +357,9 @@ def grad_of_one_input_at_a_time(program, inputs):
     gradients = {}
     for name in Inputs._fields:
         if getattr(inputs, name) is not None:
-            gradients[name] = jax.grad(lambda value, name=name: scalar(program.batch(inputs._replace(**{name: value}))))(
-                getattr(inputs, name)
-            )
+            gradients[name] = jax.grad(
+                lambda value, name=name: scalar(program.batch(inputs._replace(**{name: value})))
+            )(getattr(inputs, name))
     return gradients
 
 
@@ -386,7 +378,9 @@ def jvp_of_one_input_at_a_time(program, inputs):
         value = getattr(inputs, name)
         if value is not None:
             tangents[name] = jax.jvp(
-                lambda value, name=name: program.batch(inputs._replace(**{name: value})), (value,), (another(value),)
+                lambda value, name=name: program.batch(inputs._replace(**{name: value})),
+                (value,),
+                (another(value),),
             )
     return tangents
 
@@ -727,9 +721,7 @@ def test_a_step_is_one_fused_operation_each_way(name, case):
         "grad_of_weight_alone": lambda program, inputs: jax.grad(
             lambda weight: scalar(program.batch(inputs._replace(weight=weight)))
         )(inputs.weight),
-        "grad_of_an_ensemble": lambda program, inputs: gradient(
-            functools.partial(ensemble_outside, program)
-        )(inputs),
+        "grad_of_an_ensemble": lambda program, inputs: gradient(functools.partial(ensemble_outside, program))(inputs),
         "grad_of_two_names": lambda program, inputs: gradient(functools.partial(two_names, program))(inputs),
         "grad_of_checkpoint": lambda program, inputs: gradient(jax.checkpoint(program.batch))(inputs),
     }
