@@ -59,13 +59,14 @@ class Case:
 CASES = {
     "batch": Case("batch"),
     "ema-all": Case("ema", "silu", residual=True, mask=True),
-    "ema_compatibility-all": Case("ema_compatibility", "relu", residual=True, mask=True),
+    "ema_compatibility-residual": Case("ema_compatibility", residual=True, mask=True),
 }
 MORE_CASES = {
     "batch-all": Case("batch", "gelu", residual=True, mask=True),
     "batch-leaky_relu": Case("batch", "leaky_relu", residual=True),
     "ema": Case("ema"),
     "ema_compatibility": Case("ema_compatibility"),
+    "ema_compatibility-all": Case("ema_compatibility", "relu", residual=True, mask=True),
     "inference": Case("ema", inference=True),
     "inference-all": Case("batch", "silu", residual=True, inference=True),
     "virtual": Case("batch", virtual_batch_size=2),

@@ -119,7 +119,7 @@ def test_first_step_in_shard_map_is_one_device_with_the_whole_batch(name, check_
 
 
 @CHECK_VMA
-@pytest.mark.parametrize("name", ["batch", "ema_compatibility-all"])
+@pytest.mark.parametrize("name", ["batch", "ema_compatibility-residual"])
 def test_one_example_per_device_without_vmap_is_one_device_with_the_whole_batch(name, check_vma):
     program, one_device, inputs = make(name, axis_name="dev")
 
@@ -201,7 +201,7 @@ def test_an_ensemble_around_shard_map_is_an_ensemble_on_one_device(check_vma):
 
 @CHECK_VMA
 def test_an_ensemble_inside_shard_map_is_an_ensemble_on_one_device(check_vma):
-    program, one_device, inputs = make("ema_compatibility-all")
+    program, one_device, inputs = make("ema_compatibility-residual")
     members = stacked(inputs, varied(inputs, 1.5))
 
     def local(program, members, mask):

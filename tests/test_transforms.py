@@ -492,6 +492,19 @@ def per_example_gradients_with_two_names(program, inputs):
 
 
 @derivative
+def per_example_gradients_and_tangents_of_one_example_for_all(program, inputs):
+    one = inputs._replace(x=inputs.x[1], residual=None if inputs.residual is None else inputs.residual[1])
+    mask = None if program.mask is None else program.mask[1]
+
+    def derivatives(index):
+        del index
+        tangents = jax.jvp(lambda inputs: program.example(inputs, mask), (one,), (another(one),))[1]
+        return jax.grad(lambda inputs: scalar(program.example(inputs, mask)))(one), tangents
+
+    return jax.vmap(derivatives, axis_name="batch")(jnp.arange(EXAMPLES))
+
+
+@derivative
 def per_example_tangents(program, inputs):
     def one(inputs, tangents, mask):
         return jax.jvp(lambda inputs: program.example(inputs, mask), (inputs,), (tangents,))
@@ -583,7 +596,7 @@ def grid():
     for index, name in enumerate(PROGRAMS):
         for case_name, case in {**CASES, **MORE_CASES}.items():
             if case.virtual_batch_size is not None and ("_names" in name or name == "everything_the_same_for_all"):
-                continue  # virtual batches are consecutive examples of one vmap
+                continue  # several names: refused; no batch: the reference's collectives give the state an axis
             by_default = case_name == main[index % len(main)] or (name in IN_EVERY_CASE and case_name in main)
             marks = () if by_default else pytest.mark.slow
             yield pytest.param(name, case, id=f"{name}-{case_name}", marks=marks)
