@@ -15,14 +15,14 @@ A process compiles for one GPU only: XLA keeps the first one's description, and 
 """
 
 import argparse
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import re
 import sys
-from collections.abc import Mapping
 from types import MappingProxyType
+
+from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
 
 CUDA, TPU = "cuda", "tpu"
 
@@ -31,96 +31,53 @@ class DevicelessUnavailable(RuntimeError):
     """This process cannot compile for the target; the message says what to install or to do."""
 
 
-@dataclasses.dataclass(frozen=True)
-class GpuTarget:
-    """An NVIDIA GPU as XLA describes it; memory sizes in bytes, bandwidth in bytes per second.
-
-    From NVIDIA's data sheets and CUDA's table of compute capabilities.
+def gpu_description(chip: GpuChip) -> str:
+    """XLA's target configuration of a GPU, as a protocol buffer's text."""
+    major, minor = chip.compute_capability
+    return f"""
+        platform_name: "CUDA"
+        device_description_str: "{chip.device_kind}"
+        dnn_version_info {{ major: 9 minor: 8 }}
+        gpu_device_info {{
+          cuda_compute_capability {{ major: {major} minor: {minor} }}
+          core_count: {chip.cores}
+          clock_rate_ghz: {chip.clock_ghz}
+          fpus_per_core: {64 if (major, minor) == (8, 0) else 128}
+          threads_per_warp: 32
+          threads_per_block_limit: 1024
+          threads_per_core_limit: 2048
+          registers_per_block_limit: 65536
+          registers_per_core_limit: 65536
+          shared_memory_per_block: 49152
+          shared_memory_per_block_optin: {chip.shared_memory_per_block}
+          shared_memory_per_core: {chip.shared_memory_per_core}
+          block_dim_limit_x: 2147483647
+          block_dim_limit_y: 65535
+          block_dim_limit_z: 65535
+          device_memory_size: {chip.memory}
+          memory_bandwidth: {chip.memory_bandwidth}
+          l2_cache_size: {chip.l2_cache}
+        }}
     """
 
-    name: str
-    device_name: str
-    compute_capability: tuple[int, int]
-    cores: int
-    clock_ghz: float
-    shared_memory_per_core: int
-    memory: int
-    memory_bandwidth: int
-    l2_cache: int
-    platform: str = CUDA
 
-    def description(self) -> str:
-        """XLA's target configuration, as a protocol buffer's text."""
-        # A block may have all of a core's shared memory but the kilobyte that the system keeps.
-        shared_memory_per_block = self.shared_memory_per_core - 1024
-        major, minor = self.compute_capability
-        return f"""
-            platform_name: "CUDA"
-            device_description_str: "{self.device_name}"
-            dnn_version_info {{ major: 9 minor: 8 }}
-            gpu_device_info {{
-              cuda_compute_capability {{ major: {major} minor: {minor} }}
-              core_count: {self.cores}
-              clock_rate_ghz: {self.clock_ghz}
-              fpus_per_core: {64 if major == 8 and minor == 0 else 128}
-              threads_per_warp: 32
-              threads_per_block_limit: 1024
-              threads_per_core_limit: 2048
-              registers_per_block_limit: 65536
-              registers_per_core_limit: 65536
-              shared_memory_per_block: 49152
-              shared_memory_per_block_optin: {shared_memory_per_block}
-              shared_memory_per_core: {self.shared_memory_per_core}
-              block_dim_limit_x: 2147483647
-              block_dim_limit_y: 65535
-              block_dim_limit_z: 65535
-              device_memory_size: {self.memory}
-              memory_bandwidth: {self.memory_bandwidth}
-              l2_cache_size: {self.l2_cache}
-            }}
-        """
-
-
-@dataclasses.dataclass(frozen=True)
-class TpuTarget:
-    """A TPU generation: the smallest topology that libtpu describes, and the accelerator type it belongs to."""
-
-    name: str
-    topology: str
-    accelerator_type: str
-    platform: str = TPU
-
-
-def _table(*targets: GpuTarget | TpuTarget) -> Mapping[str, GpuTarget | TpuTarget]:
-    return MappingProxyType({target.name: target for target in targets})
-
-
-TARGETS = _table(
-    GpuTarget("h200", "NVIDIA H200", (9, 0), 132, 1.98, 233472, 150_000_000_000, 4_800_000_000_000, 50 << 20),
-    GpuTarget("b200", "NVIDIA B200", (10, 0), 148, 1.96, 233472, 190_000_000_000, 8_000_000_000_000, 126 << 20),
-    GpuTarget(
-        "a100",
-        "NVIDIA A100-SXM4-80GB",
-        (8, 0),
-        108,
-        1.41,
-        167936,
-        85_000_000_000,
-        2_039_000_000_000,
-        40 << 20,
-    ),
-    TpuTarget("v4", "v4:2x2x1", "v4-8"),
-    TpuTarget("v5e", "v5e:2x2", "v5litepod-4"),
-    TpuTarget("v5p", "v5p:2x2x1", "v5p-8"),
-    TpuTarget("v6e", "v6e:2x2", "v6e-4"),
-    TpuTarget("v7x", "tpu7x:2x2x1", "tpu7x-8"),
+# The smallest topology of each TPU generation that libtpu describes, and the accelerator type it belongs to.
+TPU_TOPOLOGIES = MappingProxyType(
+    {
+        "v4": ("v4:2x2x1", "v4-8"),
+        "v5e": ("v5e:2x2", "v5litepod-4"),
+        "v5p": ("v5p:2x2x1", "v5p-8"),
+        "v6e": ("v6e:2x2", "v6e-4"),
+        "v7x": ("tpu7x:2x2x1", "tpu7x-8"),
+    }
 )
+TARGETS = CHIPS
 
 # The GPU that this process compiles for, once there is one.
-_chosen_gpu: GpuTarget | None = None
+_chosen_gpu: GpuChip | None = None
 
 
-def target_named(target: str) -> GpuTarget | TpuTarget:
+def target_named(target: str) -> GpuChip | TpuChip:
     """The entry of `TARGETS`; ValueError for another name."""
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; accepted are {', '.join(map(repr, TARGETS))}")
@@ -196,7 +153,7 @@ def compile_for(target: str, fn, *specs):
     return lowered.compile()
 
 
-def _gpu_topology(target: GpuTarget):
+def _gpu_topology(target: GpuChip):
     from jax.experimental import topologies
 
     global _chosen_gpu
@@ -207,7 +164,7 @@ def _gpu_topology(target: GpuTarget):
         )
     try:
         topology = topologies.get_topology_desc(
-            platform=CUDA, topology_name=target.name, target_config=target.description(), topology="1x1x1"
+            platform=CUDA, topology_name=target.name, target_config=gpu_description(target), topology="1x1x1"
         )
     except Exception as error:
         raise _does_not_start(target, error) from error
@@ -215,18 +172,19 @@ def _gpu_topology(target: GpuTarget):
     return topology
 
 
-def _tpu_topology(target: TpuTarget):
+def _tpu_topology(target: TpuChip):
     from jax.experimental import topologies
 
+    topology, accelerator_type = TPU_TOPOLOGIES[target.name]
     # libtpu asks the cloud's metadata server which machine it is on; here it is told.
     for name, value in (
         ("TPU_SKIP_MDS_QUERY", "1"),
-        ("TPU_ACCELERATOR_TYPE", target.accelerator_type),
+        ("TPU_ACCELERATOR_TYPE", accelerator_type),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
     ):
         os.environ.setdefault(name, value)
     try:
-        return topologies.get_topology_desc(platform=TPU, topology_name=target.topology)
+        return topologies.get_topology_desc(platform=TPU, topology_name=topology)
     except Exception as error:
         raise _does_not_start(target, error) from error
 

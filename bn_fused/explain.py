@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from . import arguments
 from .kernels import Problem, Target, choose
 from .kernels.activations import ACTIVATIONS
+from .kernels.chips import CHIPS, chip_of
 from .kernels.registry import PLATFORMS
 
 
@@ -32,8 +33,8 @@ def explain(
     - `channel_axis`, `activation`, `backend`: as of `batch_norm`.
     - `residual`, `mask`: whether there is one.
     - `groups`: how many such batches one call normalises (the size of unnamed vmaps around it).
-    - `target`: the platform it is compiled for, "cpu", "cuda", "rocm" or "tpu"; None: the platform of JAX's default
-        device.
+    - `target`: what it is compiled for: None for JAX's default device, a chip ("h200", "v5e"; see
+        `bn_fused.kernels.CHIPS`) or a platform ("cpu", "cuda", "rocm", "tpu") whose chip is not known.
 
     **Returns:**
 
@@ -61,9 +62,12 @@ def explain(
 
 def _target(target):
     if target is None:
-        platform = jax.default_backend()
-        return Target({"gpu": "cuda"}.get(platform, platform))
+        device = jax.devices()[0]
+        platform = device.platform
+        if platform == "gpu":
+            platform = "cuda" if "cuda" in device.client.platform_version.lower() else "rocm"
+        return Target(platform, chip_of(device))
     if isinstance(target, Target):
         return target
-    arguments.one_of("target", target, PLATFORMS)
-    return Target(target)
+    arguments.one_of("target", target, (*CHIPS, *PLATFORMS))
+    return Target(CHIPS[target].platform, CHIPS[target]) if target in CHIPS else Target(target)

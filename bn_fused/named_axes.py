@@ -27,6 +27,7 @@ from .kernels.jax_internals import (
     fancy_primitive_batchers,
     lower_fun,
     register_lowering,
+    tell_devices,
 )
 from .kernels.layout import GROUP, ROW
 
@@ -148,6 +149,7 @@ def define(name, operands, results, compute, **rules):
     """Make the primitive `bn_fused_<name>`: eager form, types, batching and lowering. Derivatives come apart."""
     primitive = Primitive(f"bn_fused_{name}")
     primitive.multiple_results = True
+    tell_devices(primitive)
     operation = NamedOperation(primitive, operands, results, compute, **rules)
 
     primitive.def_impl(lambda *values, **parameters: jitted(primitive, **parameters)(*values))

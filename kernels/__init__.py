@@ -4,6 +4,7 @@
 holds the backends and chooses among them, `dispatch` makes the choice when an operation is lowered.
 """
 
+from .chips import CHIPS as CHIPS
 from .contract import Coefficients as Coefficients
 from .contract import Spec as Spec
 from .fused import fused_batch_norm as fused_batch_norm

@@ -12,6 +12,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
+from .chips import chip_of
 from .contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
 from .jax_internals import (
     Primitive,
@@ -19,8 +20,10 @@ from .jax_internals import (
     fancy_primitive_batchers,
     is_partitioned,
     lower_fun,
+    lowering_device,
     output_type,
     register_lowering,
+    tell_devices,
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
@@ -97,6 +100,7 @@ def jitted(primitive, **parameters):
 
 dispatch_p = Primitive("bn_fused_dispatch")
 dispatch_p.multiple_results = True
+tell_devices(dispatch_p)
 dispatch_p.def_impl(lambda *values, **parameters: jitted(dispatch_p, **parameters)(*values))
 
 
@@ -118,7 +122,9 @@ fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
-    target = Target(platform, partitioned=is_partitioned(context))
+    device = lowering_device(context, platform)
+    chip = None if device is None else chip_of(device)
+    target = Target(platform, chip, is_partitioned(context))
     choice = choose(problem_of(spec, operands["x"], names), target, spec.backend)
     if spec.plan is None:
         spec = replace(spec, plan=choice.plan)

@@ -5,6 +5,7 @@ that name and not by a failure somewhere inside a transform.
 """
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
 from jax.extend.core import Primitive  # a primitive of our own
 from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
 from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
@@ -18,8 +19,10 @@ __all__ = [
     "fancy_primitive_batchers",
     "is_partitioned",
     "lower_fun",
+    "lowering_device",
     "output_type",
     "register_lowering",
+    "tell_devices",
     "varying_axes",
     "vary_together",
     "zero_tangent",
@@ -71,6 +74,27 @@ def is_partitioned(context):
         return axes.num_devices > 1
     # Inside shard_map: the axes that it leaves to XLA.
     return any(size > 1 and name not in axes.manual_axes for name, size in axes.mesh.shape.items())
+
+
+def tell_devices(primitive):
+    """Have JAX say in a primitive's lowering contexts for which devices it lowers; see `lowering_device`."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def lowering_device(context, platform):
+    """A device of those that a context lowers for, if it is one of the platform; None where that is not known.
+
+    It is not known under `jax.export` for another platform than this process's.
+    """
+    axes = context.module_context.axis_context
+    devices = getattr(axes, "device_assignment", None)
+    if devices is None and isinstance(getattr(axes, "mesh", None), jax.sharding.Mesh):
+        devices = tuple(axes.mesh.devices.flat)
+    if not devices:
+        return None
+    canonical = {"cuda": "gpu", "rocm": "gpu"}
+    is_one = canonical.get(devices[0].platform, devices[0].platform) == canonical.get(platform, platform)
+    return devices[0] if is_one else None
 
 
 def zero_tangent(value):

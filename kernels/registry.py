@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from . import jnp_backend
+from .chips import GpuChip, TpuChip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
 
@@ -27,11 +28,11 @@ class Target:
     """
 
     platform: str
-    chip: str | None = None
+    chip: GpuChip | TpuChip | None = None
     partitioned: bool = False
 
     def __str__(self):
-        return self.platform if self.chip is None else f"{self.platform} ({self.chip})"
+        return self.platform if self.chip is None else f"{self.platform} ({self.chip.name})"
 
 
 @dataclass(frozen=True)

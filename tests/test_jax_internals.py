@@ -260,6 +260,25 @@ def probe_is_partitioned(internals):
     assert seen == [False, True, False, False, True]
 
 
+def probe_lowering_device(internals):
+    """a lowering context names the devices it lowers for to the primitives that asked for it"""
+    primitive = internals.Primitive("bn_fused_probe_device")
+    primitive.def_abstract_eval(lambda x: x)
+    internals.tell_devices(primitive)
+    seen = []
+
+    def rule(context, value):
+        seen.append((internals.lowering_device(context, "cpu"), internals.lowering_device(context, "tpu")))
+        return [value]
+
+    internals.register_lowering(primitive, rule)
+    jax.jit(lambda x: jax.jit(primitive.bind)(x)).lower(jnp.ones(4))
+    jax.jit(primitive.bind).lower(jax.device_put(jnp.ones(4), jax.devices()[1]))
+    on_devices(lambda split, whole: primitive.bind(split))
+    first, second = jax.devices()[:2]
+    assert seen == [(first, None), (second, None), (first, None)]
+
+
 PROBES = {
     "Primitive": probe_primitive,
     "ad": probe_ad,
@@ -268,8 +287,10 @@ PROBES = {
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
     "is_partitioned": probe_is_partitioned,
     "lower_fun": probe_lowering,
+    "lowering_device": probe_lowering_device,
     "output_type": probe_output_type,
     "register_lowering": probe_lowering,
+    "tell_devices": probe_lowering_device,
     "varying_axes": probe_varying_axes,
     "vary_together": probe_vary_together,
     "zero_tangent": probe_zero_tangent,

@@ -179,7 +179,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypat
 
 
 def test_unknown_targets_and_platforms_are_refused_by_name(capsys):
-    with pytest.raises(ValueError, match="target is 'h2000'; accepted are 'h200'"):
+    with pytest.raises(ValueError, match="target is 'h2000'; accepted are .*'h200'"):
         deviceless.compile_for("h2000", jnp.sin, jnp.ones(3))
     with pytest.raises(ValueError, match="platform is 'metal'"):
         deviceless.requirements("metal")

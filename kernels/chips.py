@@ -1,0 +1,111 @@
+"""The accelerators that plans and deviceless compilation know: their memories and their cores, in one table.
+
+Sizes in bytes, bandwidth in bytes per second. NVIDIA's figures are from its data sheets and from CUDA's table of compute
+capabilities; the TPUs' bandwidths from Google's; how much of a TPU's VMEM a kernel gets was found by compiling.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True)
+class GpuChip:
+    """An NVIDIA GPU.
+
+    - `name`: short, as in `explain(target="h200")`; `device_kind`: what JAX calls it.
+    - `compute_capability`: (major, minor).
+    - `cores`: streaming multiprocessors.
+    - `shared_memory_per_core`: of which a block may have all but a kilobyte.
+    - `memory`, `memory_bandwidth`, `l2_cache`, `clock_ghz`: None where they are not known.
+    """
+
+    name: str
+    device_kind: str
+    compute_capability: tuple[int, int]
+    cores: int
+    shared_memory_per_core: int
+    l2_cache: int | None = None
+    memory: int | None = None
+    memory_bandwidth: int | None = None
+    clock_ghz: float | None = None
+    platform: str = "cuda"
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """The most shared memory that one block can ask for."""
+        return self.shared_memory_per_core - 1024
+
+
+@dataclass(frozen=True)
+class TpuChip:
+    """A TPU generation, as JAX shows it: one device.
+
+    - `vmem`: the on-chip memory of a core; `vmem_limit`: what a kernel gets of it unless it asks for more.
+    - `cores`: tensor cores of a device; two share the work of one program on v4 and v5p.
+    """
+
+    name: str
+    device_kind: str
+    vmem: int
+    vmem_limit: int
+    memory_bandwidth: int
+    cores: int = 1
+    platform: str = "tpu"
+
+    @property
+    def can_raise_vmem_limit(self) -> bool:
+        """Whether a kernel can ask for more than `vmem_limit`."""
+        return self.vmem > self.vmem_limit
+
+
+_KIB, _MIB = 1 << 10, 1 << 20
+_GB, _TB = 10**9, 10**12
+
+
+def _table(*chips: GpuChip | TpuChip) -> Mapping[str, GpuChip | TpuChip]:
+    return MappingProxyType({chip.name: chip for chip in chips})
+
+
+CHIPS = _table(
+    GpuChip("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * _KIB, 40 * _MIB, 85 * _GB, 2039 * _GB, 1.41),
+    GpuChip("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * _KIB, 50 * _MIB, 85 * _GB, 3350 * _GB, 1.98),
+    GpuChip("h200", "NVIDIA H200", (9, 0), 132, 228 * _KIB, 50 * _MIB, 150 * _GB, 4800 * _GB, 1.98),
+    GpuChip("b200", "NVIDIA B200", (10, 0), 148, 228 * _KIB, 126 * _MIB, 190 * _GB, 8 * _TB, 1.96),
+    TpuChip("v4", "TPU v4", 16 * _MIB, 16 * _MIB, 1228 * _GB, cores=2),
+    TpuChip("v5e", "TPU v5 lite", 128 * _MIB, 16 * _MIB, 819 * _GB),
+    TpuChip("v5p", "TPU v5", 64 * _MIB, 16 * _MIB, 2765 * _GB, cores=2),
+    TpuChip("v6e", "TPU v6 lite", 128 * _MIB, 32 * _MIB, 1640 * _GB),
+    TpuChip("v7x", "TPU7x", 64 * _MIB, 32 * _MIB, 3690 * _GB),
+)
+
+# Other names that JAX has for a device of the table.
+_ALIASES = {"TPU v5p": "v5p", "TPU v5e": "v5e", "TPU v6e": "v6e", "TPU v7x": "v7x"}
+
+# Shared memory per multiprocessor by compute capability: CUDA C++ Programming Guide, table of technical specifications.
+_SHARED_MEMORY = {
+    (7, 0): 96, (7, 2): 96, (7, 5): 64, (8, 0): 164, (8, 6): 100, (8, 7): 164, (8, 9): 100,
+    (9, 0): 228, (10, 0): 228, (10, 3): 228, (11, 0): 228, (12, 0): 100, (12, 1): 100,
+}  # fmt: skip
+
+
+def chip_of(device) -> GpuChip | TpuChip | None:
+    """The chip of a JAX device, from the table or, for another NVIDIA GPU, from what the device says of itself.
+
+    None for a CPU and for what is not known.
+    """
+    for chip in CHIPS.values():
+        if device.device_kind == chip.device_kind:
+            return chip
+    if device.device_kind in _ALIASES:
+        return CHIPS[_ALIASES[device.device_kind]]
+    try:
+        major, minor = (int(part) for part in device.compute_capability.split("."))
+        cores = int(device.core_count)
+    except (AttributeError, ValueError):  # not an NVIDIA GPU: a CPU has no capability, AMD's is a name
+        return None
+    shared_memory = _SHARED_MEMORY.get((major, minor))
+    if shared_memory is None:
+        return None
+    name = device.device_kind.removeprefix("NVIDIA ").lower()
+    return GpuChip(name, device.device_kind, (major, minor), cores, shared_memory * _KIB)

@@ -1,0 +1,59 @@
+"""Which chip a device is, and that a backend's choice is told."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import bn_fused
+from bn_fused.kernels import CHIPS, Target
+from bn_fused.kernels.chips import chip_of
+
+
+def device(kind, **attributes):
+    return types.SimpleNamespace(device_kind=kind, **attributes)
+
+
+def test_a_device_of_the_table_is_known_by_its_kind():
+    for chip in CHIPS.values():
+        assert chip_of(device(chip.device_kind)) is chip
+    assert chip_of(device("TPU v5p")) is CHIPS["v5p"]
+
+
+def test_another_nvidia_gpu_is_described_by_what_it_says_of_itself():
+    chip = chip_of(device("NVIDIA GeForce RTX 4090", compute_capability="8.9", core_count=128))
+    assert (chip.name, chip.compute_capability, chip.cores) == ("geforce rtx 4090", (8, 9), 128)
+    assert chip.shared_memory_per_block == 99 * 1024
+
+
+@pytest.mark.parametrize(
+    "unknown",
+    [
+        device("cpu"),
+        device("TPU v2"),
+        device("AMD Instinct MI300X", compute_capability="gfx942", core_count=304),
+        device("NVIDIA Later", compute_capability="99.0", core_count=1),
+    ],
+    ids=lambda unknown: unknown.device_kind,
+)
+def test_what_is_not_known_has_no_chip(unknown):
+    assert chip_of(unknown) is None
+
+
+def test_this_processs_cpu_has_no_chip():
+    assert chip_of(jax.devices("cpu")[0]) is None
+
+
+def test_explain_takes_a_chip_or_a_platform():
+    for target, named in {"h200": "cuda (h200)", "v5e": "tpu (v5e)", "rocm": "rocm"}.items():
+        assert named in bn_fused.explain((64, 8), jnp.float32, target=target).reason
+    assert bn_fused.explain((64, 8), jnp.float32, target=Target("cpu")) == bn_fused.explain((64, 8), jnp.float32)
+    with pytest.raises(ValueError, match="target is 'h2000'; accepted are 'a100'"):
+        bn_fused.explain((64, 8), jnp.float32, target="h2000")
+
+
+def test_vmem_limits_lie_within_the_memory():
+    tpus = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
+    assert tpus and all(0 < chip.vmem_limit <= chip.vmem for chip in tpus)
+    assert not CHIPS["v4"].can_raise_vmem_limit and CHIPS["v5e"].can_raise_vmem_limit
