@@ -5,7 +5,7 @@ import sys
 
 from .allocator import keep_freed_memory
 
-NEEDED = ("click", "rich")
+NEEDED = ("click", "pydantic", "rich")
 
 
 def missing_modules() -> list[str]:
@@ -14,7 +14,7 @@ def missing_modules() -> list[str]:
 
 
 def main() -> None:
-    """Run the command line and exit with its status; see `cli.run`."""
+    """Run the command line and exit with its status; see `cli.main`."""
     missing = missing_modules()
     if missing:
         print(f'bn-bench needs {" and ".join(missing)}: pip install "bn_fused[bench]"', file=sys.stderr)
@@ -22,7 +22,7 @@ def main() -> None:
     keep_freed_memory()
     from . import cli
 
-    sys.exit(cli.run())
+    sys.exit(cli.main())
 
 
 if __name__ == "__main__":

@@ -1,82 +1,140 @@
-"""The layers that are checked and timed on the same work: ours with each backend, and its rivals."""
+"""The layers that are checked and timed on the same work: ours with each backend, and its rivals.
+
+A provider makes, for a workload, a pure function `apply(parameters, state, x, residual) -> (y, state)`: a training step,
+with x in the workload's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the first state.
+"""
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+from bn_fused.kernels.activations import ACTIVATIONS
 
 import bn_fused
 
+from .workloads import Workload
 
-class Functions(NamedTuple):
-    """The two jitted functions of a layer. `arrays` holds its parameters and state.
-
-    - `forward(arrays, x) -> (y, arrays)`: a training step, or inference if the layer is in inference mode.
-    - `forward_backward(arrays, x, dy) -> (y, arrays, (dx, dweight, dbias))`: the same and its gradient; y is
-      returned because the next layer of a network reads it.
-    """
-
-    forward: Callable
-    forward_backward: Callable
+EXAMPLES, DEVICES = "batch", "devices"
 
 
 @dataclasses.dataclass(frozen=True)
 class Provider:
-    """A layer to run: `name` for the tables, `make(channels)` gives the layer and its state."""
+    """A layer to run.
+
+    - `name`: for the tables; for ours the backend's.
+    - `make(workload, approach, names)`: `apply` and the first state (see the module); `names` are the device axes over
+        which it averages.
+    - `ours`: whether it is `bn_fused`, which is held to a tighter limit and offers every approach.
+    - `module`: the package it needs, if it is not always there.
+    """
 
     name: str
-    make: Callable[[int], tuple[Any, eqx.nn.State]]
+    make: Callable[[Workload, str, tuple[str, ...]], tuple[Callable, Any]]
+    ours: bool = False
+    module: str | None = None
+
+    @property
+    def missing(self) -> str | None:
+        """None where it can run, else one sentence that says what to install."""
+        if self.module is None or importlib.util.find_spec(self.module) is not None:
+            return None
+        return f"{self.name} is not installed: pip install {self.module}"
 
 
-def bn_fused_layer(backend: str, approach: str = "batch", **arguments) -> Provider:
-    """`bn_fused.BatchNorm` with the given backend, approach and further arguments."""
+def bn_fused_layer(backend: str) -> Provider:
+    """`bn_fused` with the given backend: the layer for channels first, the function for channels last."""
 
-    def make(channels):
-        return eqx.nn.make_with_state(bn_fused.BatchNorm)(
-            channels, "batch", approach=approach, backend=backend, **arguments
+    def make(workload, approach, names):
+        options = dict(approach=approach, activation=workload.activation, backend=backend)
+
+        def function(parameters, stats, x, residual):
+            return bn_fused.batch_norm(
+                x, stats, *parameters, axis_name=names or None, residual=residual, channel_axis=-1, **options
+            )
+
+        if workload.layout == "nhwc":
+            return function, bn_fused.RunningStats.init(workload.channels)
+        axis_name = (EXAMPLES, *names)
+        layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(workload.channels, axis_name, **options)
+        state, rest = eqx.partition(state, eqx.is_array)
+
+        def under_vmap(parameters, state, x, residual):
+            moved, state = _with_parameters(layer, parameters), eqx.combine(state, rest)
+            y, new = jax.vmap(
+                lambda x, residual: moved(x, state, residual=residual), axis_name=EXAMPLES, out_axes=(0, None)
+            )(x, residual)
+            return y, eqx.filter(new, eqx.is_array)
+
+        return under_vmap, state
+
+    return Provider(backend, make, ours=True)
+
+
+def _with_parameters(layer, parameters):
+    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, parameters)
+
+
+def _finish(y, residual, activation):
+    """What follows another library's BatchNorm: add the residual, apply the activation."""
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    return y if activation is None else ACTIVATIONS[activation].definition(y)
+
+
+def _equinox(workload, approach, names):
+    # It has no warm-up: its nearest to `ema` is the batch's statistics.
+    mode = "ema" if approach == "ema_compatibility" else "batch"
+    layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(workload.channels, (EXAMPLES, *names), mode=mode)
+    state, rest = eqx.partition(state, eqx.is_array)
+    last = workload.layout == "nhwc"
+
+    def apply(parameters, state, x, residual):
+        moved, state = _with_parameters(layer, parameters), eqx.combine(state, rest)
+        # It takes channels first: who has them last moves them there and back.
+        y, new = jax.vmap(moved, axis_name=EXAMPLES, in_axes=(0, None), out_axes=(0, None))(
+            jnp.moveaxis(x, -1, 1) if last else x, state
         )
+        y = jnp.moveaxis(y, 1, -1) if last else y
+        return _finish(y, residual, workload.activation), eqx.filter(new, eqx.is_array)
 
-    return Provider(backend, make)
+    return apply, state
 
 
-def _equinox(channels):
-    return eqx.nn.make_with_state(eqx.nn.BatchNorm)(channels, "batch", mode="batch")
+def _flax(workload, approach, names):
+    import flax.linen
+
+    del approach  # it has one way to train: with the batch's statistics
+    layer = flax.linen.BatchNorm(
+        use_running_average=False,
+        axis=workload.channel_axis,
+        momentum=0.99,
+        epsilon=1e-5,
+        dtype=workload.dtype,
+        axis_name=names or None,
+    )
+    stats = {"mean": jnp.zeros(workload.channels), "var": jnp.ones(workload.channels)}
+
+    def apply(parameters, stats, x, residual):
+        scale, bias = parameters
+        variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+        y, new = layer.apply(variables, x, mutable=["batch_stats"])
+        return _finish(y, residual, workload.activation), new["batch_stats"]
+
+    return apply, stats
+
+
+def _torch(workload, approach, names):
+    raise NotImplementedError("torch's functions are not JAX's: see bench.torch_cases")
 
 
 EQUINOX = Provider("equinox", _equinox)
+FLAX = Provider("flax", _flax, module="flax")
+TORCH = Provider("torch", _torch, module="torch")
+JNP = bn_fused_layer("jnp")
 
-
-def functions(layer, state) -> tuple[Any, Functions]:
-    """The arrays of a layer and its state, and the functions that take them; see `Functions`.
-
-    The layer runs as it does in a network: under `jax.vmap` with its axis name, x [examples, channels,
-    *spatial].
-    """
-    arrays, static = eqx.partition((layer, state), eqx.is_array)
-
-    def step(layer, state, x):
-        return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
-
-    def keep(layer, state):
-        return eqx.filter((layer, state), eqx.is_array)
-
-    @jax.jit
-    def forward(arrays, x):
-        layer, state = eqx.combine(arrays, static)
-        y, state = step(layer, state, x)
-        return y, keep(layer, state)
-
-    @jax.jit
-    def forward_backward(arrays, x, dy):
-        layer, state = eqx.combine(arrays, static)
-
-        def output(x, weight, bias):
-            moved = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, bias))
-            return step(moved, state, x)
-
-        y, pullback, new_state = jax.vjp(output, x, layer.weight, layer.bias, has_aux=True)
-        return y, keep(layer, new_state), pullback(dy)
-
-    return arrays, Functions(forward, forward_backward)
+# What `--against` takes. `jnp` is our own form in plain jnp, which XLA compiles: the least that a kernel must beat.
+RIVALS = {provider.name: provider for provider in (EQUINOX, FLAX, TORCH, JNP)}

@@ -1,141 +1,130 @@
-"""Tables of what was found, for people to read."""
+"""Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
-import os
-import platform
 from collections.abc import Sequence
 
-import equinox as eqx
-import jax
-import jaxlib
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-import bn_fused
-
-from .allocator import keeps_freed_memory
 from .check import Check
-from .suite import ApproachRow, Row, WorkloadRows
-from .timing import COPY_PASSES, PASSES, bandwidth, share_of_copy
+from .records import Environment, Row, Run
 
-BYTES_NOTE = (
-    "GB/s counts the passes over an array of x's size that none can save: fwd reads x and writes y "
-    f"({PASSES['fwd']}), bwd reads x and dy and writes dx ({PASSES['fwd+bwd'] - PASSES['fwd']} more). "
-    f"A copy (x + 1, {COPY_PASSES} passes) is timed in the same rounds on the same bytes. "
-    "Times are medians with the 10th and 90th percentile; ratios to equinox and to the copy are medians over "
-    "the rounds; errors are against float64."
+NOTE = (
+    "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
+    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual and writes its "
+    "gradient); fwd+bwd is the sum. The copy (x + 1: one read, one write) is timed in the same rounds on the same "
+    "bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to the copy are medians "
+    "over the paired rounds; errors are against float64, relative as `bn_fused.bench.check` says."
 )
 
 
-def processor() -> str:
-    """The name of this machine's processor and the number of cores that this process may use."""
-    name = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            name = next(
-                (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
-            )
-    except OSError:
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{name}, {cores} cores"
-
-
-def environment(device: jax.Device) -> str:
+def environment_lines(environment: Environment) -> list[str]:
     """Device and versions, in two lines."""
-    what = device.device_kind
-    if device.platform == "cpu":
-        what = (
-            f"{processor()}; the allocator {'keeps' if keeps_freed_memory() else 'gives back'} freed memory"
-        )
-    versions = f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, equinox {eqx.__version__}"
-    return (
-        f"device: {device.platform} ({what})\n"
-        f"bn_fused {bn_fused.__version__}, {versions}, Python {platform.python_version()}"
+    allocator = {True: "; the allocator keeps freed memory", False: "; the allocator gives back freed memory", None: ""}
+    devices = (
+        f"{environment.devices} {'virtual ' if environment.virtual else ''}devices, " if environment.devices > 1 else ""
     )
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return [
+        f"device: {environment.platform} ({devices}{environment.device}{allocator[environment.allocator]})",
+        f"{versions}, Python {environment.python}" + (f", commit {environment.commit}" if environment.commit else ""),
+    ]
 
 
-def _verdict(check: Check) -> Text:
-    return Text("ok", "green") if check.ok else Text("FAILED", "bold red")
-
-
-def _error(check: Check, *quantities: str) -> Text:
-    return Text("-") if check.failure is not None else Text(f"{check.worst(*quantities):.0e}")
-
-
-def _table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """An empty table that fits into 80 columns: texts to the left, then figures to the right."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    table.collapse_padding = True
+    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    made.collapse_padding = True
     for name in left:
-        table.add_column(name, no_wrap=True)
+        made.add_column(name, no_wrap=True)
     for name in right:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
 
 
-def check_table(rows: Sequence[ApproachRow]) -> Table:
-    """The checks of the backends: largest relative errors against float64, and the verdict."""
-    columns = {
-        "y": ("y",),
-        "state": ("running mean", "running variance", "zero_frac", "count"),
-        "dx": ("dx",),
-        "dw, db": ("dweight", "dbias"),
-        "inference": ("inference",),
-    }
-    title = "every backend against float64: largest relative errors"
-    table = _table(title, ("backend", "approach"), (*columns, ""))
-    for row in rows:
-        errors = (_error(row.check, *quantities) for quantities in columns.values())
-        table.add_row(row.backend, row.approach, *errors, _verdict(row.check))
-    return table
+def verdict(ok: bool) -> Text:
+    """ "ok" in green or "FAILED" in red."""
+    return Text("ok", "green") if ok else Text("FAILED", "bold red")
 
 
-def _figures(found: WorkloadRows, row: Row) -> list[Text]:
-    error = _error(row.check, "y of fwd") if row.pass_name == "fwd" else _error(row.check)
-    if row.samples is None:
-        return [_verdict(row.check), *[Text("-")] * 4, error]
-    rival = found.rival(row)
-    gigabytes = bandwidth(PASSES[row.pass_name], found.workload.nbytes, row.samples.median) / 1e9
-    texts = (
-        f"{1e3 * row.samples.median:.3g}",
-        f"{1e3 * row.samples.p10:.3g}-{1e3 * row.samples.p90:.3g}",
-        "-" if rival is None else f"{row.samples.ratio_to(rival):.2f}",
-        f"{gigabytes:.1f}",
-        f"{100 * share_of_copy(row.pass_name, row.samples, found.copy):.0f} %",
-    )
+def layer_name(row: Row, several_approaches: bool) -> str:
+    """The layer's name, with its approach where there are several."""
+    return f"{row.layer} {row.approach}" if several_approaches else row.layer
+
+
+def _figures(row: Row, rivals: Sequence[str], exchanged: bool) -> list[Text]:
+    error = Text("-" if row.error is None else f"{row.error:.0e}")
+    columns = 4 + len(rivals) + exchanged
+    if row.median is None:
+        shown = {"failed": Text("FAILED", "bold red")}.get(row.status, Text(row.status, "yellow"))
+        return [shown, *[Text("-")] * (columns - 1), error]
+    texts = [
+        f"{1e3 * row.median:.3g}",
+        f"{1e3 * row.p10:.3g}-{1e3 * row.p90:.3g}",
+        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios else "-" for rival in rivals),
+        f"{row.bandwidth / 1e9:.1f}",
+        f"{100 * row.of_copy:.0f} %",
+    ]
+    if exchanged:
+        texts.append("-" if row.collective_bytes is None else str(row.collective_bytes))
     return [*map(Text, texts), error]
 
 
-def workload_table(found: WorkloadRows) -> Table:
-    """The times at one workload; a row whose check failed shows FAILED in their place."""
-    figures = ("ms", "p10-p90", "/ equinox", "GB/s", "of copy", "error")
-    table = _table(str(found.workload), ("pass", "layer"), figures)
-    for row in found.rows:
-        layer = f"{row.layer} (auto)" if row.layer == found.auto.name else row.layer
-        table.add_row(row.pass_name, layer, *_figures(found, row))
-    return table
+def headings(rivals: Sequence[str], exchanged: bool) -> list[str]:
+    """The headings of the columns of figures."""
+    columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
+    return [*columns, *(["exchanged B"] if exchanged else []), "error"]
 
 
-def workload_notes(found: WorkloadRows) -> list[str]:
-    """What the table does not say: the copy's bandwidth, the choice of backend and who cannot run."""
-    notes = [f"auto takes {found.auto.name}: {found.auto.reason}"]
-    if found.copy is not None:
-        speed = bandwidth(COPY_PASSES, found.workload.nbytes, found.copy.median) / 1e9
-        notes.insert(0, f"copy of x: {1e3 * found.copy.median:.3g} ms, {speed:.1f} GB/s")
-    return [*notes, *found.refusals.values()]
+def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None = None) -> Table:
+    """The rows of one workload; a row whose check failed shows FAILED in place of its times."""
+    exchanged = any(row.collective_bytes is not None for row in rows)
+    several = len({row.approach for row in rows}) > 1
+    made = table(str(rows[0].at), ("pass", "layer"), headings(rivals, exchanged))
+    for row in rows:
+        name = layer_name(row, several)
+        made.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, exchanged))
+    return made
 
 
-def failures(approach_rows: Sequence[ApproachRow], found: Sequence[WorkloadRows]) -> list[str]:
-    """One line for every check that failed."""
-    lines = [
-        f"{row.backend}, approach {row.approach}: {row.check.reason}"
-        for row in approach_rows
-        if not row.check.ok
+def copy_line(rows: Sequence[Row]) -> str | None:
+    """The bandwidth of the copy at one workload; None if nothing was timed."""
+    found = next((row for row in rows if row.copy_bandwidth is not None), None)
+    return None if found is None else f"copy of x: {found.copy_bandwidth / 1e9:.1f} GB/s"
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why rows are refused or missing, each reason once."""
+    return list(dict.fromkeys(row.reason for row in rows if row.status in ("refused", "missing")))
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for every row whose check failed."""
+    return [
+        f"{row.layer}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
+        for row in rows
+        if row.status == "failed"
     ]
-    for one in found:
-        checks = {row.layer: row.check for row in one.rows}
-        lines += [
-            f"{layer} at {one.workload}: {check.reason}" for layer, check in checks.items() if not check.ok
-        ]
-    return lines
+
+
+def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:
+    """The checks of (backend, approach, check): the largest error as a share of its limit, and the verdict."""
+    made = table("every step of a small batch, against float64", ("backend", "approach"), ("error / limit", ""))
+    for backend, approach, check in checks:
+        share = max((error.share for error in check.errors), default=None)
+        made.add_row(backend, approach, "-" if share is None else f"{share:.2f}", verdict(check.ok))
+    return made
+
+
+def markdown(run: Run) -> str:
+    """The run as a Markdown table, with what it ran on above it."""
+    exchanged = any(row.collective_bytes is not None for row in run.rows)
+    several = len({row.approach for row in run.rows}) > 1
+    columns = ["workload", "pass", "layer", *headings(run.rivals, exchanged)]
+    lines = [*environment_lines(run.environment), "", f"{run.date}, `{run.command}`", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
+    for row in run.rows:
+        cells = [str(row.at), row.pass_name, layer_name(row, several), *map(str, _figures(row, run.rivals, exchanged))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", NOTE, ""])

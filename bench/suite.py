@@ -1,15 +1,21 @@
-"""The work behind the command line: which backends there are, their checks, and the rows of times."""
+"""The work of `bn-bench run`: which layers run at which workloads, their checks, and the rows of times."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
 
 import bn_fused
 from bn_fused import kernels
 
-from .check import CHECKED, Check, check_approach, check_workload
-from .providers import EQUINOX, Provider, bn_fused_layer
-from .timing import PASSES, Samples, copy, measure
-from .workloads import Workload
+from .cases import check_case, copy_program, make_case, make_inputs, make_oracle, sets_for
+from .check import Check, failure_of
+from .providers import DEVICES, RIVALS, Provider, bn_fused_layer
+from .records import Row
+from .timing import measure
+from .workloads import COPY_PASSES, Workload
 
 APPROACHES = ("batch", "ema", "ema_compatibility")
 # It is the definition itself, kept slow and plain, to be checked against and not to be timed.
@@ -17,104 +23,178 @@ UNTIMED = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
-class ApproachRow:
-    """One backend with one approach, and its check."""
+class Settings:
+    """What a run does at every workload.
 
-    backend: str
+    - `approaches`, `backends`, `rivals`, `passes`: names; no backends: all that can run there.
+    - `seconds`: for the samples of one workload, without compilation and checks.
+    - `cold`: whether the caches are made cold; see `bench.cases`.
+    - `devices`: over how many the examples are split; `sync`: whether they share their statistics.
+    """
+
+    approaches: Sequence[str] = ("batch",)
+    backends: Sequence[str] = ()
+    rivals: Sequence[str] = ("equinox",)
+    passes: Sequence[str] = ("fwd", "fwd+bwd")
+    seconds: float = 10.0
+    cold: bool = False
+    devices: int = 1
+    sync: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A layer that is to run at a workload with an approach, or the reason why it does not."""
+
+    provider: Provider
     approach: str
-    check: Check
+    status: str = "ok"
+    reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One layer in one pass ("fwd" or "fwd+bwd") at one workload; no samples when its check failed."""
-
-    layer: str
-    pass_name: str
-    check: Check
-    samples: Samples | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class WorkloadRows:
-    """What was found at one workload.
-
-    - `auto`: what `backend="auto"` takes there, and why.
-    - `refusals`: the backends that cannot run there, each with its reason.
-    - `copy`: the samples of the copy, taken in the same rounds as those of the rows.
-    """
-
-    workload: Workload
-    auto: bn_fused.BackendChoice
-    refusals: Mapping[str, str]
-    rows: Sequence[Row]
-    copy: Samples
-
-    def rival(self, row: Row) -> Samples | None:
-        """The samples of equinox's layer in the same pass; None where it was not timed."""
-        return next(
-            (
-                one.samples
-                for one in self.rows
-                if one.layer == EQUINOX.name and one.pass_name == row.pass_name
-            ),
-            None,
+def refusal(workload: Workload, backend: str) -> str | None:
+    """Why a backend cannot run a workload on JAX's default device; None if it can."""
+    try:
+        bn_fused.explain(
+            workload.array_shape,
+            workload.dtype,
+            channel_axis=workload.channel_axis,
+            activation=workload.activation,
+            residual=workload.residual,
+            backend=backend,
         )
+    except bn_fused.BackendError as error:
+        return str(error)
+    return None
 
 
-def backends_at(workload: Workload) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The backends that can run a workload on this device, and the reasons of those that cannot."""
-    able, refusals = [], {}
-    for name in kernels.backend_names():
-        try:
-            bn_fused.explain(workload.shape, workload.dtype, channel_axis=1, backend=name)
-        except bn_fused.BackendError as error:
-            refusals[name] = str(error)
-        else:
-            able.append(name)
-    return tuple(able), refusals
+def plan(workload: Workload, settings: Settings) -> list[Planned]:
+    """The layers that run at a workload, ours first; those that cannot run say why."""
+    asked = settings.backends or [name for name in kernels.backend_names() if name not in UNTIMED]
+    planned = []
+    for approach in settings.approaches:
+        for name in asked:
+            reason = refusal(workload, name)
+            planned.append(Planned(bn_fused_layer(name), approach, "refused" if reason else "ok", reason or ""))
+    for name in settings.rivals:
+        provider = RIVALS[name]
+        for approach in settings.approaches:
+            # The other libraries but equinox know only the batch's statistics.
+            comparable = provider.ours or name == "equinox" or approach == settings.approaches[0]
+            if provider.ours and name in asked or not comparable:
+                continue
+            missing = provider.missing
+            if missing is None and name == "torch" and settings.devices > 1:
+                missing = "torch runs on one device here"
+            planned.append(Planned(provider, approach, "missing" if missing else "ok", missing or ""))
+    return planned
 
 
-def timed_layers(workload: Workload) -> tuple[tuple[Provider, ...], dict[str, str]]:
-    """The layers to time at a workload, equinox's last, and the reasons of the backends that cannot run."""
-    able, refusals = backends_at(workload)
-    ours = tuple(bn_fused_layer(name) for name in able if name not in UNTIMED)
-    return (*ours, EQUINOX), refusals
+def _row(workload: Workload, planned: Planned, pass_name: str, **values) -> Row:
+    return Row(
+        workload=workload.name,
+        shape=workload.shape,
+        dtype=workload.dtype,
+        layout=workload.layout,
+        activation=workload.activation,
+        residual=workload.residual,
+        layer=planned.provider.name,
+        approach=planned.approach,
+        pass_name=pass_name,
+        **values,
+    )
 
 
-def run_workload(workload: Workload, *, seconds: float, progress: Callable[[float], None]) -> WorkloadRows:
-    """Check and time every layer at a workload; a layer whose check fails is not timed.
+def _finite(value: float) -> float | None:
+    return value if np.isfinite(value) else None
 
-    `seconds` is the time for the samples; building, compiling and checking come before it. `progress` is
-    called with the share of the work that is done.
+
+def run_workload(
+    workload: Workload, settings: Settings, progress: Callable[[float], None] = lambda share: None
+) -> list[Row]:
+    """Check and time every layer at a workload; a pass whose check fails is not timed.
+
+    `progress` is called with the share of the work that is done.
     """
-    auto = bn_fused.explain(workload.shape, workload.dtype, channel_axis=1)
-    layers, refusals = timed_layers(workload)
-    checks, work = {}, {}
-    for done, provider in enumerate(layers):
-        progress(0.3 * done / len(layers))
-        checks[provider.name], built = check_workload(provider, workload)
-        if checks[provider.name].ok:
-            arrays, run, x, dy = built
-            work["copy", ""] = lambda x=x: copy(x)
-            work[provider.name, "fwd"] = lambda arrays=arrays, run=run, x=x: run.forward(arrays, x)
-            work[provider.name, "fwd+bwd"] = lambda arrays=arrays, run=run, x=x, dy=dy: run.forward_backward(
-                arrays, x, dy
-            )
-    samples = measure(work, seconds=seconds, progress=lambda share: progress(0.3 + 0.7 * share))
-    rows = [
-        Row(provider.name, pass_name, checks[provider.name], samples.get((provider.name, pass_name)))
-        for pass_name in PASSES
-        for provider in layers
-    ]
-    return WorkloadRows(workload, auto, refusals, rows, samples.get(("copy", "")))
-
-
-def check_backends(progress: Callable[[float], None]) -> list[ApproachRow]:
-    """Check every backend that can run here with every approach; `progress` as in `run_workload`."""
-    pairs = [(backend, approach) for backend in backends_at(CHECKED)[0] for approach in APPROACHES]
+    planned = plan(workload, settings)
+    able = [layer for layer in planned if layer.status == "ok"]
+    mesh = None
+    if settings.devices > 1:
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[: settings.devices]), (DEVICES,))
+    sets = sets_for(workload, jax.devices()[0], settings.cold)
+    inputs = make_inputs(workload, sets=sets, mesh=mesh)
+    parts = 1 if settings.sync else settings.devices
+    oracles = {approach: make_oracle(inputs, approach, parts) for approach in {layer.approach for layer in able}}
+    checks: dict[tuple, Check] = {}
+    exchanged: dict[tuple, int | None] = {}
+    work = {"copy": copy_program(inputs)}
+    for done, layer in enumerate(able):
+        progress(0.4 * done / len(able))
+        keys = {pass_name: (layer.provider.name, layer.approach, pass_name) for pass_name in settings.passes}
+        try:
+            case = make_case(layer.provider, inputs, layer.approach, settings.passes, settings.sync)
+        except Exception as error:  # a layer that does not compile fails, and the others go on
+            checks |= {key: Check(failure=failure_of(error)) for key in keys.values()}
+            continue
+        # In a first step all approaches normalise with the batch's statistics, the other libraries do so in every one.
+        for pass_name, key in keys.items():
+            checks[key] = check_case(case, pass_name, oracles[layer.approach], workload, layer.provider.ours)
+            exchanged[key] = case.collective_bytes.get(pass_name)
+            if checks[key].ok:
+                work[key] = case.programs[pass_name]
+    samples = measure(work, seconds=settings.seconds, progress=lambda share: progress(0.4 + 0.6 * share))
     rows = []
-    for done, (backend, approach) in enumerate(pairs):
-        progress(done / len(pairs))
-        rows.append(ApproachRow(backend, approach, check_approach(backend, approach)))
+    for pass_name in settings.passes:
+        for layer in planned:
+            if layer.status != "ok":
+                rows.append(_row(workload, layer, pass_name, status=layer.status, reason=layer.reason))
+                continue
+            key = (layer.provider.name, layer.approach, pass_name)
+            check = checks[key]
+            values = {"status": "ok" if check.ok else "failed", "reason": check.reason}
+            if check.errors:
+                nearest = max(check.errors, key=lambda error: np.nan_to_num(error.share, nan=np.inf))
+                values |= {"error": _finite(nearest.value), "limit": nearest.limit}
+            if key in samples:
+                values |= _times(workload, samples, key, settings) | {"collective_bytes": exchanged[key]}
+            rows.append(_row(workload, layer, pass_name, **values))
     return rows
+
+
+def _times(workload, samples, key, settings):
+    """What the samples of a layer's pass say, as fields of a row."""
+    name, approach, pass_name = key
+    taken, copy, passes = samples[key], samples["copy"], workload.passes(pass_name)
+    ratios = {}
+    for rival in settings.rivals:
+        # A rival that knows one way to train runs once, for all approaches.
+        other = samples.get((rival, approach, pass_name)) or samples.get((rival, settings.approaches[0], pass_name))
+        if other is not None:
+            ratios[rival] = taken.ratio_to(other)
+    return {
+        "median": taken.median,
+        "p10": taken.p10,
+        "p90": taken.p90,
+        "rounds": len(taken.seconds),
+        "nbytes": passes * workload.nbytes,
+        "bandwidth": passes * workload.nbytes / taken.median,
+        "copy_bandwidth": COPY_PASSES * workload.nbytes / copy.median,
+        "of_copy": passes / COPY_PASSES / taken.ratio_to(copy),
+        "ratios": ratios,
+    }
+
+
+def run(
+    workloads: Sequence[Workload], settings: Settings, progress: Callable[[str, float], None] = lambda name, share: None
+) -> Iterator[tuple[Workload, list[Row]]]:
+    """The rows of each workload as soon as they are there; `progress` gets the share of the whole."""
+    for done, workload in enumerate(workloads):
+        yield (
+            workload,
+            run_workload(
+                workload,
+                settings,
+                lambda share, done=done, name=workload.name: progress(name, (done + share) / len(workloads)),
+            ),
+        )
+        gc.collect()

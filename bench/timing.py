@@ -13,15 +13,24 @@ from typing import Any
 import jax
 import numpy as np
 
-# Passes over an array of x's size that no implementation can save: forward reads x and writes y; its gradient
-# reads x and dy and writes dx.
-PASSES = {"fwd": 2, "fwd+bwd": 5}
-COPY_PASSES = 2
-
 # A sample calls its function often enough to last this long (seconds), so that the clock and the waiting for
 # the device cost little of it.
 SAMPLE_SECONDS = 2e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """A function to time.
+
+    - `start()` starts work on the device and returns what it makes.
+    - `calls`: how many times it does the work whose time is asked for.
+    - `wait(result)` returns when the work is done.
+    """
+
+    start: Callable[[], Any]
+    calls: int = 1
+    wait: Callable[[Any], Any] = jax.block_until_ready
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,53 +60,36 @@ class Samples:
 
 
 def measure(
-    functions: Mapping[str, Callable[[], Any]],
+    functions: Mapping[Any, Timed],
     *,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     progress: Callable[[float], None] = lambda share: None,
-) -> dict[str, Samples]:
+) -> dict[Any, Samples]:
     """Time functions in interleaved rounds for about `seconds` in all, and at least `MIN_ROUNDS` rounds.
 
-    A function starts work on the device and returns its arrays; a sample waits until they are ready. Each
-    function is called twice beforehand, so that compilation and first touches of memory are not in the
-    samples. `progress` is called with the share of the time that has passed.
+    Each function runs twice beforehand, so that compilation and first touches of memory are not in the samples.
+    `progress` is called with the share of the time that has passed.
     """
-    calls = {}
-    for name, function in functions.items():
-        jax.block_until_ready(function())
+    repeats = {}
+    for name, timed in functions.items():
+        timed.wait(timed.start())
         start = clock()
-        jax.block_until_ready(function())
-        calls[name] = max(1, math.ceil(SAMPLE_SECONDS / max(clock() - start, 1e-9)))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+        timed.wait(timed.start())
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(clock() - start, 1e-9)))
+    samples: dict[Any, list[float]] = {name: [] for name in functions}
     names = list(functions)
     begin = clock()
     for rounds in range(MAX_ROUNDS):
         if rounds >= MIN_ROUNDS and clock() - begin >= seconds:
             break
-        # Forwards and backwards in turn, so that no function always follows the same neighbour's use of the
-        # caches.
+        # Forwards and backwards in turn, so that no function always follows the same neighbour's use of the caches.
         for name in names if rounds % 2 == 0 else reversed(names):
+            timed = functions[name]
             start = clock()
-            for _ in range(calls[name]):
-                result = functions[name]()
-            jax.block_until_ready(result)
-            samples[name].append((clock() - start) / calls[name])
+            for _ in range(repeats[name]):
+                result = timed.start()
+            timed.wait(result)
+            samples[name].append((clock() - start) / (repeats[name] * timed.calls))
         progress(min(1.0, (clock() - begin) / seconds))
     return {name: Samples(np.asarray(values)) for name, values in samples.items()}
-
-
-def bandwidth(passes: int, nbytes: int, seconds: float) -> float:
-    """Bytes per second of `passes` passes over an array of `nbytes` bytes in `seconds`."""
-    return passes * nbytes / seconds
-
-
-def share_of_copy(pass_name: str, samples: Samples, copy: Samples) -> float:
-    """The bandwidth of a pass ("fwd" or "fwd+bwd") over the copy's on the same bytes, from paired rounds."""
-    return PASSES[pass_name] / COPY_PASSES / samples.ratio_to(copy)
-
-
-@jax.jit
-def copy(x):
-    """Read x and write an array of its size, elementwise: the roofline that the others are held against."""
-    return x + x.dtype.type(1)

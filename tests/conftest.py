@@ -34,6 +34,30 @@ def x64():
         yield
 
 
+@pytest.fixture
+def standard_promotion():
+    """The test runs with JAX's default promotion of dtypes, without which equinox's layer takes no 16-bit inputs."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def broken_backend():
+    """The name of a backend that is jnp but for the gradient of x, which it doubles."""
+    from bn_fused import kernels
+
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    backward = operations["backward"]
+
+    def doubled(**operands):
+        dx, *others = backward(**operands)
+        return (2 * dx, *others)
+
+    kernels.register(kernels.Backend("broken", operations | {"backward": doubled}))
+    yield "broken"
+    kernels.unregister("broken")
+
+
 def count_backends():
     """Count which backends are compiled, and for which platform."""
     from bn_fused.kernels import dispatch, reference

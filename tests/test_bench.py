@@ -1,37 +1,21 @@
-"""`bn-bench`: its oracle, its checks, its timing, what it prints and the status it exits with."""
+"""`bn-bench`'s foundations: its oracle, its checks, its timing, its workloads and its console entry."""
 
 import dataclasses
 import os
 import platform
-import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from bn_fused.bench import allocator, cases, check, oracle, suite, timing
+from bn_fused.bench.providers import RIVALS
+from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
+from bn_fused.kernels.activations import ACTIVATIONS
 
 import bn_fused
 from bn_fused import kernels
-from bn_fused.bench import allocator, check, cli, report, suite, timing
-from bn_fused.bench.workloads import SUITES, WORKLOADS, parse_shape
-
-SMALL = ("--shape", "8,4,5,3", "--seconds", "0.01")
-
-
-@pytest.fixture
-def broken_backend():
-    """A backend that is jnp but for the gradient of x, which it doubles."""
-    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
-    backward = operations["backward"]
-
-    def doubled(**operands):
-        dx, *others = backward(**operands)
-        return (2 * dx, *others)
-
-    kernels.register(kernels.Backend("broken", operations | {"backward": doubled}))
-    yield "broken"
-    kernels.unregister("broken")
-
 
 # The oracle
 
@@ -42,16 +26,16 @@ def test_the_oracles_gradient_is_the_slope_of_its_output(approach, steps_before)
     shape, settings = (4, 3, 2), dict(approach=approach, momentum=0.8, eps=1e-3, warmup_period=5)
     rng = np.random.default_rng(0)
     weight, bias = rng.normal(size=(2, 3))
-    state = check.initial_state(3)
+    state = oracle.initial_state(3)
     for _ in range(steps_before):
-        state = check.train_oracle(*rng.normal(size=(2, *shape)), weight, bias, state, **settings).state
+        state = oracle.train_oracle(*rng.normal(size=(2, *shape)), weight, bias, state, **settings).state
     arguments = [rng.normal(size=shape) + 1, weight, bias]
     dy = rng.normal(size=shape)
 
     def loss(x, weight, bias):
-        return np.sum(check.train_oracle(x, dy, weight, bias, state, **settings).y * dy)
+        return np.sum(oracle.train_oracle(x, dy, weight, bias, state, **settings).y * dy)
 
-    step = check.train_oracle(arguments[0], dy, weight, bias, state, **settings)
+    step = oracle.train_oracle(arguments[0], dy, weight, bias, state, **settings)
     h = 1e-5  # central differences in float64: error about h**2 + epsilon / h, 1e-10
     for position, gradient in enumerate((step.dx, step.dweight, step.dbias)):
         direction = rng.normal(size=arguments[position].shape)
@@ -64,12 +48,12 @@ def test_the_oracles_gradient_is_the_slope_of_its_output(approach, steps_before)
 
 def test_the_oracles_batch_statistics_are_unbiased_from_the_first_step():
     x = np.random.default_rng(0).normal(size=(6, 2, 4))
-    step = check.train_oracle(
+    step = oracle.train_oracle(
         x,
         x,
         np.ones(2),
         np.zeros(2),
-        check.initial_state(2),
+        oracle.initial_state(2),
         approach="batch",
         momentum=0.9,
         eps=0.0,
@@ -123,13 +107,13 @@ class FakeClock:
         return self.now
 
     def takes(self, *durations):
-        """A function whose calls take these seconds in turn."""
+        """A function to time, whose calls take these seconds in turn."""
         calls = iter(range(10**6))
 
         def function():
             self.now += durations[next(calls) % len(durations)]
 
-        return function
+        return timing.Timed(function)
 
 
 def test_times_are_per_call_and_ratios_are_medians_of_paired_rounds():
@@ -138,9 +122,7 @@ def test_times_are_per_call_and_ratios_are_medians_of_paired_rounds():
     assert samples["slow"].median == pytest.approx(0.6)
     assert samples["slow"].p10 == pytest.approx(0.6)
     assert samples["fast"].ratio_to(samples["slow"]) == pytest.approx(1 / 3)
-    assert (
-        len(samples["slow"].seconds) == len(samples["fast"].seconds) == 13
-    )  # 0.8 s a round, until 10 s are over
+    assert len(samples["slow"].seconds) == len(samples["fast"].seconds) == 13  # 0.8 s a round, until 10 s are over
 
 
 def test_a_function_too_short_for_the_clock_is_called_often_in_a_sample():
@@ -150,95 +132,122 @@ def test_a_function_too_short_for_the_clock_is_called_often_in_a_sample():
     assert len(samples["short"].seconds) == timing.MIN_ROUNDS
 
 
-def test_the_share_of_the_copys_bandwidth_counts_the_passes_that_none_can_save():
-    copy = timing.Samples(np.full(5, 2.0))
-    # fwd moves as many bytes as the copy; fwd+bwd 5 passes in place of 2
-    assert timing.share_of_copy("fwd", timing.Samples(np.full(5, 4.0)), copy) == pytest.approx(0.5)
-    assert timing.share_of_copy("fwd+bwd", timing.Samples(np.full(5, 10.0)), copy) == pytest.approx(0.5)
-    assert timing.bandwidth(timing.COPY_PASSES, 10**9, 2.0) == pytest.approx(1e9)
+def test_a_function_that_does_its_work_several_times_is_given_its_share_of_the_time():
+    clock = FakeClock()
+    once, four_times = clock.takes(0.5), dataclasses.replace(clock.takes(2.0), calls=4)
+    samples = timing.measure({"once": once, "four times": four_times}, seconds=1.0, clock=clock)
+    assert samples["four times"].median == pytest.approx(samples["once"].median) == pytest.approx(0.5)
 
 
-# The command
+# The workloads
 
 
 def test_every_suite_names_workloads_that_are_in_the_table():
-    assert set(SUITES["quick"]) <= set(WORKLOADS)
-    assert [WORKLOADS[name].shape for name in SUITES["quick"]] == [
-        (32, 64, 56, 56),
-        (64, 256, 14, 14),
-        (4096, 512),
-    ]
+    for names in SUITES.values():
+        assert names and set(names) <= set(WORKLOADS)
+    assert [WORKLOADS[name].shape for name in SUITES["quick"]] == [(32, 64, 56, 56), (64, 256, 14, 14), (4096, 512)]
     assert WORKLOADS["mlp"].nbytes == 4096 * 512 * 4
 
 
-def test_a_run_checks_times_and_names_the_backend_and_exits_with_0(capsys):
-    status = cli.run(SMALL)
-    out = capsys.readouterr().out
-    assert status == 0, out
-    assert "every check passed" in out and "FAILED" not in out
-    assert bn_fused.explain((8, 4, 5, 3), "float32", channel_axis=1).name + " (auto)" in out
-    for backend in kernels.backend_names():
-        for approach in suite.APPROACHES:
-            assert re.search(rf"{backend}\s.*{approach}\s.*ok", out)
-    # two passes, each with our layer and equinox's: time, spread, ratio, GB/s, share of the copy, error
-    row = r" [\d.]+ +[\d.]+-[\d.]+ +[\d.]+ +[\d.]+ +\d+ % +\de-\d\d"
-    assert len(re.findall(row, out)) == 4
-
-
-def test_a_backend_whose_check_fails_shows_FAILED_is_not_timed_and_the_status_is_1(broken_backend, capsys):
-    found = suite.run_workload(parse_shape("8,4,5,3"), seconds=0.01, progress=lambda share: None)
-    rows = [row for row in found.rows if row.layer == broken_backend]
-    assert len(rows) == 2 and all(row.samples is None for row in rows)
-    assert all(row.samples is not None for row in found.rows if row.layer != broken_backend)
-
-    assert cli.run(SMALL) == 1
-    out = capsys.readouterr().out
-    assert len(re.findall(r"broken +FAILED", out)) == 2
-    assert "FAILED: broken at shape (8,4,5,3) float32: dx is off by" in out
-    assert "every check passed" not in out
-
-
-def test_a_backend_that_cannot_run_here_is_named_with_its_reason(broken_backend, capsys):
-    kernels.unregister(broken_backend)
-    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
-    kernels.register(kernels.Backend("broken", operations, refusal=lambda problem, target: "it needs a chip"))
-    assert cli.run(SMALL) == 0
-    assert "it needs a chip" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("options", "passes"),
     [
-        (("--shape", "32,x"), "'32,x'"),
-        (("--shape", "32"), "'32'"),
-        (("--shape", "32,0,4"), "'32,0,4'"),
-        (("--seconds", "0"), "--seconds"),
-        (("--seconds", "soon"), "'soon'"),
-        (("--nothing",), "--nothing"),
-        (("nothing",), "nothing"),
+        ({}, (2, 3)),  # x, y; x, dy, dx
+        ({"activation": "relu"}, (2, 3)),
+        ({"residual": True}, (3, 3)),  # x, residual, y; the residual's gradient is dy
+        ({"residual": True, "activation": "relu"}, (3, 5)),  # x, dy, residual, dx, dresidual
     ],
+    ids=str,
 )
-def test_input_it_cannot_use_is_answered_in_one_line_with_status_2(arguments, named, capsys):
-    assert cli.run(list(arguments)) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("bn-bench: ") and err.count("\n") == 1 and named in err
+def test_the_passes_that_none_can_save_are_counted(options, passes):
+    workload = Workload("any", (2, 3), **options)
+    assert (workload.passes("fwd"), workload.passes("bwd")) == passes
+    assert workload.passes("fwd+bwd") == sum(passes)
 
 
-def test_without_a_device_it_says_so_in_one_line_with_status_2(monkeypatch, capsys):
-    def devices():
-        raise RuntimeError("no such platform\nand a long story")
-
-    monkeypatch.setattr(cli.jax, "devices", devices)
-    assert cli.run([]) == 2
-    assert capsys.readouterr().err == "bn-bench: JAX finds no device: no such platform\n"
+def test_a_layout_says_where_the_channels_are_in_memory():
+    images = Workload("images", (2, 3, 5, 7))
+    assert (images.array_shape, images.channel_axis) == ((2, 3, 5, 7), 1)
+    last = dataclasses.replace(images, layout="nhwc")
+    assert (last.array_shape, last.channel_axis, last.channels) == ((2, 5, 7, 3), 3, 3)
 
 
-def test_every_failed_check_is_said_in_a_line():
-    found = check.Check((check.Error("y", float("inf"), 1.0),))
-    assert report.failures([suite.ApproachRow("jnp", "ema", found)], []) == [
-        "jnp, approach ema: y is off by inf (limit 1.0e+00)"
-    ]
+# What is timed is what was checked
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize(("activation", "residual"), [(None, False), ("relu", True), ("gelu", False), ("silu", True)])
+def test_the_programs_of_our_layer_and_of_equinoxs_give_the_oracles_results(layout, activation, residual, sets):
+    workload = Workload("any", (6, 5, 4, 3), layout=layout, activation=activation, residual=residual)
+    inputs = cases.make_inputs(workload, sets=sets)
+    want = cases.make_oracle(inputs, "batch")
+    for provider in (RIVALS["jnp"], RIVALS["equinox"]):
+        case = cases.make_case(provider, inputs, "batch", cases.PASSES)
+        for pass_name in cases.PASSES:
+            found = cases.check_case(case, pass_name, want, workload, provider.ours)
+            assert found.ok, found.reason
+            quantities = {"fwd": {"y"}, "bwd": {"dx", "dweight", "dbias"} | ({"dresidual"} if residual else set())}
+            quantities["fwd+bwd"] = quantities["fwd"] | quantities["bwd"]
+            assert {error.quantity for error in found.errors} == quantities[pass_name]
+            assert len(case.programs[pass_name].start()) == sets == case.programs[pass_name].calls
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_16_bit_inputs_are_checked_to_one_rounding_of_ours_and_more_of_rivals(dtype, standard_promotion):
+    workload = Workload("any", (8, 4, 5, 5), dtype, activation="leaky_relu")
+    inputs = cases.make_inputs(workload, sets=1)
+    want = cases.make_oracle(inputs, "batch")
+    for provider in (RIVALS["jnp"], RIVALS["equinox"]):
+        case = cases.make_case(provider, inputs, "batch", ("fwd+bwd",))
+        assert cases.check_case(case, "fwd+bwd", want, workload, provider.ours).reason == ""
+    assert check.Limits.of(dtype).array < check.Limits.of(dtype, ours=False).array
+
+
+@pytest.mark.parametrize("sync", [False, True])
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
+    workload = Workload("any", (8, 4, 3, 3), layout=layout)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
+    inputs = cases.make_inputs(workload, sets=1, mesh=mesh)
+    case = cases.make_case(RIVALS["jnp"], inputs, "batch", cases.PASSES, sync)
+    shared, own = cases.make_oracle(inputs, "batch", 1), cases.make_oracle(inputs, "batch", 4)
+    for pass_name in cases.PASSES:
+        assert cases.check_case(case, pass_name, shared, workload, True).ok == sync
+        assert cases.check_case(case, pass_name, own, workload, True).ok != sync
+    # The packed moments forward; without sharing nothing. Backward, the parameters' own gradients are summed anyway.
+    assert (case.collective_bytes["fwd"] > 0) == sync
+    assert case.collective_bytes["bwd"] >= 2 * 4 * workload.channels
+
+
+def test_large_workloads_are_compared_in_some_channels_the_first_and_the_last_among_them(monkeypatch):
+    monkeypatch.setattr(cases, "ELEMENTS_COMPARED", 4 * 6)
+    inputs = cases.make_inputs(Workload("any", (6, 9)), sets=1)
+    assert cases.make_oracle(inputs, "batch").channels.tolist() == [0, 2, 5, 8]
+
+
+def test_cold_programs_work_on_more_than_the_last_cache_holds():
+    workload = Workload("any", (1024, 1024))
+    sets = cases.sets_for(workload, jax.devices()[0], cold=True)
+    assert sets * workload.nbytes >= cases.UNKNOWN_CACHE
+    assert cases.sets_for(workload, jax.devices()[0], cold=False) == 1
+    assert cases.sets_for(Workload("tiny", (2, 2)), jax.devices()[0], cold=True) == cases.MOST_SETS
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_oracles_activations_are_jaxs(name):
+    z = np.linspace(-4, 4, 81)
+    y, derivative = oracle.ACTIVATIONS[name](z)
+    with jax.enable_x64(True):
+        want, pullback = jax.vjp(ACTIVATIONS[name].definition, jax.numpy.asarray(z))
+        (slope,) = pullback(np.ones_like(z))
+    # At zero itself the kinked ones have no derivative.
+    away = z != 0
+    np.testing.assert_allclose(y, want, atol=1e-14)
+    np.testing.assert_allclose(derivative[away], np.asarray(slope)[away], atol=1e-13)
+
+
+# The console entry
 
 
 def console_entry(program, **environment):
@@ -256,9 +265,7 @@ def console_entry(program, **environment):
 
 
 def test_without_the_extra_it_says_in_one_line_what_to_install():
-    done = console_entry(
-        "import sys; sys.modules['click'] = None; from bn_fused.bench.__main__ import main; main()"
-    )
+    done = console_entry("import sys; sys.modules['click'] = None; from bn_fused.bench.__main__ import main; main()")
     assert done.returncode == 2
     assert done.stderr == 'bn-bench needs click: pip install "bn_fused[bench]"\n'
 

@@ -5,10 +5,10 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-
-import bn_fused
 from bn_fused.kernels import CHIPS, Target
 from bn_fused.kernels.chips import chip_of
+
+import bn_fused
 
 
 def device(kind, **attributes):

@@ -12,36 +12,34 @@ import subprocess
 import sys
 
 import pytest
-
 from bn_fused.bench.allocator import ALLOCATOR
+from bn_fused.bench.workloads import SUITES
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
     reason="times of large arrays need glibc's allocator, which can be told to keep freed memory",
 )
 
-SHAPES = {"resnet-early": (32, 64, 56, 56), "resnet-late": (64, 256, 14, 14), "mlp": (4096, 512)}
-LIMITS = {"forward": 1.1, "forward and backward": 0.6}
+LIMITS = {"fwd": 1.1, "fwd+bwd": 0.6}
 
 TIME = """
 import json, os, sys
 if hasattr(os, "sched_setaffinity"):
     # One core, before XLA counts them: a neighbour on another core then does not change how the work is split.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-import jax, numpy as np
-from bn_fused.bench.providers import EQUINOX, bn_fused_layer, functions
+from bn_fused.bench.cases import jax_case, make_inputs
+from bn_fused.bench.providers import EQUINOX, bn_fused_layer
 from bn_fused.bench.timing import measure
+from bn_fused.bench.workloads import WORKLOADS
 
-shapes, limits = json.load(sys.stdin)
+names, limits = json.load(sys.stdin)
 best = {}
-for name, shape in shapes.items():
-    random = np.random.default_rng(0)
-    x, dy = (jax.device_put(random.normal(size=shape).astype(np.float32)) for _ in range(2))
+for name in names:
+    inputs = make_inputs(WORKLOADS[name], sets=1)
     timed = {}
-    for provider in (EQUINOX, bn_fused_layer("auto", debias="none")):
-        arrays, run = functions(*provider.make(shape[1]))
-        timed[provider.name, "forward"] = lambda run=run, arrays=arrays: run.forward(arrays, x)
-        timed[provider.name, "forward and backward"] = lambda run=run, arrays=arrays: run.forward_backward(arrays, x, dy)
+    for provider in (EQUINOX, bn_fused_layer("auto")):
+        programs = jax_case(provider, inputs, "batch", tuple(limits), sync=False).programs
+        timed |= {(provider.name, part): program for part, program in programs.items()}
     best[name] = {part: float("inf") for part in limits}
     for _ in range(3):
         samples = measure(timed, seconds=1.5)
@@ -56,11 +54,11 @@ json.dump(best, sys.stdout)
 
 @pytest.fixture(scope="module")
 def ratios():
-    """The layer's time over equinox's, by shape and pass."""
+    """The layer's time over equinox's, by workload and pass."""
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     timed = subprocess.run(
         [sys.executable, "-c", TIME],
-        input=json.dumps([SHAPES, LIMITS]),
+        input=json.dumps([SUITES["quick"], LIMITS]),
         capture_output=True,
         text=True,
         timeout=300,
@@ -71,6 +69,6 @@ def ratios():
 
 
 @pytest.mark.parametrize("part", LIMITS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_layer_takes_at_most_this_share_of_equinoxs_time(ratios, shape, part):
-    assert ratios[shape][part] <= LIMITS[part], ratios
+@pytest.mark.parametrize("workload", SUITES["quick"])
+def test_the_layer_takes_at_most_this_share_of_equinoxs_time(ratios, workload, part):
+    assert ratios[workload][part] <= LIMITS[part], ratios

@@ -1,0 +1,132 @@
+"""What the commands share: the device, the console, the choice of workloads, and files to write."""
+
+import dataclasses
+import io
+import pathlib
+from collections.abc import Callable, Sequence
+
+import click
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..suite import APPROACHES
+from ..workloads import DTYPES, LAYOUTS, SUITES, WORKLOADS, Workload, parse_shape
+
+FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
+
+
+class Shape(click.ParamType):
+    """A workload given by its shape, as in `--shape 32,64,56,56`."""
+
+    name = "N,C,..."
+
+    def convert(self, value, param, ctx):
+        """The workload; a shape that does not parse ends the program with one line."""
+        if isinstance(value, Workload):
+            return value
+        try:
+            return parse_shape(value)
+        except ValueError as error:
+            raise click.UsageError(str(error), ctx) from None
+
+
+class OutputFile(click.Path):
+    """A file to write; refused before the work begins if its folder is not there."""
+
+    def __init__(self):
+        super().__init__(dir_okay=False, writable=True, path_type=pathlib.Path)
+
+    def convert(self, value, param, ctx):
+        """The path."""
+        path = super().convert(value, param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"the folder of {str(path)!r} does not exist", param, ctx)
+        return path
+
+
+def workload_options(function: Callable) -> Callable:
+    """The options that choose workloads: `choose_workloads` takes them."""
+    options = (
+        click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads; default: quick."),
+        click.option("--workload", "names", multiple=True, type=click.Choice(tuple(WORKLOADS)), metavar="NAME",
+                     help="A workload by its name (see --list); repeatable."),
+        click.option("--shape", "shapes", type=Shape(), multiple=True,
+                     help="A shape: examples, channels, spatial sizes; repeatable."),
+        click.option("--examples", type=click.IntRange(min=1), help="Examples, in place of the workloads' own number."),
+        click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True,
+                     help="Where the channels are in memory: second or last."),
+        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        click.option("--activation", type=click.Choice(("none", "relu", "silu", "gelu", "leaky_relu")), default="none",
+                     show_default=True, help="Applied after the normalisation."),
+        click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation."),
+    )  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def choose_workloads(
+    *,
+    suite: str | None,
+    names: Sequence[str],
+    shapes: Sequence[Workload],
+    examples: int | None,
+    layout: str,
+    dtype: str,
+    activation: str,
+    residual: bool,
+) -> list[Workload]:
+    """The workloads that the options of `workload_options` ask for; the quick suite if they name none."""
+    chosen = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)]
+    chosen += shapes
+    chosen = chosen or [WORKLOADS[name] for name in SUITES["quick"]]
+    settings = dict(
+        layout=layout, dtype=dtype, activation=None if activation == "none" else activation, residual=residual
+    )
+    made = [dataclasses.replace(workload, **settings) for workload in dict.fromkeys(chosen)]
+    if examples is not None:
+        made = [dataclasses.replace(workload, shape=(examples, *workload.shape[1:])) for workload in made]
+    return made
+
+
+def approach_option(function: Callable) -> Callable:
+    """`--approach`, repeatable."""
+    return click.option(
+        "--approach", "approaches", multiple=True, type=click.Choice(APPROACHES), default=("batch",), show_default=True
+    )(function)
+
+
+def first_device() -> jax.Device:
+    """JAX's default device; one line if there is none."""
+    try:
+        return jax.devices()[0]
+    except Exception as error:  # JAX raises RuntimeError, and AssertionError where a plugin failed to load
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise click.ClickException(f"JAX finds no device: {first}") from None
+
+
+def make_console() -> Console:
+    """The terminal, or plain text."""
+    return Console(highlight=False)
+
+
+def say(console: Console, text: str = "", style: str = "") -> None:
+    """Print a line, which the terminal may wrap but a file keeps whole."""
+    console.print(Text(text, style), soft_wrap=True)
+
+
+def show(console: Console, table: Table) -> None:
+    """Print a table at its full width, which the terminal may wrap: a column that is cut off says nothing."""
+    width = console.measure(table, options=console.options.update(width=1000)).maximum
+    wide = Console(width=width, highlight=False, file=io.StringIO(), force_terminal=True, color_system="standard")
+    wide.print(table)
+    console.print(Text.from_ansi(wide.file.getvalue()), soft_wrap=True)
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar for a whole of 1; nothing where the output is not a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

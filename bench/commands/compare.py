@@ -1,0 +1,52 @@
+"""`bn-bench compare`: two saved runs, row by row."""
+
+import click
+from rich.text import Text
+
+from .. import report
+from ..compare import NotComparable, check_comparable, differences, failed, pairs
+from ..records import UnreadableRun, load
+from .common import FAILED, make_console, say, show
+
+
+@click.command("compare")
+@click.argument("first", type=click.Path())
+@click.argument("second", type=click.Path())
+@click.option("--force", is_flag=True, help="Compare runs of different devices too.")
+@click.pass_context
+def command(context, first, second, force):
+    """Compare two runs that `run --json` saved: FIRST is the one before, SECOND the one after.
+
+    Rows whose ranges from p10 to p90 do not meet are marked with *. The exit status is 1 if a check fails in SECOND
+    that did not in FIRST.
+    """
+    try:
+        before, after = load(first), load(second)
+        if not force:
+            check_comparable(before, after)
+    except UnreadableRun as error:
+        raise click.UsageError(str(error)) from None
+    except NotComparable as error:
+        raise click.UsageError(f"{error}; --force compares them all the same") from None
+    console = make_console()
+    for line in differences(before, after):
+        say(console, f"differs: {line}", "yellow")
+    found = pairs(before, after)
+    made = report.table("", ("workload", "pass", "layer"), ("ms before", "ms after", "after / before", ""))
+    for pair in found:
+        row = pair.either
+        ratio = Text("-" if pair.ratio is None else f"{pair.ratio:.2f}")
+        cells = [_time(pair.first), _time(pair.second), ratio, Text("*" if pair.apart else "")]
+        made.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
+    show(console, made)
+    for pair in failed(found):
+        say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
+    context.exit(FAILED if failed(found) else 0)
+
+
+def _time(row):
+    if row is None:
+        return Text("not run", "yellow")
+    if row.median is None:
+        return Text("FAILED", "bold red") if row.status == "failed" else Text(row.status, "yellow")
+    return Text(f"{1e3 * row.median:.3g}")

@@ -1,0 +1,229 @@
+"""`bn-bench run`: check and time the layer with every backend, against its rivals."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+import click
+import jax
+from rich.console import Console
+from rich.text import Text
+
+import bn_fused
+from bn_fused import kernels
+
+from .. import records, report
+from ..cases import PASSES
+from ..providers import RIVALS
+from ..suite import UNTIMED, Settings, plan, refusal, run
+from ..workloads import SUITES, WORKLOADS, Workload
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    OutputFile,
+    approach_option,
+    choose_workloads,
+    first_device,
+    make_console,
+    progress_bar,
+    say,
+    show,
+    workload_options,
+)
+
+
+class Backend(click.ParamType):
+    """The name of a backend that can be timed."""
+
+    name = "backend"
+
+    def convert(self, value, param, ctx):
+        """The name, if it is registered."""
+        accepted = [name for name in kernels.backend_names() if name not in UNTIMED]
+        if value not in accepted:
+            self.fail(f"{value!r}: accepted are {', '.join(accepted)}", param, ctx)
+        return value
+
+
+@click.command("run")
+@workload_options
+@approach_option
+@click.option(
+    "--backend", "backends", multiple=True, type=Backend(), help="Repeatable; default: all that can run here."
+)
+@click.option(
+    "--against", "rivals", multiple=True, type=click.Choice(tuple(RIVALS)), help="Repeatable; default: equinox."
+)
+@click.option(
+    "--pass", "passes", multiple=True, type=click.Choice(PASSES), help="Repeatable; default: fwd and fwd+bwd."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Time for the samples of each workload, without compilation and checks.",
+)
+@click.option("--cold/--warm", default=None, help="Caches; default: cold on an accelerator, warm on a CPU.")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Split the examples over this many devices (on a CPU: virtual ones).",
+)
+@click.option("--sync", is_flag=True, help="The devices share their statistics.")
+@click.option("--json", "json_file", type=OutputFile(), help="Save the run.")
+@click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
+@click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
+@click.option("--plot", "plot_file", type=OutputFile(), help="Draw a PNG of the shares of the copy's bandwidth.")
+@click.option("--list", "listing", is_flag=True, help="Print the suites and their workloads, and end.")
+@click.option("--dry-run", is_flag=True, help="Print what would run, and end.")
+@click.pass_context
+def command(context, *, approaches, backends, rivals, passes, seconds, cold, devices, sync, json_file, csv_file,
+            markdown_file, plot_file, listing, dry_run, **workload_settings):  # fmt: skip
+    """Check every layer against float64, then time it, and its rivals, on JAX's default device.
+
+    A row whose check fails shows FAILED, is not timed, and makes the exit status 1. An interrupted run keeps the
+    workloads that are finished, in the files too.
+    """
+    if listing:
+        _list(make_console())
+        context.exit(0)
+    workloads = choose_workloads(**workload_settings)
+    device = use_devices(devices)
+    for workload in workloads:
+        if workload.shape[0] % devices:
+            raise click.UsageError(
+                f"devices is {devices}: it must divide the {workload.shape[0]} examples of {workload}"
+            )
+        if workload.dtype == "float64":
+            jax.config.update("jax_enable_x64", True)
+    if sync and devices == 1:
+        raise click.UsageError("sync needs --devices 2 or more: one device has nobody to share its statistics with")
+    settings = Settings(
+        approaches=tuple(dict.fromkeys(approaches)),
+        backends=tuple(dict.fromkeys(backends)),
+        rivals=tuple(dict.fromkeys(rivals)) or ("equinox",),
+        passes=tuple(name for name in PASSES if name in (passes or ("fwd", "fwd+bwd"))),
+        seconds=seconds,
+        cold=device.platform != "cpu" if cold is None else cold,
+        devices=devices,
+        sync=sync,
+    )
+    for name in settings.backends:
+        refusals = [refusal(workload, name) for workload in workloads]
+        if all(refusals):
+            raise click.UsageError(refusals[0])
+    console = make_console()
+    if dry_run:
+        _dry_run(console, workloads, settings)
+        context.exit(0)
+    found = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "")
+    for path, text in ((json_file, records.to_json), (csv_file, records.to_csv), (markdown_file, report.markdown)):
+        if path is not None:
+            path.write_text(text(found), encoding="utf-8")
+    if plot_file is not None:
+        from ..plots import plot_run
+
+        plot_run(found, str(plot_file))
+    context.exit(exit_status(found))
+
+
+def exit_status(found: records.Run) -> int:
+    """0, or 1 if a check failed, or 130 if the run was interrupted."""
+    if found.interrupted:
+        return INTERRUPTED
+    return FAILED if any(row.status == "failed" for row in found.rows) else 0
+
+
+def use_devices(devices: int) -> jax.Device:
+    """Have as many devices, virtual ones if the platform is a CPU; one line if they are not there."""
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        try:
+            jax.config.update("jax_num_cpu_devices", devices)
+        except RuntimeError:
+            pass  # JAX has started; what it has is what there is
+    device = first_device()
+    if len(jax.devices()) < devices:
+        raise click.UsageError(f"devices is {devices}: there are {len(jax.devices())} ({device.platform})")
+    return device
+
+
+def run_and_print(
+    console: Console, workloads: Sequence[Workload], settings: Settings, *, suite: str, heading: bool = True
+) -> records.Run:
+    """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
+    started = records.now()
+    environment = records.environment(settings.devices)
+    for line in report.environment_lines(environment) if heading else ():
+        say(console, line)
+    rows: list[records.Row] = []
+    interrupted = False
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=1.0)
+        try:
+            for workload, found in run(
+                workloads,
+                settings,
+                lambda name, share: progress.update(task, completed=share, description=name),
+            ):
+                rows += found
+                print_workload(console, workload, found, settings)
+        except KeyboardInterrupt:
+            interrupted = True
+    say(console)
+    console.print(Text(report.NOTE, "dim"))
+    failures = report.failures(rows)
+    for line in failures:
+        say(console, f"FAILED: {line}", "bold red")
+    if interrupted:
+        say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
+    elif not failures:
+        say(console, "every check passed", "green")
+    return records.Run(
+        command=shlex.join(["bn-bench", *sys.argv[1:]]),
+        date=started,
+        environment=environment,
+        suite=suite,
+        cold=settings.cold,
+        sync=settings.sync,
+        rivals=settings.rivals,
+        interrupted=interrupted,
+        rows=tuple(rows),
+    )
+
+
+def print_workload(console: Console, workload: Workload, rows: Sequence[records.Row], settings: Settings) -> None:
+    """The table of a workload, and below it the copy, the backend that `auto` takes, and who cannot run."""
+    auto = bn_fused.explain(
+        workload.array_shape,
+        workload.dtype,
+        channel_axis=workload.channel_axis,
+        activation=workload.activation,
+        residual=workload.residual,
+    )
+    say(console)
+    show(console, report.workload_table(rows, settings.rivals, auto.name))
+    for line in (report.copy_line(rows), f"auto takes {auto.name}: {auto.reason}", *report.reasons(rows)):
+        if line is not None:
+            say(console, line)
+
+
+def _list(console: Console) -> None:
+    for suite, names in SUITES.items():
+        made = report.table(suite, ("workload", "N,C,spatial", "purpose"), ())
+        for name in names:
+            made.add_row(name, ",".join(map(str, WORKLOADS[name].shape)), WORKLOADS[name].purpose)
+        show(console, made)
+        say(console)
+
+
+def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings) -> None:
+    for workload in workloads:
+        made = report.table(str(workload), ("layer", "approach", "runs"), ())
+        for layer in plan(workload, settings):
+            made.add_row(layer.provider.name, layer.approach, Text(layer.reason or ", ".join(settings.passes)))
+        show(console, made)
+        say(console)

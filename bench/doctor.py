@@ -1,0 +1,50 @@
+"""What is installed, which devices there are, which backends can run and which of them compute the right numbers."""
+
+import collections
+from collections.abc import Callable, Sequence
+
+import jax
+
+from bn_fused import kernels
+
+from .check import CHECKED, Check, check_approach
+from .providers import RIVALS
+from .suite import APPROACHES, refusal
+
+
+def backends() -> tuple[list[str], dict[str, str]]:
+    """The backends that can run `CHECKED` on this device, and the reasons of those that cannot."""
+    refusals = {name: refusal(CHECKED, name) for name in kernels.backend_names()}
+    return [name for name, reason in refusals.items() if reason is None], {
+        name: reason for name, reason in refusals.items() if reason is not None
+    }
+
+
+def check_backends(
+    progress: Callable[[float], None] = lambda share: None, names: Sequence[str] | None = None
+) -> list[tuple[str, str, Check]]:
+    """Check every backend that can run here with every approach: (backend, approach, check)."""
+    pairs = [(name, approach) for name in (backends()[0] if names is None else names) for approach in APPROACHES]
+    found = []
+    for done, (backend, approach) in enumerate(pairs):
+        progress(done / len(pairs))
+        found.append((backend, approach, check_approach(backend, approach)))
+    return found
+
+
+def rivals() -> dict[str, str]:
+    """For every rival of `--against`: "installed", or what to install."""
+    return {name: provider.missing or "installed" for name, provider in RIVALS.items() if not provider.ours}
+
+
+def devices() -> list[str]:
+    """One line for each kind of device there is, JAX's default kind first."""
+    kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
+    return [f"{count} x {kind}" for kind, count in kinds.items()]
+
+
+def compilers() -> dict[str, str]:
+    """For the targets of the audit: "installed", or what to install."""
+    from .deviceless import CUDA, TPU, missing
+
+    return {platform: missing(target) or "installed" for platform, target in ((CUDA, "h200"), (TPU, "v5e"))}

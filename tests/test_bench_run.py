@@ -1,0 +1,424 @@
+"""`bn-bench run`, `compare`, `report` and `doctor`: what they print, save and draw, and the status they exit with."""
+
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from bn_fused.bench import check, cli, doctor, performance, records, suite
+from bn_fused.bench.commands import common
+from bn_fused.bench.commands import run as run_command
+from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
+
+import bn_fused
+from bn_fused import kernels
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = ("run", "--shape", "8,4,5,3", "--seconds", "0.01")
+
+
+@pytest.fixture(autouse=True)
+def terminal(monkeypatch):
+    """Narrow, to see that nothing is cut off."""
+    monkeypatch.setenv("COLUMNS", "60")
+
+
+def bn_bench(*arguments):
+    return cli.main(list(arguments))
+
+
+@pytest.fixture
+def saved(tmp_path, capsys):
+    """A small run, saved: its path."""
+    path = tmp_path / "run.json"
+    assert bn_bench(*SMALL, "--against", "equinox", "--against", "jnp", "--json", str(path)) == 0
+    capsys.readouterr()
+    return path
+
+
+# run
+
+
+def test_a_run_checks_times_and_names_the_backend_and_exits_with_0(capsys):
+    status = bn_bench(*SMALL)
+    out = capsys.readouterr().out
+    assert status == 0, out
+    assert "every check passed" in out and "FAILED" not in out
+    assert bn_fused.explain((8, 4, 5, 3), "float32", channel_axis=1).name + " (auto)" in out
+    # two passes, each with our layer and equinox's: time, spread, ratio, GB/s, share of the copy, error
+    row = r" [\d.]+ +[\d.]+-[\d.]+ +[\d.]+ +[\d.]+ +\d+ % +\de-\d\d"
+    assert len(re.findall(row, out)) == 4
+
+
+def test_without_a_command_it_is_the_doctor_and_the_quick_suite(monkeypatch, capsys):
+    ran = []
+
+    def run_workload(workload, settings, progress):
+        ran.append(workload.name)
+        assert settings.rivals == ("equinox", "jnp")
+        return suite_rows(workload)
+
+    def suite_rows(workload):
+        planned = suite.plan(workload, suite.Settings())
+        return [suite._row(workload, layer, "fwd", status="refused", reason="not now") for layer in planned]
+
+    monkeypatch.setattr(suite, "run_workload", run_workload)
+    assert bn_bench() == 0
+    out = capsys.readouterr().out
+    assert ran == list(SUITES["quick"])
+    for backend in kernels.backend_names():
+        for approach in suite.APPROACHES:
+            assert re.search(rf"{backend}\s.*{approach}\s.*ok", out)
+
+
+def test_a_backend_whose_check_fails_shows_FAILED_is_not_timed_and_the_status_is_1(broken_backend, capsys, tmp_path):
+    path = tmp_path / "run.json"
+    assert bn_bench(*SMALL, "--pass", "fwd", "--pass", "bwd", "--json", str(path)) == 1
+    out = capsys.readouterr().out
+    assert len(re.findall(r"broken +FAILED", out)) == 1
+    assert "FAILED: broken, batch, bwd at shape (8,4,5,3) float32: dx is off by" in out
+    assert "every check passed" not in out
+    rows = {(row.layer, row.pass_name): row for row in records.load(path).rows}
+    # its forward is right, and timed
+    assert rows["broken", "fwd"].status == "ok" and rows["broken", "fwd"].median > 0
+    assert rows["broken", "bwd"].status == "failed" and rows["broken", "bwd"].median is None
+    assert all(row.status == "ok" for (layer, _), row in rows.items() if layer != "broken")
+
+
+def test_a_layer_that_raises_fails_in_one_line_and_the_others_run(broken_backend, capsys):
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+
+    def raises(**operands):
+        raise RuntimeError("no such instruction\nand more")
+
+    kernels.unregister(broken_backend)
+    kernels.register(kernels.Backend(broken_backend, operations | {"forward": raises}))
+    assert bn_bench(*SMALL) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: no such instruction" in out and "and more" not in out
+    assert re.search(r"jnp \(auto\) +[\d.]", out)
+
+
+def test_a_backend_that_cannot_run_here_is_named_with_its_reason(broken_backend, capsys):
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    kernels.unregister(broken_backend)
+    kernels.register(kernels.Backend(broken_backend, operations, refusal=lambda problem, target: "it needs a chip"))
+    assert bn_bench(*SMALL) == 0
+    assert "it needs a chip" in capsys.readouterr().out
+    # asked for by name, it is input that cannot be used
+    assert bn_bench(*SMALL, "--backend", broken_backend) == 2
+    assert "it needs a chip" in capsys.readouterr().err
+
+
+def test_a_rival_that_is_not_installed_is_named_with_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr("bn_fused.bench.providers.importlib.util.find_spec", lambda name: None)
+    assert bn_bench(*SMALL, "--against", "flax", "--against", "torch") == 0
+    out = capsys.readouterr().out
+    assert "pip install flax" in out and "pip install torch" in out
+    assert len(re.findall(r"flax +missing", out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("run", "--shape", "32,x"), "'32,x'"),
+        (("run", "--shape", "32"), "'32'"),
+        (("run", "--shape", "32,0,4"), "'32,0,4'"),
+        (("run", "--seconds", "0"), "--seconds"),
+        (("run", "--seconds", "soon"), "'soon'"),
+        (("run", "--suite", "huge"), "'huge'"),
+        (("run", "--workload", "huge"), "'huge'"),
+        (("run", "--backend", "cudnn"), "'cudnn'"),
+        (("run", "--backend", "reference"), "'reference'"),
+        (("run", "--against", "keras"), "'keras'"),
+        (("run", "--pass", "sideways"), "'sideways'"),
+        (("run", "--dtype", "int8"), "'int8'"),
+        (("run", "--activation", "softmax"), "'softmax'"),
+        (("run", "--devices", "0"), "--devices"),
+        (("run", "--devices", "64", "--shape", "64,4"), "devices is 64: there are 4"),
+        (("run", "--devices", "3", "--shape", "8,4"), "devices is 3: it must divide the 8 examples"),
+        (("run", "--sync"), "sync needs --devices"),
+        (("run", "--json", "no/such/folder/run.json"), "no/such/folder"),
+        (("compare", "one.json"), "SECOND"),
+        (("compare", "no-such.json", "no-such.json"), "no-such.json"),
+        (("report", "--results", "no-such-folder"), "no-such-folder"),
+        (("report", "--check"), "--readme"),
+        (("--nothing",), "--nothing"),
+        (("nothing",), "nothing"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_input_it_cannot_use_is_answered_in_one_line_with_status_2(arguments, named, capsys):
+    assert bn_bench(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("bn-bench: ") and err.count("\n") == 1 and named in err
+
+
+def test_without_a_device_it_says_so_in_one_line_with_status_2(monkeypatch, capsys):
+    def devices():
+        raise RuntimeError("no such platform\nand a long story")
+
+    monkeypatch.setattr(common.jax, "devices", devices)
+    assert bn_bench() == 2
+    assert capsys.readouterr().err == "bn-bench: JAX finds no device: no such platform\n"
+
+
+def test_list_names_every_workload_and_a_dry_run_every_layer_and_neither_runs(monkeypatch, capsys):
+    monkeypatch.setattr(run_command, "run", lambda *arguments: pytest.fail("it ran"))
+    assert bn_bench("run", "--list") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in WORKLOADS)
+    assert bn_bench("run", "--suite", "mlp", "--against", "equinox", "--dry-run") == 0
+    planned = capsys.readouterr().out
+    assert all(name in planned for name in SUITES["mlp"]) and "equinox" in planned and "jnp" in planned
+
+
+def test_the_options_choose_workloads_and_their_settings():
+    options = dict(suite=None, names=(), shapes=(), examples=None, layout="nchw", dtype="float32", activation="none")
+    quick = common.choose_workloads(**options, residual=False)
+    assert quick == [Workload(name, WORKLOADS[name].shape, purpose=WORKLOADS[name].purpose) for name in SUITES["quick"]]
+    options |= dict(
+        suite="mlp", names=("mlp", "wide-3"), examples=6, layout="nhwc", dtype="bfloat16", activation="relu"
+    )
+    chosen = common.choose_workloads(**options, residual=True)
+    assert [workload.name for workload in chosen] == [*SUITES["mlp"], "wide-3"]
+    assert chosen[-1].array_shape == (6, 8, 8, 640)
+    assert {(one.dtype, one.activation, one.residual) for one in chosen} == {("bfloat16", "relu", True)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--dtype", "bfloat16", "--layout", "nhwc", "--activation", "relu", "--residual"),
+        ("--approach", "ema", "--approach", "ema_compatibility", "--cold"),
+        ("--devices", "4", "--sync", "--against", "equinox", "--against", "jnp"),
+        ("--dtype", "float64"),
+    ],
+    ids=" ".join,
+)
+def test_a_run_with_options_passes_its_checks(options, capsys, request, standard_promotion):
+    request.addfinalizer(lambda before=jax.config.jax_enable_x64: jax.config.update("jax_enable_x64", before))
+    assert bn_bench(*SMALL, "--pass", "fwd", "--pass", "bwd", "--pass", "fwd+bwd", *options) == 0
+    out = capsys.readouterr().out
+    assert "every check passed" in out
+    assert ("exchanged B" in out) == ("--devices" in options)
+
+
+def test_an_interrupted_run_keeps_the_finished_rows_in_the_files_too(monkeypatch, capsys, tmp_path):
+    run_workload = suite.run_workload
+
+    def interrupted(workload, settings, progress):
+        if workload.shape == (6, 3):
+            raise KeyboardInterrupt
+        return run_workload(workload, settings, progress)
+
+    monkeypatch.setattr(suite, "run_workload", interrupted)
+    path = tmp_path / "run.json"
+    assert bn_bench(*SMALL, "--shape", "6,3", "--shape", "4,2", "--json", str(path)) == 130
+    assert "interrupted: 4 rows are finished" in capsys.readouterr().out
+    run = records.load(path)
+    assert run.interrupted and {row.shape for row in run.rows} == {(8, 4, 5, 3)} and len(run.rows) == 4
+
+
+# What is saved
+
+
+def test_a_saved_run_reads_back_as_it_was_and_says_what_it_ran_on(saved):
+    run = records.load(saved)
+    assert records.Run.model_validate_json(records.to_json(run)) == run
+    assert run.environment.platform == jax.default_backend()
+    assert run.environment.versions["jax"] == jax.__version__
+    assert run.rivals == ("equinox", "jnp") and not run.interrupted
+    for row in run.rows:
+        assert row.status == "ok" and row.p10 <= row.median <= row.p90
+        assert row.bandwidth == pytest.approx(row.nbytes / row.median)
+        assert row.nbytes == row.at.passes(row.pass_name) * 4 * 8 * 4 * 5 * 3
+        assert row.error <= row.limit
+        assert row.ratios[row.layer] == 1
+
+
+def test_csv_and_markdown_have_every_row(tmp_path, capsys):
+    files = [tmp_path / "run.csv", tmp_path / "run.md"]
+    assert bn_bench(*SMALL, "--csv", str(files[0]), "--markdown", str(files[1])) == 0
+    header, *lines = files[0].read_text().splitlines()
+    assert len(lines) == 4 and all(len(line.split(",")) == len(header.split(",")) for line in lines)
+    assert header.endswith("ratio_to_equinox") and "8x4x5x3" in lines[0]
+    table = [line for line in files[1].read_text().splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 4 and len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.update(schema_version=99), "version 99"),
+        (lambda content: content.pop("schema_version"), "no run of bn-bench"),
+        (lambda content: content["rows"][0].update(median="fast"), "rows.0.median"),
+        (lambda content: content.update(surprise=1), "surprise"),
+    ],
+    ids=["another version", "no version", "a wrong type", "an unknown field"],
+)
+def test_a_file_that_is_no_run_is_refused_in_one_line(saved, change, said, capsys):
+    content = json.loads(saved.read_text())
+    change(content)
+    saved.write_text(json.dumps(content))
+    assert bn_bench("compare", str(saved), str(saved)) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+
+
+def test_text_that_is_no_json_is_refused_in_one_line(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("not JSON")
+    assert bn_bench("compare", str(tmp_path / "run.json"), str(tmp_path / "run.json")) == 2
+    assert "is not JSON" in capsys.readouterr().err
+
+
+def test_the_plot_is_a_png_with_a_bar_for_every_row(saved, tmp_path, monkeypatch):
+    from bn_fused.bench import plots
+    from matplotlib.axes import Axes
+
+    drawn = {}
+    bar = Axes.bar
+
+    def counting(self, places, heights, *arguments, label, **settings):
+        drawn.setdefault(label, []).append(list(heights))
+        return bar(self, places, heights, *arguments, label=label, **settings)
+
+    monkeypatch.setattr(Axes, "bar", counting)
+    run = records.load(saved)
+    plots.plot_run(run, str(tmp_path / "run.png"))
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    shares = {(row.layer, row.pass_name): 100 * row.of_copy for row in run.rows}
+    assert drawn == {layer: [[shares[layer, name]] for name in ("fwd", "fwd+bwd")] for layer in ("jnp", "equinox")}
+
+
+# compare
+
+
+def altered(path, **changes):
+    run = records.load(path)
+    environment = run.environment.model_copy(update=changes.pop("environment", {}))
+    other = path.with_name("other.json")
+    other.write_text(records.to_json(run.model_copy(update=changes | {"environment": environment})))
+    return str(other)
+
+
+def test_compare_gives_the_ratio_of_every_row_and_names_what_differs(saved, capsys):
+    run = records.load(saved)
+    slower = [
+        row.model_copy(update={"median": 2 * row.median, "p10": 2 * row.p90, "p90": 3 * row.p90}) for row in run.rows
+    ]
+    versions = run.environment.versions | {"jax": "99.0"}
+    other = altered(saved, rows=tuple(slower), environment={"versions": versions})
+    assert bn_bench("compare", str(saved), other) == 0
+    out = capsys.readouterr().out
+    assert f"differs: jax: {jax.__version__} / 99.0" in out
+    assert len(re.findall(r" 2\.00 +\*", out)) == len(run.rows)
+    assert bn_bench("compare", str(saved), str(saved)) == 0
+    out = capsys.readouterr().out
+    assert "differs" not in out and len(re.findall(r" 1\.00 ", out)) == len(run.rows) and "*" not in out
+
+
+def test_compare_shows_rows_that_only_one_run_has(saved, capsys):
+    run = records.load(saved)
+    assert bn_bench("compare", str(saved), altered(saved, rows=run.rows[1:])) == 0
+    assert capsys.readouterr().out.count("not run") == 1
+
+
+def test_compare_refuses_different_devices_unless_forced(saved, capsys):
+    other = altered(saved, environment={"device": "NVIDIA H200"})
+    assert bn_bench("compare", str(saved), other) == 2
+    assert "NVIDIA H200" in capsys.readouterr().err
+    assert bn_bench("compare", str(saved), other, "--force") == 0
+
+
+def test_compare_exits_with_1_if_a_check_fails_that_did_not_before(saved, capsys):
+    run = records.load(saved)
+    failed = run.rows[0].model_copy(update={"status": "failed", "reason": "y is off", "median": None})
+    other = altered(saved, rows=(failed, *run.rows[1:]))
+    assert bn_bench("compare", str(saved), other) == 1
+    assert "y is off" in capsys.readouterr().out
+    assert bn_bench("compare", other, str(saved)) == 0
+
+
+# report
+
+
+def test_report_puts_the_newest_run_of_a_device_and_suite_into_the_readme(saved, tmp_path, capsys):
+    folder, readme = tmp_path / "results", tmp_path / "README.md"
+    readme.write_text(f"before\n{performance.BEGIN}\nold\n{performance.END}\nafter\n")
+    run = records.load(saved)
+    older = altered(saved, date="2001-01-01T00:00:00+00:00")
+    assert (
+        bn_bench("report", "--results", str(folder), "--add", str(saved), "--add", older, "--readme", str(readme)) == 0
+    )
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert run.date[:10] in text and "2001" not in text and run.environment.device in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| shape")]
+    found = {row.pass_name: row for row in run.rows if row.layer == "jnp"}
+    assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
+        *(f"{found[name].ratios['equinox']:.2f}" for name in ("fwd", "fwd+bwd")),
+        *(f"{100 * found[name].of_copy:.0f} %" for name in ("fwd", "fwd+bwd")),
+    ]
+    assert bn_bench("report", "--results", str(folder), "--readme", str(readme), "--check") == 0
+    readme.write_text(text.replace("| jnp |", "| other |"))
+    capsys.readouterr()
+    assert bn_bench("report", "--results", str(folder), "--readme", str(readme), "--check") == 1
+    assert "not up to date" in capsys.readouterr().err
+
+
+def test_report_records_no_run_that_failed_or_was_interrupted(saved, tmp_path, capsys):
+    for changes in (
+        {"interrupted": True},
+        {"rows": (records.load(saved).rows[0].model_copy(update={"status": "failed"}),)},
+    ):
+        assert bn_bench("report", "--results", str(tmp_path / "results"), "--add", altered(saved, **changes)) == 2
+        assert "is not recorded" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_report_says_when_the_readme_has_no_place_for_it(saved, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("nothing")
+    arguments = ("--results", str(tmp_path / "results"), "--add", str(saved), "--readme", str(tmp_path / "README.md"))
+    assert bn_bench("report", *arguments) == 2
+    assert "bn-bench report" in capsys.readouterr().err
+
+
+def test_the_readmes_performance_section_is_that_of_the_recorded_runs(capsys):
+    arguments = ("--results", str(ROOT / "bench" / "results"), "--readme", str(ROOT / "README.md"))
+    assert bn_bench("report", *arguments, "--check") == 0, capsys.readouterr().err
+
+
+# doctor
+
+
+def test_the_doctor_names_devices_backends_rivals_and_compilers(capsys):
+    assert bn_bench("doctor") == 0
+    out = capsys.readouterr().out
+    assert f"{len(jax.devices())} x {jax.default_backend()}" in out and jax.__version__ in out
+    assert all(name in out for name in (*kernels.backend_names(), "flax", "torch", "cuda", "tpu"))
+    assert "FAILED" not in out
+
+
+def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_backend, capsys):
+    assert bn_bench("doctor") == 1
+    assert "FAILED: broken, batch: dx is off by" in capsys.readouterr().out
+
+
+def test_the_doctor_says_why_a_backend_cannot_run(broken_backend, capsys):
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    kernels.unregister(broken_backend)
+    kernels.register(kernels.Backend(broken_backend, operations, refusal=lambda problem, target: "it needs a chip"))
+    assert bn_bench("doctor") == 0
+    assert "broken does not: backend 'broken' cannot run on cpu: it needs a chip" in " ".join(
+        capsys.readouterr().out.split()
+    )
+    assert broken_backend not in {backend for backend, *_ in doctor.check_backends()}
+
+
+def test_a_failed_check_is_worth_infinitely_more_than_its_limit():
+    errors = (check.Error("y", float("nan"), 1.0), check.Error("dx", 0.5, 1.0))
+    assert not check.Check(errors).ok and np.isnan(check.Check(errors).worst())
