@@ -1,0 +1,29 @@
+"""The examples of the documents run as they stand there, on 4 virtual devices."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FLAGS = "--xla_force_host_platform_device_count=4"
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/devices.md"])
+def test_the_examples_run_one_after_the_other(document):
+    text = (ROOT / document).read_text()
+    assert FLAGS in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) >= 3
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(blocks)],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

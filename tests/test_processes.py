@@ -1,0 +1,113 @@
+"""Several processes on this machine train together as one, and end when one of them dies.
+
+The processes talk over the loopback interface through JAX's own distributed runtime (gloo between CPUs).
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+import equinox as eqx
+import jax
+import numpy as np
+import pytest
+
+import bn_fused
+
+WORKER = pathlib.Path(__file__).with_name("training_worker.py")
+DEVICES, STEPS = 4, 4
+# Seconds after which a process that says nothing counts as dead, and for which the whole may take at most.
+HEARTBEAT, LIMIT = 10, 150
+DIED = 17
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def train(processes, checkpoint, *, approach="batch", dies_at=None):
+    """Start the processes and wait for all; [(exit status, output, errors)] in order."""
+    settings = {
+        "address": f"127.0.0.1:{free_port()}",
+        "processes": processes,
+        "approach": approach,
+        "steps": STEPS,
+        "heartbeat": HEARTBEAT,
+        "checkpoint": str(checkpoint),
+        "dies_at": dies_at,
+    }
+    flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps(settings | {"process": process})],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(processes)
+    ]
+    end = time.monotonic() + LIMIT
+    try:
+        ended = [process.communicate(timeout=max(0.1, end - time.monotonic())) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, *texts) for process, texts in zip(started, ended, strict=True)]
+
+
+def result(output):
+    """What a process printed at its end, below what the runtime prints."""
+    return json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The results of one process with all 4 devices, by approach."""
+    found = {}
+    for approach in ("batch", "ema"):
+        ((status, output, errors),) = train(1, tmp_path_factory.mktemp("alone") / "state.eqx", approach=approach)
+        assert status == 0, errors
+        found[approach] = result(output)
+    return found
+
+
+@pytest.mark.parametrize(("processes", "approach"), [(2, "ema"), (4, "batch")])
+def test_processes_train_together_as_one(processes, approach, alone, tmp_path):
+    ended = train(processes, tmp_path / "state.eqx", approach=approach)
+    assert [status for status, *_ in ended] == [0] * processes, [errors[-2000:] for *_, errors in ended]
+    found = [result(output) for _, output, _ in ended]
+    # All processes hold the same bits; they differ from one process's by the order of the sums in the gradients.
+    assert all(one == found[0] for one in found)
+    want = alone[approach]
+    epsilon = float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(found[0]["losses"], want["losses"], rtol=50 * epsilon)
+    for got, wanted in zip(found[0]["state"], want["state"], strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=50 * epsilon, atol=50 * epsilon)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_when_a_process_dies_the_others_end_with_an_error_and_the_last_checkpoint_is_whole(processes, tmp_path):
+    begin = time.monotonic()
+    ended = train(processes, tmp_path / "state.eqx", dies_at=STEPS - 1)
+    assert time.monotonic() - begin < LIMIT
+    statuses = [status for status, *_ in ended]
+    assert statuses[-1] == DIED
+    assert all(status not in (0, None, -9) for status in statuses[:-1]), statuses
+    # The checkpoint of the step before reads into a layer of this process, which knows nothing of devices.
+    like = eqx.nn.make_with_state(bn_fused.BatchNorm)(6, "batch", "batch")[1]
+    linear = [eqx.nn.Linear(5, 6, key=jax.random.key(0)), eqx.nn.Linear(6, 1, key=jax.random.key(0))]
+    layer = eqx.nn.make_with_state(bn_fused.BatchNorm)(6, "batch", "batch")[0]
+    arrays = eqx.filter(((linear[0], layer, linear[1]), like), eqx.is_array)
+    restored = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", arrays)
+    # In the approach `batch`, zero_frac is momentum to the number of steps.
+    momentum = 0.99
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored[1])]
+    assert any(leaf.shape == () and np.isclose(leaf, momentum ** (STEPS - 1)) for leaf in leaves), leaves
