@@ -248,7 +248,9 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
         return Row(case, "failed", f"{type(error).__name__}: {_line(error)}")
     auto, choice = asked
     plan = None if choice is None else choice.plan
-    fields = count(compiled.as_text(), setting.elements, setting.nbytes, planned_passes(plan, OPERATIONS[case.pass_name]))
+    fields = count(
+        compiled.as_text(), setting.elements, setting.nbytes, planned_passes(plan, OPERATIONS[case.pass_name])
+    )
     memory = compiled.memory_analysis()
     if memory is not None:
         fields["temporary_bytes"] = memory.temp_size_in_bytes
@@ -302,10 +304,11 @@ def case_from_json(values: Mapping[str, Any]) -> Case:
 
 
 def row_to_json(row: Row) -> dict[str, Any]:
-    """The row as plain values, with those of its case."""
+    """The row as plain values, with those of its case and the ideal beside them."""
     values = dataclasses.asdict(row)
     case = values.pop("case")
-    return {**{name: value for name, value in case.items() if name != "setting"}, **case["setting"], **values}
+    setting = case.pop("setting")
+    return {**case, **setting, **values, "ideal": ideal(row.case.setting, row.case.pass_name)}
 
 
 def row_from_json(values: Mapping[str, Any]) -> Row:

@@ -72,7 +72,9 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             lines.append([cells.get(heading, "") for heading in made])
         for row in of_pass:
             cells = {"pass": pass_name, "layer": made["layer"](row), "around": NOT_COMPILED}
-            lines.append([text(row) if row.status == "compiled" else cells.get(name, "") for name, text in made.items()])
+            lines.append(
+                [text(row) if row.status == "compiled" else cells.get(name, "") for name, text in made.items()]
+            )
     return list(made), lines
 
 
