@@ -14,6 +14,7 @@ kernels of an operation of `kernels.contract` make. Without it they are not know
 """
 
 import dataclasses
+import glob
 import json
 import os
 import pathlib
@@ -78,7 +79,9 @@ class Row:
     - `copies`: names of those that do nothing but copy or transpose an array of x's size.
     - `temporary_bytes`: the most memory that is used beside arguments and results.
     - `kept_bytes`: kept from the forward for the backward, as JAX's derivative has it; see `blocks.Program`.
-    - `on_chip_bytes`, `registers`, `spill_bytes`: of the kernels, where the compiler tells; the largest of them.
+    - `on_chip_bytes`, `registers`, `spill_bytes`: of the kernels, where the compiler tells; the largest of them. Spills
+      are those of the code as it stands, not times the rounds of loops.
+    - `bundles`: instructions of a TPU's kernels, which run several operations each; the most of any kernel.
     - `plan`: the plan in words.
     - `details`: a line for every access to arrays of x's size.
     - `seconds`: for compiling.
@@ -104,6 +107,7 @@ class Row:
     on_chip_bytes: int | None = None
     registers: int | None = None
     spill_bytes: int | None = None
+    bundles: int | None = None
     plan: str = ""
     details: tuple[str, ...] = ()
     seconds: float | None = None
@@ -228,8 +232,32 @@ def gpu_resources(folder: pathlib.Path) -> dict[str, int]:
     return {name: max(values) for name, values in found.items() if values}
 
 
+# The column of a TPU's compiler for stores to memory because there are no registers left, each of a whole register.
+_SPILL, _VECTOR_REGISTER = "VSTORE:SPILL", 8 * 128 * 4
+
+
+def tpu_resources(folder: pathlib.Path, kernels: Iterable[str]) -> dict[str, int]:
+    """The fields of a `Row` that the TPU compiler's dump gives of the kernels with these names: the largest of any.
+
+    The dump of a kernel has a table with a line for every instruction, which says how many units of each kind it uses.
+    """
+    bundles, spills = [], []
+    for name in kernels:
+        for path in folder.glob(f"*-{glob.escape(name)}-*-final_hlo-static-per-bundle-utilization.txt"):
+            lines = path.read_text(errors="replace").splitlines()
+            units = next((line.split(", ") for line in lines if _SPILL in line), None)
+            start = next((index for index, line in enumerate(lines) if "UTILIZATION" in line), None)
+            if units is None or start is None:
+                continue
+            used = [line.split() for line in lines[start + 1 :] if line.strip()]
+            bundles.append(len(used))
+            spills.append(_VECTOR_REGISTER * sum(int(line[units.index(_SPILL)]) for line in used))
+    found = {"bundles": bundles, "spill_bytes": spills}
+    return {name: max(values) for name, values in found.items() if values}
+
+
 def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
-    """Compile a case in this process; whatever goes wrong is the row's reason. `dump`: where Mosaic GPU dumps kernels."""
+    """Compile a case in this process; whatever goes wrong is the row's reason. `dump`: where compilers dump kernels."""
     import jax
 
     import bn_fused
@@ -248,14 +276,13 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
         return Row(case, "failed", f"{type(error).__name__}: {_line(error)}")
     auto, choice = asked
     plan = None if choice is None else choice.plan
-    fields = count(
-        compiled.as_text(), setting.elements, setting.nbytes, planned_passes(plan, OPERATIONS[case.pass_name])
-    )
+    hlo_text = compiled.as_text()
+    fields = count(hlo_text, setting.elements, setting.nbytes, planned_passes(plan, OPERATIONS[case.pass_name]))
     memory = compiled.memory_analysis()
     if memory is not None:
         fields["temporary_bytes"] = memory.temp_size_in_bytes
     if dump is not None:
-        fields |= gpu_resources(dump)
+        fields |= gpu_resources(dump) | tpu_resources(dump, kernel_calls(parse(hlo_text)))
     return _row(
         case,
         {
@@ -332,14 +359,17 @@ def audit(
     cases: Sequence[Case],
     *,
     time_limit: float = 120.0,
+    instructions: bool = False,
     before: Callable[[Case], None] = lambda case: None,
     command: Sequence[str] = (sys.executable, "-m", "bn_fused.bench.audit"),
 ) -> Iterator[Row]:
     """The rows of the cases, in order, each as soon as it is there.
 
     Every target has a process of its own. One that ends, or gives no row within `time_limit` seconds, makes its case
-    "failed" and is replaced by a new one for the cases that are left. `before` is called when a case's turn comes;
-    `command` is the process's program. Closing the iterator ends the process with all it started.
+    "failed" and is replaced by a new one for the cases that are left. With `instructions`, TPU's kernels' instructions and
+    spills are counted; their compiler then writes down all it does, which takes up to a minute and a gigabyte a program.
+    `before` is called when a case's turn comes; `command` is the process's program. Closing the iterator ends the process
+    with all it started.
     """
     child, target = None, None
     with tempfile.TemporaryDirectory(prefix="bn_fused_audit_") as dump:
@@ -353,7 +383,7 @@ def audit(
                 if child is None or target != case.target:
                     if child is not None:
                         child.close()
-                    child, target = Child(command, _environment(case.target, dump)), case.target
+                    child, target = Child(command, _environment(case.target, dump, instructions)), case.target
                 try:
                     row = row_from_json(child.ask(case_to_json(case), time_limit))
                 except ChildEnded as ended:
@@ -365,26 +395,33 @@ def audit(
                 child.close()
 
 
-def _environment(target: str, dump: str) -> dict[str, str]:
+# Where a compiling process finds its folder for dumps.
+_DUMP = "BN_FUSED_AUDIT_DUMP"
+
+
+def _environment(target: str, dump: str, instructions: bool) -> dict[str, str]:
     """What a compiling process finds in its environment."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         # The TPU's compiler may be loaded by several processes at once: it does not touch a TPU.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        _DUMP: dump,
     }
     if CHIPS[target].platform == deviceless.CUDA:
         environment |= {"MOSAIC_GPU_DUMP_TO": dump, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    elif instructions:
+        flags = (os.environ.get("LIBTPU_INIT_ARGS", ""), f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true")
+        environment["LIBTPU_INIT_ARGS"] = " ".join(flags).strip()
     return environment
 
 
 def serve() -> None:
     """Compile the cases that come on standard input; the other end of `audit`."""
-    folder = os.environ.get("MOSAIC_GPU_DUMP_TO")
-    dump = None if folder is None else pathlib.Path(folder)
+    dump = pathlib.Path(os.environ[_DUMP])
 
     def answer(request):
-        for path in dump.iterdir() if dump is not None else ():
+        for path in dump.iterdir():
             path.unlink()
         return row_to_json(compile_case(case_from_json(request), dump))
 

@@ -55,6 +55,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "on chip": ("on_chip_bytes", lambda value: f"{value / 1024:.0f} KiB"),
         "registers": ("registers", str),
         "spills": ("spill_bytes", lambda value: f"{value} B"),
+        "bundles": ("bundles", str),
     }
     for heading, (field, text) in told.items():
         if any(getattr(row, field) is not None for row in rows):

@@ -112,9 +112,8 @@ def _ours(setting, backend):
 
     def under_vmap(parameters, state, x, residual):
         moved, state = _with_parameters(layer, parameters), eqx.combine(state, rest)
-        y, new = jax.vmap(
-            lambda x, residual: moved(x, state, residual=residual), axis_name=AXIS, out_axes=(0, None)
-        )(x, residual)  # fmt: skip
+        step = jax.vmap(lambda x, residual: moved(x, state, residual=residual), axis_name=AXIS, out_axes=(0, None))
+        y, new = step(x, residual)
         return y, eqx.filter(new, eqx.is_array)
 
     return under_vmap, state
@@ -211,9 +210,7 @@ def _convolution(setting):
     sizes = {"O": setting.channels, "I": setting.channels}
 
     def convolve(x, weight):
-        return jax.lax.conv_general_dilated(
-            x, weight, (1,) * spatial, "SAME", dimension_numbers=(lhs, kernel, lhs)
-        )  # fmt: skip
+        return jax.lax.conv_general_dilated(x, weight, (1,) * spatial, "SAME", dimension_numbers=(lhs, kernel, lhs))
 
     return convolve, tuple(sizes.get(letter, 3) for letter in kernel)
 

@@ -153,9 +153,9 @@ serve()
 """
 
 
-def audit_with_kernels(target, *layers):
+def audit_with_kernels(target, *layers, **options):
     cases = [case_for(target, layer, setting=SMALL) for layer in layers]
-    return {row.case.layer: row for row in audit.audit(cases, command=(sys.executable, "-c", COPYING))}
+    return {row.case.layer: row for row in audit.audit(cases, command=(sys.executable, "-c", COPYING), **options)}
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
@@ -179,6 +179,14 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
     cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
     assert cells["telling"]["inside"] == "3R+1W" and "opaque" in cells["silent"]["inside"]
     assert cells["refusing"]["around"] == "not compiled"
+
+
+def test_a_tpu_kernels_instructions_are_counted_when_asked_for():
+    needs("v5e")
+    row = audit_with_kernels("v5e", "telling", instructions=True)["telling"]
+    assert row.status == "compiled", row.reason
+    # 64 x 128 float32 are 8 registers: at least that many loads, of which an instruction runs few.
+    assert row.bundles > 8 and row.spill_bytes == 0
 
 
 def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
@@ -310,6 +318,11 @@ def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_p
             f"Resources(smem_scratch_bytes={shared}, tmem_scratch_cols=0)\n"
         )
     assert audit.gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
+    table = "MXU, VSTORE, VSTORE:SPILL, SALU\n    4     1     1     2\n== UTILIZATION:\n"
+    for name, lines in (("k.1", "0 1 0 0\n0 0 1 1\n1 0 1 2\n"), ("other", "0 0 9 9\n" * 9)):
+        (tmp_path / f"17-{name}-70-final_hlo-static-per-bundle-utilization.txt").write_text(table + lines)
+    assert audit.tpu_resources(tmp_path, ["k.1", "k.2"]) == {"bundles": 3, "spill_bytes": 2 * 4096}
+    assert audit.tpu_resources(tmp_path, []) == {}
     (empty := tmp_path / "empty").mkdir()
     assert audit.gpu_resources(empty) == {}
 

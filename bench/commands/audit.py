@@ -98,12 +98,14 @@ def _repeatable(name, destination, choices, default, text):
 @_repeatable("--block", "blocks", BLOCKS, (), "Put the layer inside this network block.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
               help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
+@click.option("--instructions", is_flag=True,
+              help="Count a TPU's kernels' instructions and spills too: up to a minute and a gigabyte of disk a program.")  # fmt: skip
 @click.option("--details", is_flag=True, help="Print every access to arrays of x's size.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the tables.")
 @click.pass_context
 def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, activation, residual, backends, rivals,
-            blocks, time_limit, details, json_file, markdown_file):  # fmt: skip
+            blocks, time_limit, instructions, details, json_file, markdown_file):  # fmt: skip
     """Compile each layer for a chip that is not there, and count what it moves through the chip's memory.
 
     Every target is compiled for in a process of its own. A row that could not be compiled says why; what has to be
@@ -120,7 +122,7 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     layers = choose_layers(backends, rivals)
     pass_names = [name for name in PASSES if name in passes]
     cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
-    rows, interrupted = run_and_print(cases, time_limit, details)
+    rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
     if json_file is not None:
         line = shlex.join(["bn-bench", *sys.argv[1:]])
         json_file.write_text(
@@ -146,9 +148,7 @@ def choose_settings(
         fitting = [w for w in workloads if block is None or len(w.shape) in BLOCKS[block].ranks]
         if not fitting:
             given = ", ".join(str(workload) for workload in workloads)
-            raise click.UsageError(
-                f"block {block!r} takes workloads with {BLOCKS[block].takes}; none is among {given}"
-            )  # fmt: skip
+            raise click.UsageError(f"block {block!r} takes workloads with {BLOCKS[block].takes}; none is among {given}")
         for workload in fitting:
             # Without spatial axes both layouts are one.
             for layout in dict.fromkeys(layouts) if len(workload.shape) > 2 else layouts[:1]:
@@ -169,8 +169,8 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
 
 
 def run_and_print(
-    cases: Sequence[audit.Case], time_limit: float, details: bool
-) -> tuple[list[audit.Row], bool]:  # fmt: skip
+    cases: Sequence[audit.Case], *, time_limit: float, instructions: bool, details: bool
+) -> tuple[list[audit.Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
     plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     console = Console(width=PLAIN_WIDTH if plain else None, highlight=False)
@@ -195,7 +195,7 @@ def run_and_print(
             progress.update(task, description=text, completed=len(rows))
 
         try:
-            for row in audit.audit(cases, time_limit=time_limit, before=before):
+            for row in audit.audit(cases, time_limit=time_limit, instructions=instructions, before=before):
                 if waiting and waiting[0].case.group != row.case.group:
                     print_table()
                 rows.append(row)
