@@ -1,11 +1,11 @@
 """What a layer moves through a chip's memory, without the chip: compile each case for it and count.
 
-`audit(cases)` gives a `Row` for every case. The cases of a target are compiled in a process of its own (this module run
-as `python -m bn_fused.bench.audit`): XLA keeps one GPU's description for a process, and a compiler that aborts takes its
-process along.
+`audit(cases)` gives a `Row` for every case. The cases of a target are compiled in a process of its own (this module
+run as `python -m bn_fused.bench.audit`): XLA keeps one GPU's description for a process, and a compiler that aborts
+takes its process along.
 
-Counted in the compiled program (`traffic`) are the passes over arrays of x's size that are made around our kernels. What
-a kernel does inside, HLO does not say: its plan does. A plan may have a method
+Counted in the compiled program (`traffic`) are the passes over arrays of x's size that are made around our kernels.
+What a kernel does inside, HLO does not say: its plan does. A plan may have a method
 
     passes(operation) -> (reads, writes)
 
@@ -73,8 +73,9 @@ class Row:
     - `auto`: whether `backend="auto"` takes this backend here.
     - `reads`, `writes`: passes around the kernels.
     - `padded_reads`, `padded_writes`: the same with the padding of tiled layouts, in passes over an unpadded x.
-    - `kernels`: how many of the launches are our kernels; `inside_reads`, `inside_writes`: passes that they make, by their
-      plan; `operand_reads`, `operand_writes`: the passes if they touched each of their operands once, the least there is.
+    - `kernels`: how many of the launches are our kernels; `inside_reads`, `inside_writes`: passes that they make, by
+      their plan; `operand_reads`, `operand_writes`: the passes if they touched each of their operands once, the least
+      there is.
     - `launches`: kernels, copies and calls that run, small ones included.
     - `copies`: names of those that do nothing but copy or transpose an array of x's size.
     - `temporary_bytes`: the most memory that is used beside arguments and results.
@@ -126,9 +127,9 @@ class Passes(tuple):
 def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:
     """The fewest passes of the norm itself: "streaming" from memory, and "resident" where x stays on the chip.
 
-    Streaming reads x for the statistics and again to normalise; its backward reads x and dy for the sums and again for dx.
-    Resident reads everything once. A residual is read by the forward; with an activation its value decides the
-    derivative, so the backward reads it as often as x, and writes its gradient (without one that is dy itself).
+    Streaming reads x for the statistics and again to normalise; its backward reads x and dy for the sums and again
+    for dx. Resident reads everything once. A residual is read by the forward; with an activation its value decides
+    the derivative, so the backward reads it as often as x, and writes its gradient (without one that is dy itself).
     """
     residual = 1 if setting.residual else 0
     through_activation = residual if setting.activation is not None or setting.block is not None else 0
@@ -214,7 +215,7 @@ def _passes_of(traffic: Traffic, names: Iterable[str]) -> tuple[float, float]:
 
 
 def _copies(traffic: Traffic) -> list[str]:
-    """The copies and transposes from memory to memory; a TPU's copies to and from its chip are reads and writes of x."""
+    """The copies and transposes from memory to memory; a TPU's copies to and from its chip only read or write."""
     both = {access.instruction for access in traffic.details if access.reads and access.writes}
     return [name for name in traffic.copies_or_transposes if name in both]
 
@@ -366,10 +367,10 @@ def audit(
     """The rows of the cases, in order, each as soon as it is there.
 
     Every target has a process of its own. One that ends, or gives no row within `time_limit` seconds, makes its case
-    "failed" and is replaced by a new one for the cases that are left. With `instructions`, TPU's kernels' instructions and
-    spills are counted; their compiler then writes down all it does, which takes up to a minute and a gigabyte a program.
-    `before` is called when a case's turn comes; `command` is the process's program. Closing the iterator ends the process
-    with all it started.
+    "failed" and is replaced by a new one for the cases that are left. With `instructions`, TPU's kernels'
+    instructions and spills are counted; their compiler then writes down all it does, which takes up to a minute and a
+    gigabyte a program. `before` is called when a case's turn comes; `command` is the process's program. Closing the
+    iterator ends the process with all it started.
     """
     child, target = None, None
     with tempfile.TemporaryDirectory(prefix="bn_fused_audit_") as dump:

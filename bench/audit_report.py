@@ -10,13 +10,13 @@ from .audit import Passes, Row, ideal
 from .blocks import NO_NORM, PASSES, Setting
 
 NOTE = (
-    "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: what our "
-    "Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands are). fwd is a "
-    "training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what the forward keeps. "
-    "copies: kernels that only copy or transpose an array of x's size. temporary: the most memory beside arguments and "
-    "results; kept: from the forward for the backward, as JAX's derivative has it (in one program XLA recomputes some of "
-    "it); both in x's. ideal: the norm's own "
-    "passes, resident where x stays on the chip between them, streaming where it comes from memory each time."
+    "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: "
+    "what our Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands "
+    "are). fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what "
+    "the forward keeps. copies: kernels that only copy or transpose an array of x's size. temporary: the most "
+    "memory beside arguments and results; kept: from the forward for the backward, as JAX's derivative has it (in "
+    "one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, resident where x stays on "
+    "the chip between them, streaming where it comes from memory each time."
 )
 NOT_COMPILED = "not compiled"
 

@@ -1,9 +1,9 @@
 """What the audit compiles: a BatchNorm alone or inside a network block, forward and backward, ours and its rivals.
 
-A layer makes, for a `Setting`, a function `apply(parameters, state, x, residual) -> (y, state)`: one training step, with
-x in the setting's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the first state. A
-block puts such a function between two convolutions or two linear maps. `make_program` gives the function of a pass and
-the shapes of its arguments: nothing is computed here.
+A layer makes, for a `Setting`, a function `apply(parameters, state, x, residual) -> (y, state)`: one training step,
+with x in the setting's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the first
+state. A block puts such a function between two convolutions or two linear maps. `make_program` gives the function of
+a pass and the shapes of its arguments: nothing is computed here.
 """
 
 import dataclasses
@@ -181,8 +181,8 @@ def _no_norm(setting, backend):
 
 NO_NORM = Layer("no norm", _no_norm)
 OURS = Layer("bn_fused", _ours)
-# The rivals that `--against` takes, each with the forms in which it is compiled. Our own backend `jnp` is the rival that
-# XLA compiles from plain jnp: the least that a kernel must beat.
+# The rivals that `--against` takes, each with the forms in which it is compiled. Our own backend `jnp` is the rival
+# that XLA compiles from plain jnp: the least that a kernel must beat.
 RIVALS: Mapping[str, tuple[Layer, ...]] = MappingProxyType(
     {
         "equinox": (Layer("equinox batch", _equinox("batch")), Layer("equinox ema", _equinox("ema"))),
@@ -224,8 +224,8 @@ def _linear(setting):
 class Block:
     """Two linear maps with BatchNorm and an activation between them.
 
-    `linear(setting)` gives the map's function of (x, weight) and the weight's shape; `ranks` are the ranks of x it takes,
-    `takes` says so in words.
+    `linear(setting)` gives the map's function of (x, weight) and the weight's shape; `ranks` are the ranks of x it
+    takes, `takes` says so in words.
     """
 
     linear: Callable[[Setting], tuple[Callable, tuple[int, ...]]]

@@ -1,6 +1,7 @@
 """A process of its own that answers one request after the other, with a time limit: `Child`.
 
-For work that may not share a process (XLA keeps one GPU's description), may end it (a compiler that aborts) or may hang.
+For work that may not share a process (XLA keeps one GPU's description), may end it (a compiler that aborts) or may
+hang.
 """
 
 import json

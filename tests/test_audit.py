@@ -399,8 +399,8 @@ def test_what_a_compiler_prints_does_not_get_between_the_answers():
         assert [child.ask(word, 60) for word in ("one", "two")] == ["one", "two"]
 
 
-# Dies at the layer "aborts", hangs at "hangs", and answers the others with a row that names its process. It needs no JAX,
-# so that it starts within any time limit.
+# Dies at the layer "aborts", hangs at "hangs", and answers the others with a row that names its process. It needs no
+# JAX, so that it starts within any time limit.
 UNSTABLE = """
 import json, os, sys, time
 for line in sys.stdin:

@@ -74,8 +74,8 @@ class OutputFile(click.Path):
 
 def _repeatable(name, destination, choices, default, text):
     return click.option(
-        name, destination, multiple=True, type=click.Choice(tuple(choices)), default=default, show_default=bool(default),
-        help=f"{text} Repeatable.",
+        name, destination, multiple=True, type=click.Choice(tuple(choices)), default=default,
+        show_default=bool(default), help=f"{text} Repeatable.",
     )  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
               help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
 @click.option("--instructions", is_flag=True,
-              help="Count a TPU's kernels' instructions and spills too: up to a minute and a gigabyte of disk a program.")  # fmt: skip
+              help="Count a TPU's kernels' instructions and spills too; in a block it takes a minute and a gigabyte of "
+              "disk for a program.")  # fmt: skip
 @click.option("--details", is_flag=True, help="Print every access to arrays of x's size.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the tables.")
@@ -111,9 +112,10 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     Every target is compiled for in a process of its own. A row that could not be compiled says why; what has to be
     installed is named with the command.
 
-    Exit status: 0 if programs were compiled; 1 if one of ours failed to compile, or nothing at all was compiled; 2 for
-    input it cannot use; 130 if it was interrupted, with the finished rows printed and saved. A backend that does not
-    take the case, a rival that fails and a compiler that is not installed are no failures beside rows that are compiled.
+    Exit status: 0 if programs were compiled; 1 if one of ours failed to compile, or nothing at all was compiled; 2
+    for input it cannot use; 130 if it was interrupted, with the finished rows printed and saved. A backend that does
+    not take the case, a rival that fails and a compiler that is not installed are no failures beside rows that are
+    compiled.
     """
     workloads = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)] + list(shapes)
     workloads = list(dict.fromkeys(workloads)) or [WORKLOADS[name] for name in SUITES["quick"]]
