@@ -227,8 +227,9 @@ def gpu_resources(folder: pathlib.Path) -> dict[str, int]:
         text = path.read_text(errors="replace")
         registers += map(int, re.findall(r"Used (\d+) registers", text))
         spills += map(int, re.findall(r"(\d+) bytes spill stores", text))
-    for path in folder.glob("*.resources.txt"):
-        shared += map(int, re.findall(r"smem_scratch_bytes=(\d+)", path.read_text(errors="replace")))
+    for path in folder.glob("*.mlir-passes.log"):
+        # The launch in the code of the lowering, where the size is a constant that has its value as its name.
+        shared += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(errors="replace")))
     found = {"registers": registers, "spill_bytes": spills, "on_chip_bytes": shared}
     return {name: max(values) for name, values in found.items() if values}
 

@@ -314,8 +314,9 @@ def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_p
             f"    0 bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads\n"
             f"ptxas info    : Used {registers} registers, used 2 barriers, 1 bytes smem\n"
         )
-        (tmp_path / f"{name}.resources.txt").write_text(
-            f"Resources(smem_scratch_bytes={shared}, tmem_scratch_cols=0)\n"
+        (tmp_path / f"{name}.mlir-passes.log").write_text(
+            "gpu.launch blocks(%a) in (%b = %c8) threads(%d) in (%e = %c128) "
+            f"dynamic_shared_memory_size %c{shared}_i32 {{\n"
         )
     assert audit.gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
     table = "MXU, VSTORE, VSTORE:SPILL, SALU\n    4     1     1     2\n== UTILIZATION:\n"
