@@ -1,0 +1,233 @@
+"""`bn-bench audit`: what each layer moves through a chip's memory, compiled for it without having it."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+import bn_fused
+from bn_fused import kernels
+from bn_fused.kernels.activations import ACTIVATIONS
+
+from .. import audit, audit_report, deviceless
+from ..blocks import BLOCKS, LAYOUTS, PASSES, RIVALS, Setting
+from ..workloads import SUITES, WORKLOADS, Workload, parse_shape
+
+# Where the output is not a terminal there is no width to ask for; the tables need this one (characters).
+PLAIN_WIDTH = 120
+FAILED, INTERRUPTED = 1, 130
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Packages whose versions decide about what is compiled.
+PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "jax-triton", "triton", "equinox", "flax")
+# It is the definition itself, kept slow and plain, to be checked against; it is audited when it is named.
+UNUSUAL = ("reference",)
+
+
+class Shape(click.ParamType):
+    """A workload given by its shape, as in `--shape 32,64,56,56`."""
+
+    name = "N,C,..."
+
+    def convert(self, value, param, ctx):
+        """The workload; a shape that does not parse ends the program with one line."""
+        if isinstance(value, Workload):
+            return value
+        try:
+            return parse_shape(value)
+        except ValueError as error:
+            raise click.UsageError(str(error), ctx) from None
+
+
+class Backend(click.ParamType):
+    """The name of a registered backend."""
+
+    name = "backend"
+
+    def convert(self, value, param, ctx):
+        """The name, if it is registered."""
+        if value not in kernels.backend_names():
+            self.fail(f"{value!r}: accepted are {', '.join(kernels.backend_names())}", param, ctx)
+        return value
+
+
+class OutputFile(click.Path):
+    """A file to write; refused before the work begins if its folder is not there."""
+
+    def __init__(self):
+        super().__init__(dir_okay=False, writable=True, path_type=pathlib.Path)
+
+    def convert(self, value, param, ctx):
+        """The path."""
+        path = super().convert(value, param, ctx)
+        if not path.absolute().parent.is_dir():
+            self.fail(f"the folder of {str(path)!r} does not exist", param, ctx)
+        return path
+
+
+def _repeatable(name, destination, choices, default, text):
+    return click.option(
+        name, destination, multiple=True, type=click.Choice(tuple(choices)), default=default,
+        show_default=bool(default), help=f"{text} Repeatable.",
+    )  # fmt: skip
+
+
+@click.command("audit")
+@_repeatable("--target", "targets", deviceless.TARGETS, ("h200",), "The chip to compile for.")
+@click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads; default: quick.")
+@click.option("--workload", "names", multiple=True, type=click.Choice(tuple(WORKLOADS)), metavar="NAME",
+              help="A workload by its name. Repeatable.")  # fmt: skip
+@click.option("--shape", "shapes", type=Shape(), multiple=True,
+              help="A shape: examples, channels, spatial sizes. Repeatable.")  # fmt: skip
+@_repeatable("--layout", "layouts", LAYOUTS, ("nchw",), "Where the channels are in the program: second or last.")
+@_repeatable("--dtype", "dtypes", DTYPES, (), "Of x; default: the workload's, float32.")
+@_repeatable("--pass", "passes", PASSES, ("fwd", "fwd+bwd"), "What is compiled.")
+@click.option("--activation", type=click.Choice(("none", *ACTIVATIONS)), default="none", show_default=True,
+              help="Applied after the normalisation; in a block relu if none is named.")  # fmt: skip
+@click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation.")
+@click.option("--backend", "backends", multiple=True, type=Backend(),
+              help="Repeatable; default: all but reference.")  # fmt: skip
+@_repeatable("--against", "rivals", (*RIVALS, "none"), (), "The rivals; default: all that there are.")
+@_repeatable("--block", "blocks", BLOCKS, (), "Put the layer inside this network block.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+              help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
+@click.option("--instructions", is_flag=True,
+              help="Count a TPU's kernels' instructions and spills too; in a block it takes a minute and a gigabyte of "
+              "disk for a program.")  # fmt: skip
+@click.option("--details", is_flag=True, help="Print every access to arrays of x's size.")
+@click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
+@click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the tables.")
+@click.pass_context
+def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, activation, residual, backends, rivals,
+            blocks, time_limit, instructions, details, json_file, markdown_file):  # fmt: skip
+    """Compile each layer for a chip that is not there, and count what it moves through the chip's memory.
+
+    Every target is compiled for in a process of its own. A row that could not be compiled says why; what has to be
+    installed is named with the command.
+
+    Exit status: 0 if programs were compiled; 1 if one of ours failed to compile, or nothing at all was compiled; 2
+    for input it cannot use; 130 if it was interrupted, with the finished rows printed and saved. A backend that does
+    not take the case, a rival that fails and a compiler that is not installed are no failures beside rows that are
+    compiled.
+    """
+    workloads = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)] + list(shapes)
+    workloads = list(dict.fromkeys(workloads)) or [WORKLOADS[name] for name in SUITES["quick"]]
+    named = None if activation == "none" else activation
+    settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
+    layers = choose_layers(backends, rivals)
+    pass_names = [name for name in PASSES if name in passes]
+    cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
+    rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
+    if json_file is not None:
+        line = shlex.join(["bn-bench", *sys.argv[1:]])
+        json_file.write_text(
+            audit.to_json(rows, command=line, versions=versions(), interrupted=interrupted), encoding="utf-8"
+        )
+    if markdown_file is not None:
+        named_versions = ", ".join(f"{name} {version}" for name, version in versions().items())
+        markdown_file.write_text(audit_report.markdown(rows, named_versions), encoding="utf-8")
+    context.exit(INTERRUPTED if interrupted else exit_status(rows))
+
+
+def choose_settings(
+    workloads: Sequence[Workload],
+    layouts: Sequence[str],
+    dtypes: Sequence[str],
+    activation: str | None,
+    residual: bool,
+    blocks: Sequence[str],
+) -> list[tuple[str, Setting]]:
+    """The name and setting of all that the options ask for; a block takes those workloads that have its rank."""
+    made = []
+    for block in dict.fromkeys(blocks) or (None,):
+        fitting = [w for w in workloads if block is None or len(w.shape) in BLOCKS[block].ranks]
+        if not fitting:
+            given = ", ".join(str(workload) for workload in workloads)
+            raise click.UsageError(f"block {block!r} takes workloads with {BLOCKS[block].takes}; none is among {given}")
+        for workload in fitting:
+            # Without spatial axes both layouts are one.
+            for layout in dict.fromkeys(layouts) if len(workload.shape) > 2 else layouts[:1]:
+                for dtype in dict.fromkeys(dtypes) or (workload.dtype,):
+                    setting = Setting(workload.shape, dtype, layout, activation, residual, block)
+                    made.append((workload.name, setting))
+    return made
+
+
+def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
+    """The names of the layers: backends, then the forms of the rivals."""
+    ours = list(backends) or [name for name in kernels.backend_names() if name not in UNUSUAL]
+    against = rivals or tuple(RIVALS)
+    if "jnp" in rivals:
+        ours.append("jnp")
+    theirs = [layer.name for rival in against if rival != "none" for layer in RIVALS[rival]]
+    return list(dict.fromkeys([*ours, *theirs]))
+
+
+def run_and_print(
+    cases: Sequence[audit.Case], *, time_limit: float, instructions: bool, details: bool
+) -> tuple[list[audit.Row], bool]:
+    """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
+    plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=PLAIN_WIDTH if plain else None, highlight=False)
+    console.print(Text(", ".join(f"{name} {version}" for name, version in versions().items())))
+    rows: list[audit.Row] = []
+    waiting: list[audit.Row] = []
+    interrupted = False
+
+    def print_table():
+        console.print()
+        console.print(audit_report.table(waiting))
+        for note in audit_report.notes(waiting, details=details):
+            console.print(Text(note))
+        waiting.clear()
+
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*bar, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=len(cases))
+
+        def before(case):
+            text = f"{case.target}: {case.workload}, {case.layer}, {case.pass_name}"
+            progress.update(task, description=text, completed=len(rows))
+
+        try:
+            for row in audit.audit(cases, time_limit=time_limit, instructions=instructions, before=before):
+                if waiting and waiting[0].case.group != row.case.group:
+                    print_table()
+                rows.append(row)
+                waiting.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+        if waiting:
+            print_table()
+    console.print()
+    console.print(Text(audit_report.NOTE, "dim"))
+    if interrupted:
+        console.print(Text(f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow"))
+    for row in rows:
+        if row.status == "failed" and row.case.ours:
+            console.print(Text(f"FAILED: {row.case.layer}, {row.case.pass_name} for {row.case.target}", "bold red"))
+    return rows, interrupted
+
+
+def exit_status(rows: Sequence[audit.Row]) -> int:
+    """0, or 1 if a program of ours failed to compile or none was compiled at all."""
+    failed = any(row.status == "failed" and row.case.ours for row in rows)
+    return FAILED if failed or not any(row.status == "compiled" for row in rows) else 0
+
+
+def versions() -> dict[str, str]:
+    """The versions of what decides about the compiled programs."""
+    found = {"bn_fused": bn_fused.__version__, "Python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

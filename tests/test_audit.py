@@ -1,0 +1,575 @@
+"""`bn-bench audit`: what it counts for chips that are not there, the processes it works in, what it prints and saves.
+
+What is compiled for a chip needs its compiler; those tests name what to install when they are skipped.
+"""
+
+import json
+import os
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from bn_fused.bench import audit, audit_report, blocks, deviceless
+from bn_fused.bench.blocks import Setting
+from bn_fused.bench.child import Child, ChildEnded
+from bn_fused.bench.commands.audit import command
+
+SETTING = Setting((32, 64, 56, 56))
+SMALL = Setting((256, 128))
+
+
+def needs(*targets):
+    """Skip where the compiler for a target is not installed, saying how to install it."""
+    for target in targets:
+        if deviceless.missing(target) is not None:
+            pytest.skip(deviceless.missing(target))
+
+
+def run(*arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments], prog_name="bn-bench audit")
+
+
+def compiled_row(case, **fields):
+    return audit.Row(
+        case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
+        inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
+    )  # fmt: skip
+
+
+def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
+    return audit.Case(target, "shape", setting, layer, pass_name)
+
+
+# ------------------------------------------------------------------------------------- compiled for chips
+
+
+@pytest.fixture(scope="module")
+def audited(tmp_path_factory):
+    """The saved rows of one run for two GPUs, by target, layer and pass; and what it printed."""
+    needs("h200", "a100")
+    path = tmp_path_factory.mktemp("audit") / "audit.json"
+    done = run(
+        "--target", "h200", "--target", "a100", "--shape", "32,64,56,56", "--backend", "jnp", "--against", "equinox",
+        "--json", path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = audit.load(path.read_text(encoding="utf-8"))
+    return {(row.case.target, row.case.layer, row.case.pass_name): row for row in rows}, done.output
+
+
+def test_equinox_reads_x_three_times_forward_and_eight_times_in_all(audited):
+    for layer in ("equinox batch", "equinox ema"):
+        forward, both = (audited[0]["h200", layer, name] for name in ("fwd", "fwd+bwd"))
+        assert (forward.reads, forward.writes) == (3, 1), forward.details
+        assert (both.reads, both.writes) == (8, 2), both.details
+
+
+def test_the_jnp_backend_makes_the_passes_of_the_streaming_ideal(audited):
+    for name in ("fwd", "fwd+bwd"):
+        row = audited[0]["h200", "jnp", name]
+        assert (row.reads, row.writes) == audit.ideal(SETTING, name)["streaming"], row.details
+        assert row.auto and row.copies == ()
+
+
+def test_two_gpus_are_compiled_for_in_one_run(audited):
+    assert {target for target, _, _ in audited[0]} == {"h200", "a100"}
+    assert all(row.status == "compiled" for row in audited[0].values())
+
+
+def test_kept_is_x_alone_with_the_hand_written_gradient_and_more_without(audited):
+    nbytes = SETTING.nbytes
+    assert audited[0]["h200", "jnp", "fwd"].kept_bytes is None
+    assert 1 <= audited[0]["h200", "jnp", "fwd+bwd"].kept_bytes / nbytes < 1.01
+    assert audited[0]["h200", "equinox batch", "fwd+bwd"].kept_bytes / nbytes > 2
+
+
+def test_the_ideal_stands_beside_the_rows(audited):
+    lines = [line.split() for line in audited[1].splitlines()]
+    assert ["fwd", "ideal,", "streaming", "2R+1W"] in lines and ["fwd+bwd", "ideal,", "resident", "3R+2W"] in lines
+    assert any(line[:4] == ["fwd", "jnp", "(auto)", "2R+1W"] for line in lines)
+    assert "h200: shape (32,64,56,56) float32 nchw" in audited[1]
+
+
+# A backend whose forward hands y through a kernel that copies it, for the process that compiles. Its plan says that the
+# kernel reads what it copies three times.
+COPYING = """
+import dataclasses
+import jax, jax.numpy as jnp
+from jax.experimental import pallas as pl
+from bn_fused import kernels
+from bn_fused.kernels import jnp_backend
+from bn_fused.kernels.contract import OPERATIONS
+
+def tpu_copy(y):
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(y_ref, out_ref, scratch):
+        scratch[...] = y_ref[...]
+        out_ref[...] = scratch[...]
+
+    block = pl.BlockSpec((64, 128), lambda i: (i, 0))
+    return pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(y.shape[0] // 64,), in_specs=[block],
+        out_specs=block, scratch_shapes=[pltpu.VMEM((64, 128), y.dtype)],
+    )(y)
+
+def gpu_copy(y):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def kernel(y_ref, out_ref, scratch, barrier):
+        rows = pl.ds(jax.lax.axis_index("rows") * 64, 64)
+        plgpu.copy_gmem_to_smem(y_ref.at[rows, :], scratch, barrier)
+        plgpu.barrier_wait(barrier)
+        plgpu.copy_smem_to_gmem(scratch, out_ref.at[rows, :])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel, out_type=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(y.shape[0] // 64,), grid_names=("rows",),
+        scratch_types=[plgpu.SMEM((64, y.shape[1]), y.dtype), plgpu.Barrier(num_arrivals=1)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(y)
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    platform: str
+
+class TellingPlan(Plan):
+    passes = {"forward": (3, 1)}
+
+def forward(*operands, spec, **named):
+    y, *rest = jnp_backend.forward(*operands, spec=spec, **named)
+    return {"tpu": tpu_copy, "cuda": gpu_copy}[spec.plan.platform](y), *rest
+
+operations = {name: getattr(jnp_backend, name) for name in OPERATIONS} | {"forward": forward}
+for name, plan in (("telling", TellingPlan), ("silent", Plan)):
+    kernels.register(
+        kernels.Backend(name, operations, plan=lambda problem, target, plan=plan: plan(target.platform))
+    )
+kernels.register(kernels.Backend("refusing", operations, refusal=lambda problem, target: "it wants more rows"))
+from bn_fused.bench.audit import serve
+serve()
+"""
+
+
+def audit_with_kernels(target, *layers, **options):
+    cases = [case_for(target, layer, setting=SMALL) for layer in layers]
+    return {row.case.layer: row for row in audit.audit(cases, command=(sys.executable, "-c", COPYING), **options)}
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_operands(target):
+    needs(target)
+    found = audit_with_kernels(target, "telling", "silent", "refusing")
+    telling, silent, refusing = (found[name] for name in ("telling", "silent", "refusing"))
+    for row in (telling, silent):
+        assert (row.status, row.kernels) == ("compiled", 1), row.reason
+        assert (row.operand_reads, row.operand_writes) in ((1, 1), (0, 0), (1, 0), (0, 1))  # 0 where VMEM holds them
+        assert row.writes >= (1 if target == "h200" else 0)
+    assert (telling.inside_reads, telling.inside_writes) == (3, 1)
+    assert silent.inside_reads is None
+    # 64 x 128 float32, and what the pipeline adds.
+    assert telling.on_chip_bytes >= 64 * 128 * 4
+    if target == "h200":
+        assert (telling.operand_reads, telling.operand_writes) == (1, 1)
+        assert telling.registers > 0 and telling.spill_bytes == 0
+    assert refusing.status == "refused" and "it wants more rows" in refusing.reason
+    headings, lines = audit_report.columns([telling, silent, refusing])
+    cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
+    assert cells["telling"]["inside"] == "3R+1W" and "opaque" in cells["silent"]["inside"]
+    assert cells["refusing"]["around"] == "not compiled"
+
+
+def test_a_tpu_kernels_instructions_are_counted_when_asked_for():
+    needs("v5e")
+    row = audit_with_kernels("v5e", "telling", instructions=True)["telling"]
+    assert row.status == "compiled", row.reason
+    # 64 x 128 float32 are 8 registers: at least that many loads, of which an instruction runs few.
+    assert row.bundles > 8 and row.spill_bytes == 0
+
+
+def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
+    needs("h200")
+    done = run(
+        "--shape", "8,64,16,16", "--block", "conv-bn-relu-conv", "--layout", "nchw", "--layout", "nhwc", "--backend",
+        "jnp", "--against", "none", "--json", tmp_path / "block.json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = {
+        (row.case.setting.layout, row.case.layer, row.case.pass_name): row
+        for row in audit.load((tmp_path / "block.json").read_text(encoding="utf-8"))
+    }
+    assert len(rows) == 8 and all(row.status == "compiled" for row in rows.values())
+    for layout in ("nchw", "nhwc"):
+        for pass_name in ("fwd", "fwd+bwd"):
+            assert rows[layout, "jnp", pass_name].launches > rows[layout, "no norm", pass_name].launches
+        assert rows[layout, "jnp", "fwd"].reads > rows[layout, "no norm", "fwd"].reads
+    assert "over no norm" in done.output and "in conv-bn-relu-conv" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", tuple(deviceless.TARGETS))
+def test_every_target_compiles_every_backend_that_takes_it(target):
+    needs(target)
+    settings = [("shape", SETTING), ("shape", Setting((64, 256, 14, 14), "bfloat16", "nhwc", "relu", True))]
+    layers = [name for name in audit_layers() if name != "reference"]
+    for row in audit.audit(audit.cases_of([target], settings, layers, ["fwd", "bwd", "fwd+bwd"]), time_limit=300):
+        assert row.status in ("compiled", "refused"), row
+
+
+def audit_layers():
+    from bn_fused import kernels
+
+    return kernels.backend_names()
+
+
+# ------------------------------------------------------------------------------------- counting
+
+
+HLO = """HloModule m
+
+%subtract (p0: f32[64,128], p1: f32[128]) -> f32[64,128] {
+  %p0 = f32[64,128]{1,0} parameter(0)
+  %p1 = f32[128]{0} parameter(1)
+  %b = f32[64,128]{1,0} broadcast(%p1), dimensions={1}
+  ROOT %s = f32[64,128]{1,0} subtract(%p0, %b)
+}
+
+ENTRY %main (x: f32[64,128], m: f32[128]) -> f32[64,128] {
+  %x = f32[64,128]{1,0} parameter(0)
+  %m = f32[128]{0} parameter(1)
+  %d = f32[64,128]{1,0} fusion(%x, %m), kind=kLoop, calls=%subtract
+  %t = f32[128,64]{1,0} transpose(%d), dimensions={1,0}
+  %k = (f32[128,64]{1,0}, f32[64]{0}) custom-call(%t, %m), custom_call_target="TARGET", backend_config={CONFIG}
+  ROOT %y = f32[128,64]{1,0} get-tuple-element(%k), index=0
+}
+"""
+VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"524288"}]'
+
+
+@pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
+def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
+    text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(1, 1))
+    # subtract and transpose: one read and one write each.
+    assert (counted["reads"], counted["writes"]) == (2, 2)
+    assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
+    assert (counted["inside_reads"], counted["inside_writes"]) == (1, 1)
+    assert (counted["kernels"], counted["launches"]) == (1, 3)
+    assert counted["copies"] == ["t"]
+    assert counted["on_chip_bytes"] == 524288
+
+
+def test_a_librarys_call_is_no_kernel_of_ours():
+    text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(5, 5))
+    assert (counted["reads"], counted["writes"]) == (3, 3)
+    assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
+
+
+def test_a_kernel_whose_plan_does_not_tell_is_opaque():
+    text = HLO.replace("TARGET", "mosaic_gpu_v2").replace("CONFIG", "")
+    assert "inside_reads" not in audit.count(text, 64 * 128, 64 * 128 * 4, None)
+
+
+def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
+    class Method:
+        def passes(self, operation):
+            return {"forward": (1, 1), "backward": (2, 1)}[operation]
+
+    class Half:
+        passes = {"forward": (2, 1)}
+
+    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == (3, 2)
+    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == (2, 1)
+    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd+bwd"]) is None
+    assert audit.planned_passes(object(), audit.OPERATIONS["fwd"]) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "streaming", "resident"),
+    [
+        # Forward: statistics, then normalise. Backward: sums over (x, dy), then dx from them.
+        ({}, {"fwd": (2, 1), "bwd": (4, 1), "fwd+bwd": (6, 2)}, {"fwd": (1, 1), "bwd": (2, 1), "fwd+bwd": (3, 2)}),
+        ({"activation": "relu"}, {"fwd": (2, 1), "bwd": (4, 1)}, {"fwd": (1, 1), "bwd": (2, 1)}),
+        # Added before nothing: its gradient is dy.
+        ({"residual": True}, {"fwd": (3, 1), "bwd": (4, 1)}, {"fwd": (2, 1), "bwd": (2, 1)}),
+        (
+            {"residual": True, "activation": "relu"},
+            {"fwd": (3, 1), "bwd": (6, 2), "fwd+bwd": (9, 3)},
+            {"fwd": (2, 1), "bwd": (3, 2), "fwd+bwd": (5, 3)},
+        ),
+    ],
+)
+def test_the_ideal_counts_every_array_that_has_to_move(options, streaming, resident):
+    setting = Setting((8, 4, 3, 3), **options)
+    for name, figures in streaming.items():
+        assert audit.ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
+
+
+def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_path):
+    for name, registers, spills, shared in (("a", 29, 0, 65536), ("b", 255, 48, 1024)):
+        (tmp_path / f"{name}.ptxas").write_text(
+            f"    0 bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads\n"
+            f"ptxas info    : Used {registers} registers, used 2 barriers, 1 bytes smem\n"
+        )
+        (tmp_path / f"{name}.mlir-passes.log").write_text(
+            "gpu.launch blocks(%a) in (%b = %c8) threads(%d) in (%e = %c128) "
+            f"dynamic_shared_memory_size %c{shared}_i32 {{\n"
+        )
+    assert audit.gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
+    table = "MXU, VSTORE, VSTORE:SPILL, SALU\n    4     1     1     2\n== UTILIZATION:\n"
+    for name, lines in (("k.1", "0 1 0 0\n0 0 1 1\n1 0 1 2\n"), ("other", "0 0 9 9\n" * 9)):
+        (tmp_path / f"17-{name}-70-final_hlo-static-per-bundle-utilization.txt").write_text(table + lines)
+    assert audit.tpu_resources(tmp_path, ["k.1", "k.2"]) == {"bundles": 3, "spill_bytes": 2 * 4096}
+    assert audit.tpu_resources(tmp_path, []) == {}
+    (empty := tmp_path / "empty").mkdir()
+    assert audit.gpu_resources(empty) == {}
+
+
+@pytest.mark.parametrize("layout", blocks.LAYOUTS)
+@pytest.mark.parametrize("layer", ["jnp", "equinox batch", "equinox ema", "no norm"])
+def test_every_program_takes_and_gives_arrays_of_the_settings_shape(layer, layout):
+    import jax
+
+    for block in (None, "conv-bn-relu-conv"):
+        setting = Setting((4, 6, 5, 3), layout=layout, activation="relu", residual=True, block=block)
+        outputs = {}
+        for name in blocks.PASSES:
+            function, specs, kept_bytes = blocks.make_program(setting, layer, name)
+            outputs[name] = jax.eval_shape(function, *specs)
+            assert (kept_bytes is None) == (name == "fwd")
+        y, _ = outputs["fwd"]
+        dparameters, dx, dresidual = outputs["bwd"]
+        assert y.shape == dx.shape == dresidual.shape == setting.array_shape
+        assert jax.tree.map(lambda leaf: leaf.shape, outputs["fwd+bwd"][2]) == jax.tree.map(
+            lambda leaf: leaf.shape, outputs["bwd"]
+        )
+        # weight and bias, and inside a block both maps' weights
+        assert len(jax.tree.leaves(dparameters)) == (2 if block is None else 4)
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as stat:
+        return stat.read().rpartition(")")[2].split()[0] != "Z"
+
+
+# Answers a request with the process id of a child of its own, and hangs at the next.
+HANGS = """
+import subprocess, sys, time
+from bn_fused.bench.child import answer_requests
+grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+answer_requests(lambda request: time.sleep(600) if request == "hang" else grandchild.pid)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_process_that_hangs_is_ended_with_its_children():
+    with Child((sys.executable, "-c", HANGS), os.environ) as child:
+        grandchild = child.ask("who", 60)
+        assert alive(grandchild)
+        with pytest.raises(ChildEnded, match="stopped at the time limit of 0.5 s"):
+            child.ask("hang", 0.5)
+    deadline = time.monotonic() + 10
+    while alive(grandchild) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(grandchild)
+
+
+def test_how_a_process_ended_is_said_in_a_line():
+    script = "import os, sys; sys.stdin.readline(); print('LLVM ERROR: no', file=sys.stderr, flush=True); os.abort()"
+    with Child((sys.executable, "-c", script), os.environ) as child:
+        with pytest.raises(ChildEnded, match="the process was ended by SIGABRT: LLVM ERROR: no"):
+            child.ask("anything", 60)
+
+
+def test_what_a_compiler_prints_does_not_get_between_the_answers():
+    script = (
+        "import os; from bn_fused.bench.child import answer_requests\n"
+        "answer_requests(lambda request: (os.system('echo noise'), print('noise'), request)[-1])"
+    )
+    with Child((sys.executable, "-c", script), os.environ) as child:
+        assert [child.ask(word, 60) for word in ("one", "two")] == ["one", "two"]
+
+
+# Dies at the layer "aborts", hangs at "hangs", and answers the others with a row that names its process. It needs no
+# JAX, so that it starts within any time limit.
+UNSTABLE = """
+import json, os, sys, time
+for line in sys.stdin:
+    case = json.loads(line)
+    setting = case.pop("setting")
+    if case["layer"] == "aborts":
+        os.abort()
+    if case["layer"] == "hangs":
+        time.sleep(600)
+    print(json.dumps({**case, **setting, "status": "compiled", "reads": os.getpid(), "writes": 1.0}), flush=True)
+"""
+
+
+@pytest.fixture
+def no_compiler_needed(monkeypatch):
+    monkeypatch.setattr(deviceless, "missing", lambda target: None)
+
+
+def test_a_compiler_that_aborts_or_hangs_costs_its_own_row_only(no_compiler_needed):
+    cases = [case_for(layer=layer) for layer in ("one", "aborts", "two", "hangs", "three")]
+    rows = list(audit.audit(cases, time_limit=4, command=(sys.executable, "-c", UNSTABLE)))
+    assert [row.case for row in rows] == cases
+    assert [row.status for row in rows] == ["compiled", "failed", "compiled", "failed", "compiled"]
+    assert "SIGABRT" in rows[1].reason and "time limit of 4 s" in rows[3].reason
+
+
+def test_every_target_has_a_process_of_its_own(no_compiler_needed):
+    cases = [case_for(target, layer) for target in ("h200", "v5e", "a100") for layer in ("one", "two")]
+    rows = list(audit.audit(cases, command=(sys.executable, "-c", UNSTABLE)))
+    processes = [row.reads for row in rows]
+    assert processes[::2] == processes[1::2] and len(set(processes)) == 3
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--target", "h2000"), "'h2000' is not one of 'a100', 'h100', 'h200'"),
+        (("--shape", "32,x"), "'32,x'"),
+        (("--layout", "chwn"), "'chwn'"),
+        (("--backend", "cuda"), "'cuda': accepted are "),
+        (("--against", "numpy"), "'numpy'"),
+        (("--pass", "backward"), "'backward'"),
+        (("--block", "attention"), "'attention'"),
+        (("--block", "conv-bn-relu-conv", "--workload", "mlp"), "block 'conv-bn-relu-conv' takes workloads with"),
+        (("--time-limit", "0"), "--time-limit"),
+        (("--json", "no/such/folder/a.json"), "the folder of 'no/such/folder/a.json' does not exist"),
+    ],
+)
+def test_input_it_cannot_use_is_named_with_status_2(arguments, named):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert named in " ".join(done.output.split())
+
+
+def test_a_compiler_that_is_not_installed_is_named_with_its_command_and_status_1(monkeypatch):
+    monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda name: None)
+    done = run("--target", "v5e", "--shape", "8,4", "--backend", "jnp", "--against", "none")
+    assert done.exit_code == 1
+    text = " ".join(done.output.split())
+    assert "not compiled: the compiler for v5e is not installed: pip install --no-deps $(python -m" in text
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """The rows that a run gets instead of compiling: `answers(function of the case)`."""
+
+    def set_answers(answer):
+        def fake(cases, **_):
+            for case in cases:
+                yield answer(case)
+
+        monkeypatch.setattr(audit, "audit", fake)
+
+    return set_answers
+
+
+@pytest.mark.parametrize(
+    ("statuses", "exit_code"),
+    [
+        ({}, 0),
+        ({"jnp": "failed"}, 1),
+        ({"jnp": "refused"}, 0),
+        ({"equinox batch": "failed"}, 0),
+        ({"equinox batch": "missing", "equinox ema": "missing"}, 0),
+        ({"jnp": "refused", "equinox batch": "failed", "equinox ema": "missing"}, 1),
+    ],
+)
+def test_the_exit_status_is_1_if_ours_failed_or_nothing_was_compiled(statuses, exit_code, answers):
+    def answer(case):
+        status = statuses.get(case.layer)
+        return compiled_row(case) if status is None else audit.Row(case, status, "the reason why")
+
+    answers(answer)
+    done = run("--shape", "8,4", "--backend", "jnp", "--against", "equinox")
+    assert done.exit_code == exit_code, done.output
+    assert ("the reason why" in done.output) == bool(statuses)
+    assert ("FAILED: jnp, fwd for h200" in done.output) == (statuses.get("jnp") == "failed")
+
+
+def test_an_interrupted_run_prints_and_saves_what_is_finished(answers, tmp_path):
+    asked = []
+
+    def answer(case):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(case)
+        return compiled_row(case)
+
+    answers(answer)
+    done = run("--shape", "8,4", "--against", "equinox", "--backend", "jnp", "--json", tmp_path / "audit.json")
+    assert done.exit_code == 130
+    assert "interrupted: 2 of 6 rows are finished" in done.output and "equinox batch" in done.output
+    text = (tmp_path / "audit.json").read_text(encoding="utf-8")
+    assert [row.case for row in audit.load(text)] == asked
+    assert json.loads(text)["interrupted"] is True
+
+
+def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
+    made = []
+
+    def answer(case):
+        made.append(
+            compiled_row(case, copies=("t",), kept_bytes=7, details=("t (transpose): 1R + 1W",))
+            if case.layer == "jnp"
+            else audit.Row(case, "refused", "why")
+        )
+        return made[-1]
+
+    answers(answer)
+    done = run(
+        "--shape", "8,4,2,2", "--layout", "nhwc", "--dtype", "bfloat16", "--activation", "relu", "--residual",
+        "--backend", "jnp", "--against", "equinox", "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md",
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert audit.load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
+    assert made[0].case.setting == Setting((8, 4, 2, 2), "bfloat16", "nhwc", "relu", True)
+    lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
+    assert "### h200: shape (8,4,2,2) bfloat16 nhwc relu residual" in lines
+    table = [line for line in lines if line.startswith("|")]
+    assert len({line.count("|") for line in table}) == 1
+    assert any("| fwd | jnp | 2R+1W | 3 | 1 | 0.00 |" in line for line in table)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"audit_schema_version": 99, "rows": []}'])
+def test_another_versions_file_is_refused_in_a_line(text):
+    with pytest.raises(ValueError, match="not JSON|reads version 1") as refused:
+        audit.load(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_rival_that_is_not_installed_is_named_with_its_command(no_compiler_needed, monkeypatch):
+    monkeypatch.setattr(blocks.importlib.util, "find_spec", lambda name: None)
+    (row,) = audit.audit([case_for(layer="flax")], command=(sys.executable, "-c", UNSTABLE))
+    assert (row.status, row.reason) == ("missing", "flax is not installed: pip install flax")
+
+
+def test_without_spatial_axes_both_layouts_are_one(answers):
+    answers(compiled_row)
+    done = run("--shape", "8,4", "--layout", "nchw", "--layout", "nhwc", "--backend", "jnp", "--against", "none")
+    assert done.output.count("h200: shape (8,4) float32\n") + done.output.count("h200: shape (8,4) float32 ") == 1
+
+
+def test_an_interruption_ends_the_compiling_process(no_compiler_needed):
+    rows = audit.audit([case_for(layer="one"), case_for(layer="two")], command=(sys.executable, "-c", UNSTABLE))
+    process = int(next(rows).reads)
+    assert alive(process)
+    rows.close()
+    assert not alive(process)
