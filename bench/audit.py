@@ -28,8 +28,9 @@ from typing import Any, Literal
 from bn_fused.kernels.chips import CHIPS
 
 from . import deviceless
-from .blocks import NO_NORM, Setting, layer_named, make_program
+from .blocks import Setting, layer_named, make_program
 from .child import Child, ChildEnded, answer_requests
+from .providers import NO_NORM
 from .traffic import Module, Traffic, parse, passes
 
 # The operations of `kernels.contract` that a pass runs.
@@ -61,7 +62,7 @@ class Case:
     @property
     def ours(self) -> bool:
         """Whether a backend of bn_fused is compiled."""
-        return layer_named(self.layer)[1] != ""
+        return layer_named(self.layer).ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +379,7 @@ def audit(
         try:
             for case in cases:
                 before(case)
-                sentence = deviceless.missing(case.target) or layer_named(case.layer)[0].missing
+                sentence = deviceless.missing(case.target) or layer_named(case.layer).missing
                 if sentence is not None:
                     yield Row(case, "missing", sentence)
                     continue

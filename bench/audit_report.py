@@ -7,7 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .audit import Passes, Row, ideal
-from .blocks import NO_NORM, PASSES, Setting
+from .blocks import Setting
+from .providers import NO_NORM
+from .workloads import PASSES
 
 NOTE = (
     "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: "

@@ -1,32 +1,24 @@
 """What the audit compiles: a BatchNorm alone or inside a network block, forward and backward, ours and its rivals.
 
-A layer makes, for a `Setting`, a function `apply(parameters, state, x, residual) -> (y, state)`: one training step,
-with x in the setting's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the first
-state. A block puts such a function between two convolutions or two linear maps. `make_program` gives the function of
+A block puts the function `apply` of a layer (see `providers`) between two convolutions or two linear maps. `make_program` gives the function of
 a pass and the shapes of its arguments: nothing is computed here.
 """
 
 import dataclasses
-import importlib.util
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-import bn_fused
-from bn_fused.kernels.activations import ACTIVATIONS
-
-LAYOUTS = ("nchw", "nhwc")
-PASSES = ("fwd", "bwd", "fwd+bwd")
-AXIS = "batch"
+from .providers import EQUINOX, EQUINOX_EMA, FLAX, FLAX_TWO_PASS, NO_NORM, Provider, bn_fused_layer
+from .workloads import Arranged
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class Setting(Arranged):
     """What is normalised, and what follows.
 
     - `shape`: examples, channels, then the spatial sizes, whatever the layout.
@@ -43,159 +35,22 @@ class Setting:
     residual: bool = False
     block: str | None = None
 
-    @property
-    def channels(self) -> int:
-        """The size of the channel axis."""
-        return self.shape[1]
 
-    @property
-    def channel_axis(self) -> int:
-        """Where the channels are in an array of this setting."""
-        return 1 if self.layout == "nchw" else len(self.shape) - 1
-
-    @property
-    def array_shape(self) -> tuple[int, ...]:
-        """`shape` with the channels where the layout has them."""
-        examples, channels, *spatial = self.shape
-        return (examples, channels, *spatial) if self.layout == "nchw" else (examples, *spatial, channels)
-
-    @property
-    def elements(self) -> int:
-        """Elements of one array of this shape."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one array of this shape and dtype: what one pass over it moves."""
-        return self.elements * jnp.dtype(self.dtype).itemsize
-
-
-# ------------------------------------------------------------------------------------------------------- layers
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One way to normalise.
-
-    - `name`: for the tables.
-    - `make(setting, backend)`: `apply` and the first state (see the module's text); `backend` matters to ours only.
-    - `module`: the package it needs, if it is not always there.
-    """
-
-    name: str
-    make: Callable[[Setting, str], tuple[Callable, Any]]
-    module: str | None = None
-
-    @property
-    def missing(self) -> str | None:
-        """None where it can be compiled, else one sentence that says what to install."""
-        if self.module is None or importlib.util.find_spec(self.module) is not None:
-            return None
-        return f"{self.module} is not installed: pip install {self.module}"
-
-
-def _with_parameters(layer, parameters):
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, parameters)
-
-
-def _ours(setting, backend):
-    """The layer where it takes the array as it lies, channels first; the function for channels last."""
-    options = dict(approach="batch", activation=setting.activation, backend=backend)
-
-    def function(parameters, stats, x, residual):
-        return bn_fused.batch_norm(x, stats, *parameters, residual=residual, channel_axis=-1, **options)
-
-    if setting.layout == "nhwc":
-        return function, bn_fused.RunningStats.init(setting.channels)
-    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(setting.channels, AXIS, **options)
-    state, rest = eqx.partition(state, eqx.is_array)
-
-    def under_vmap(parameters, state, x, residual):
-        moved, state = _with_parameters(layer, parameters), eqx.combine(state, rest)
-        step = jax.vmap(lambda x, residual: moved(x, state, residual=residual), axis_name=AXIS, out_axes=(0, None))
-        y, new = step(x, residual)
-        return y, eqx.filter(new, eqx.is_array)
-
-    return under_vmap, state
-
-
-def _finish(setting, y, residual):
-    """What follows another library's BatchNorm: the residual and the activation."""
-    if residual is not None:
-        y = y + residual.astype(y.dtype)
-    return y if setting.activation is None else ACTIVATIONS[setting.activation].definition(y)
-
-
-def _equinox(mode):
-    def make(setting, backend):
-        del backend
-        layer, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(setting.channels, AXIS, mode=mode)
-        state, rest = eqx.partition(state, eqx.is_array)
-        last = setting.layout == "nhwc"
-
-        def apply(parameters, state, x, residual):
-            moved, state = _with_parameters(layer, parameters), eqx.combine(state, rest)
-            # It takes channels first: who has them last moves them there and back.
-            y, new = jax.vmap(moved, axis_name=AXIS, in_axes=(0, None), out_axes=(0, None))(
-                jnp.moveaxis(x, -1, 1) if last else x, state
-            )
-            y = jnp.moveaxis(y, 1, -1) if last else y
-            return _finish(setting, y, residual), eqx.filter(new, eqx.is_array)
-
-        return apply, state
-
-    return make
-
-
-def _flax(fast):
-    def make(setting, backend):
-        import flax.linen
-
-        del backend
-        layer = flax.linen.BatchNorm(
-            use_running_average=False,
-            axis=setting.channel_axis,
-            momentum=0.99,
-            epsilon=1e-5,
-            dtype=setting.dtype,
-            use_fast_variance=fast,
-        )
-        stats = {"mean": jnp.zeros(setting.channels), "var": jnp.ones(setting.channels)}
-
-        def apply(parameters, stats, x, residual):
-            scale, bias = parameters
-            variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
-            y, new = layer.apply(variables, x, mutable=["batch_stats"])
-            return _finish(setting, y, residual), new["batch_stats"]
-
-        return apply, stats
-
-    return make
-
-
-def _no_norm(setting, backend):
-    """Nothing but what follows: what a block costs without a BatchNorm."""
-    del backend
-    return lambda parameters, state, x, residual: (_finish(setting, x, residual), state), ()
-
-
-NO_NORM = Layer("no norm", _no_norm)
-OURS = Layer("bn_fused", _ours)
 # The rivals that `--against` takes, each with the forms in which it is compiled. Our own backend `jnp` is the rival
 # that XLA compiles from plain jnp: the least that a kernel must beat.
-RIVALS: Mapping[str, tuple[Layer, ...]] = MappingProxyType(
+RIVALS: Mapping[str, tuple[Provider, ...]] = MappingProxyType(
     {
-        "equinox": (Layer("equinox batch", _equinox("batch")), Layer("equinox ema", _equinox("ema"))),
-        "flax": (Layer("flax", _flax(True), "flax"), Layer("flax two-pass", _flax(False), "flax")),
+        "equinox": (dataclasses.replace(EQUINOX, name="equinox batch"), EQUINOX_EMA),
+        "flax": (FLAX, FLAX_TWO_PASS),
         "jnp": (),
     }
 )
-_NAMED = {layer.name: layer for layers in ((NO_NORM,), *RIVALS.values()) for layer in layers}
+_NAMED = {provider.name: provider for providers in ((NO_NORM,), *RIVALS.values()) for provider in providers}
 
 
-def layer_named(name: str) -> tuple[Layer, str]:
-    """The layer with this name and the backend for it: a rival's, `NO_NORM`'s, or else a backend of ours."""
-    return (_NAMED[name], "") if name in _NAMED else (OURS, name)
+def layer_named(name: str) -> Provider:
+    """The provider with this name: a rival's, `NO_NORM`, or else ours with the backend of this name."""
+    return _NAMED.get(name) or bn_fused_layer(name)
 
 
 # ------------------------------------------------------------------------------------------------------- blocks
@@ -278,8 +133,7 @@ def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
     """
     if setting.block is not None and setting.activation is None:
         setting = dataclasses.replace(setting, activation="relu")
-    layer, backend = layer_named(layer_name)
-    apply, state = layer.make(setting, backend)
+    apply, state = layer_named(layer_name).make(setting, "batch", ())
     parameter = jax.eval_shape(lambda: jnp.zeros(setting.channels))
     parameters = (parameter, parameter)
     if setting.block is not None:

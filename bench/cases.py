@@ -33,7 +33,6 @@ from .providers import DEVICES, Provider
 from .timing import Timed
 from .workloads import Workload
 
-PASSES = ("fwd", "bwd", "fwd+bwd")
 # Where the size of the last cache is not known, bytes: larger than most.
 UNKNOWN_CACHE = 64 << 20
 MOST_SETS = 16

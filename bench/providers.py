@@ -5,6 +5,7 @@ with x in the workload's layout, `parameters` the pair (weight, bias) and `state
 """
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ class Provider:
         """None where it can run, else one sentence that says what to install."""
         if self.module is None or importlib.util.find_spec(self.module) is not None:
             return None
-        return f"{self.name} is not installed: pip install {self.module}"
+        return f"{self.module} is not installed: pip install {self.module}"
 
 
 def bn_fused_layer(backend: str) -> Provider:
@@ -104,7 +105,7 @@ def _equinox(workload, approach, names):
     return apply, state
 
 
-def _flax(workload, approach, names):
+def _flax(workload, approach, names, fast=True):
     import flax.linen
 
     del approach  # it has one way to train: with the batch's statistics
@@ -115,6 +116,7 @@ def _flax(workload, approach, names):
         epsilon=1e-5,
         dtype=workload.dtype,
         axis_name=names or None,
+        use_fast_variance=fast,
     )
     stats = {"mean": jnp.zeros(workload.channels), "var": jnp.ones(workload.channels)}
 
@@ -127,12 +129,21 @@ def _flax(workload, approach, names):
     return apply, stats
 
 
+def _no_norm(workload, approach, names):
+    del approach, names
+    return lambda parameters, state, x, residual: (_finish(x, residual, workload.activation), state), ()
+
+
 def _torch(workload, approach, names):
     raise NotImplementedError("torch's functions are not JAX's: see bench.torch_cases")
 
 
 EQUINOX = Provider("equinox", _equinox)
+EQUINOX_EMA = Provider("equinox ema", lambda workload, approach, names: _equinox(workload, "ema_compatibility", names))
 FLAX = Provider("flax", _flax, module="flax")
+FLAX_TWO_PASS = Provider("flax two-pass", functools.partial(_flax, fast=False), module="flax")
+# What a network costs without a BatchNorm.
+NO_NORM = Provider("no norm", _no_norm)
 TORCH = Provider("torch", _torch, module="torch")
 JNP = bn_fused_layer("jnp")
 

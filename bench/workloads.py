@@ -8,13 +8,44 @@ from types import MappingProxyType
 import jax.numpy as jnp
 
 LAYOUTS = ("nchw", "nhwc")
+PASSES = ("fwd", "bwd", "fwd+bwd")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Passes over an array of x's size that a copy makes.
 COPY_PASSES = 2
 
 
+class Arranged:
+    """What follows from `shape` (examples, channels, then the spatial sizes, whatever the layout), `layout` and `dtype`."""
+
+    @property
+    def channels(self) -> int:
+        """The size of the channel axis."""
+        return self.shape[1]
+
+    @property
+    def channel_axis(self) -> int:
+        """Where the channels are in an array."""
+        return 1 if self.layout == "nchw" else len(self.shape) - 1
+
+    @property
+    def array_shape(self) -> tuple[int, ...]:
+        """The shape in memory's order: `shape` with the channels where the layout has them."""
+        examples, channels, *spatial = self.shape
+        return (examples, channels, *spatial) if self.layout == "nchw" else (examples, *spatial, channels)
+
+    @property
+    def elements(self) -> int:
+        """Elements of one array."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one array: what one pass over it moves."""
+        return self.elements * jnp.dtype(self.dtype).itemsize
+
+
 @dataclasses.dataclass(frozen=True)
-class Workload:
+class Workload(Arranged):
     """One input to normalise, and what is done with it.
 
     - `name`: unique in the table, short.
@@ -32,27 +63,6 @@ class Workload:
     layout: str = "nchw"
     activation: str | None = None
     residual: bool = False
-
-    @property
-    def channels(self) -> int:
-        """The size of the channel axis."""
-        return self.shape[1]
-
-    @property
-    def channel_axis(self) -> int:
-        """Where the channels are in an array of this workload."""
-        return 1 if self.layout == "nchw" else len(self.shape) - 1
-
-    @property
-    def array_shape(self) -> tuple[int, ...]:
-        """The shape in memory's order: `shape` with the channels where the layout has them."""
-        examples, channels, *spatial = self.shape
-        return (examples, channels, *spatial) if self.layout == "nchw" else (examples, *spatial, channels)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of one array of this shape and dtype: what one pass over it moves."""
-        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
     def passes(self, pass_name: str) -> int:
         """Passes over arrays of x's size that no implementation can save.

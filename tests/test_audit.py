@@ -9,12 +9,11 @@ import sys
 import time
 
 import pytest
-from click.testing import CliRunner
-
-from bn_fused.bench import audit, audit_report, blocks, deviceless
+from bn_fused.bench import audit, audit_report, blocks, deviceless, providers, workloads
 from bn_fused.bench.blocks import Setting
 from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import command
+from click.testing import CliRunner
 
 SETTING = Setting((32, 64, 56, 56))
 SMALL = Setting((256, 128))
@@ -328,7 +327,7 @@ def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_p
     assert audit.gpu_resources(empty) == {}
 
 
-@pytest.mark.parametrize("layout", blocks.LAYOUTS)
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
 @pytest.mark.parametrize("layer", ["jnp", "equinox batch", "equinox ema", "no norm"])
 def test_every_program_takes_and_gives_arrays_of_the_settings_shape(layer, layout):
     import jax
@@ -336,7 +335,7 @@ def test_every_program_takes_and_gives_arrays_of_the_settings_shape(layer, layou
     for block in (None, "conv-bn-relu-conv"):
         setting = Setting((4, 6, 5, 3), layout=layout, activation="relu", residual=True, block=block)
         outputs = {}
-        for name in blocks.PASSES:
+        for name in workloads.PASSES:
             function, specs, kept_bytes = blocks.make_program(setting, layer, name)
             outputs[name] = jax.eval_shape(function, *specs)
             assert (kept_bytes is None) == (name == "fwd")
@@ -556,7 +555,7 @@ def test_another_versions_file_is_refused_in_a_line(text):
 
 
 def test_a_rival_that_is_not_installed_is_named_with_its_command(no_compiler_needed, monkeypatch):
-    monkeypatch.setattr(blocks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     (row,) = audit.audit([case_for(layer="flax")], command=(sys.executable, "-c", UNSTABLE))
     assert (row.status, row.reason) == ("missing", "flax is not installed: pip install flax")
 

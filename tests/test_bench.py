@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from bn_fused.bench import allocator, cases, check, oracle, suite, timing
 from bn_fused.bench.providers import RIVALS
-from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
+from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
 import bn_fused
@@ -183,8 +183,8 @@ def test_the_programs_of_our_layer_and_of_equinoxs_give_the_oracles_results(layo
     inputs = cases.make_inputs(workload, sets=sets)
     want = cases.make_oracle(inputs, "batch")
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
-        case = cases.make_case(provider, inputs, "batch", cases.PASSES)
-        for pass_name in cases.PASSES:
+        case = cases.make_case(provider, inputs, "batch", PASSES)
+        for pass_name in PASSES:
             found = cases.check_case(case, pass_name, want, workload, provider.ours)
             assert found.ok, found.reason
             quantities = {"fwd": {"y"}, "bwd": {"dx", "dweight", "dbias"} | ({"dresidual"} if residual else set())}
@@ -210,9 +210,9 @@ def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
     workload = Workload("any", (8, 4, 3, 3), layout=layout)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
     inputs = cases.make_inputs(workload, sets=1, mesh=mesh)
-    case = cases.make_case(RIVALS["jnp"], inputs, "batch", cases.PASSES, sync)
+    case = cases.make_case(RIVALS["jnp"], inputs, "batch", PASSES, sync)
     shared, own = cases.make_oracle(inputs, "batch", 1), cases.make_oracle(inputs, "batch", 4)
-    for pass_name in cases.PASSES:
+    for pass_name in PASSES:
         assert cases.check_case(case, pass_name, shared, workload, True).ok == sync
         assert cases.check_case(case, pass_name, own, workload, True).ok != sync
     # The packed moments forward; without sharing nothing. Backward, the parameters' own gradients are summed anyway.

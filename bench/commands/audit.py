@@ -1,49 +1,21 @@
 """`bn-bench audit`: what each layer moves through a chip's memory, compiled for it without having it."""
 
-import importlib.metadata
-import os
-import pathlib
-import platform
 import shlex
 import sys
 from collections.abc import Sequence
 
 import click
-from rich.console import Console
+from bn_fused.kernels.activations import ACTIVATIONS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-import bn_fused
 from bn_fused import kernels
-from bn_fused.kernels.activations import ACTIVATIONS
 
-from .. import audit, audit_report, deviceless
-from ..blocks import BLOCKS, LAYOUTS, PASSES, RIVALS, Setting
-from ..workloads import SUITES, WORKLOADS, Workload, parse_shape
-
-# Where the output is not a terminal there is no width to ask for; the tables need this one (characters).
-PLAIN_WIDTH = 120
-FAILED, INTERRUPTED = 1, 130
-DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Packages whose versions decide about what is compiled.
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "libtpu", "jax-triton", "triton", "equinox", "flax")
-# It is the definition itself, kept slow and plain, to be checked against; it is audited when it is named.
-UNUSUAL = ("reference",)
-
-
-class Shape(click.ParamType):
-    """A workload given by its shape, as in `--shape 32,64,56,56`."""
-
-    name = "N,C,..."
-
-    def convert(self, value, param, ctx):
-        """The workload; a shape that does not parse ends the program with one line."""
-        if isinstance(value, Workload):
-            return value
-        try:
-            return parse_shape(value)
-        except ValueError as error:
-            raise click.UsageError(str(error), ctx) from None
+from .. import audit, audit_report, deviceless, records
+from ..blocks import BLOCKS, RIVALS, Setting
+from ..suite import UNTIMED
+from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
+from .common import FAILED, INTERRUPTED, OutputFile, Shape, make_console, say, show
 
 
 class Backend(click.ParamType):
@@ -56,20 +28,6 @@ class Backend(click.ParamType):
         if value not in kernels.backend_names():
             self.fail(f"{value!r}: accepted are {', '.join(kernels.backend_names())}", param, ctx)
         return value
-
-
-class OutputFile(click.Path):
-    """A file to write; refused before the work begins if its folder is not there."""
-
-    def __init__(self):
-        super().__init__(dir_okay=False, writable=True, path_type=pathlib.Path)
-
-    def convert(self, value, param, ctx):
-        """The path."""
-        path = super().convert(value, param, ctx)
-        if not path.absolute().parent.is_dir():
-            self.fail(f"the folder of {str(path)!r} does not exist", param, ctx)
-        return path
 
 
 def _repeatable(name, destination, choices, default, text):
@@ -128,10 +86,10 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     if json_file is not None:
         line = shlex.join(["bn-bench", *sys.argv[1:]])
         json_file.write_text(
-            audit.to_json(rows, command=line, versions=versions(), interrupted=interrupted), encoding="utf-8"
+            audit.to_json(rows, command=line, versions=records.versions(), interrupted=interrupted), encoding="utf-8"
         )
     if markdown_file is not None:
-        named_versions = ", ".join(f"{name} {version}" for name, version in versions().items())
+        named_versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
         markdown_file.write_text(audit_report.markdown(rows, named_versions), encoding="utf-8")
     context.exit(INTERRUPTED if interrupted else exit_status(rows))
 
@@ -162,7 +120,7 @@ def choose_settings(
 
 def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
     """The names of the layers: backends, then the forms of the rivals."""
-    ours = list(backends) or [name for name in kernels.backend_names() if name not in UNUSUAL]
+    ours = list(backends) or [name for name in kernels.backend_names() if name not in UNTIMED]
     against = rivals or tuple(RIVALS)
     if "jnp" in rivals:
         ours.append("jnp")
@@ -174,18 +132,17 @@ def run_and_print(
     cases: Sequence[audit.Case], *, time_limit: float, instructions: bool, details: bool
 ) -> tuple[list[audit.Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
-    plain = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(width=PLAIN_WIDTH if plain else None, highlight=False)
-    console.print(Text(", ".join(f"{name} {version}" for name, version in versions().items())))
+    console = make_console()
+    say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
     rows: list[audit.Row] = []
     waiting: list[audit.Row] = []
     interrupted = False
 
     def print_table():
-        console.print()
-        console.print(audit_report.table(waiting))
+        say(console)
+        show(console, audit_report.table(waiting))
         for note in audit_report.notes(waiting, details=details):
-            console.print(Text(note))
+            say(console, note)
         waiting.clear()
 
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -206,13 +163,13 @@ def run_and_print(
             interrupted = True
         if waiting:
             print_table()
-    console.print()
+    say(console)
     console.print(Text(audit_report.NOTE, "dim"))
     if interrupted:
-        console.print(Text(f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow"))
+        say(console, f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow")
     for row in rows:
         if row.status == "failed" and row.case.ours:
-            console.print(Text(f"FAILED: {row.case.layer}, {row.case.pass_name} for {row.case.target}", "bold red"))
+            say(console, f"FAILED: {row.case.layer}, {row.case.pass_name} for {row.case.target}", "bold red")
     return rows, interrupted
 
 
@@ -220,14 +177,3 @@ def exit_status(rows: Sequence[audit.Row]) -> int:
     """0, or 1 if a program of ours failed to compile or none was compiled at all."""
     failed = any(row.status == "failed" and row.case.ours for row in rows)
     return FAILED if failed or not any(row.status == "compiled" for row in rows) else 0
-
-
-def versions() -> dict[str, str]:
-    """The versions of what decides about the compiled programs."""
-    found = {"bn_fused": bn_fused.__version__, "Python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -14,10 +14,9 @@ import bn_fused
 from bn_fused import kernels
 
 from .. import records, report
-from ..cases import PASSES
 from ..providers import RIVALS
 from ..suite import UNTIMED, Settings, plan, refusal, run
-from ..workloads import SUITES, WORKLOADS, Workload
+from ..workloads import PASSES, SUITES, WORKLOADS, Workload
 from .common import (
     FAILED,
     INTERRUPTED,
