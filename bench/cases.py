@@ -130,6 +130,8 @@ def jax_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence
 
     def both(parameters, state, x, residual, dy):
         y, new_state, pullback = pull_back(parameters, state, x, residual)
+        # In training dy follows from y: without that, XLA computes parts of both in one kernel.
+        y, dy = jax.lax.optimization_barrier((y, dy))
         return y, new_state, pullback(dy)
 
     @jax.jit

@@ -16,7 +16,8 @@ import pytest
 from bn_fused.bench import deviceless
 
 # NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
-LAYOUTS = {"NCHW": (32, 64, 56, 56), "NHWC": (32, 56, 56, 64)}
+# Few rows of many channels, which XLA sums in another way than many rows of few channels.
+LAYOUTS = {"NCHW": (32, 64, 56, 56), "NHWC": (32, 56, 56, 64), "NHWC late": (64, 7, 7, 512), "no maps": (4096, 512)}
 DTYPES = ("float32", "bfloat16")
 OPTIONS = {"plain": {}, "relu": {"activation": "relu"}}
 # Channels last with an activation is left out: there XLA writes its derivative to memory, 5 to 6 reads in all.
@@ -25,7 +26,7 @@ CASES = [
     for layout in LAYOUTS
     for dtype in DTYPES
     for option in OPTIONS
-    if (layout, option) != ("NHWC", "relu")
+    if layout == "NCHW" or option == "plain"
 ]
 
 COMPILE = """
@@ -121,9 +122,9 @@ def counted(compiled):
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
-def test_forward_reads_x_at_most_three_times_and_writes_it_once(counted, case):
+def test_forward_reads_x_twice_and_writes_it_once(counted, case):
     forward = counted[case]["forward"]
-    assert forward["reads"] <= 3 and forward["writes"] <= 1, forward["details"]
+    assert forward["reads"] <= 2 and forward["writes"] <= 1, forward["details"]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
