@@ -107,6 +107,11 @@ def backward(
     doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     dmean = total(dmean + scaled(batch, doffset))
     dvar = total(dvar + scaled(batch, dnorm_var))
+    if _stages(spec) and spec.activation is not None and residual is None:
+        # Left to itself, XLA:GPU writes dz to memory for its next use; it is cheaper to compute it from x and dy again.
+        # With a residual dz is a result, and written anyway.
+        x, dy, dmean, dvar = lax.optimization_barrier((x, dy, dmean, dvar))
+        d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
     dx = dx + _through_moments(d, dmean, dvar, delta, count, mask, spec.layout)
     return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
@@ -199,11 +204,15 @@ def _folds(spec):
     return isinstance(spec.plan, Plan) and spec.plan.fold is not None
 
 
+def _stages(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.stages
+
+
 def _sum_of(function, arrays, spec):
     """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one."""
     if _folds(spec):
         return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
-    if isinstance(spec.plan, Plan) and spec.plan.stages:
+    if _stages(spec):
         return _staged_sum(function(*arrays), spec.layout)
     return sum_rows(function(*arrays), spec.layout)
 
