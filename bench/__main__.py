@@ -20,9 +20,14 @@ def main() -> None:
         print(f'bn-bench needs {" and ".join(missing)}: pip install "bn_fused[bench]"', file=sys.stderr)
         sys.exit(2)
     keep_freed_memory()
-    from . import cli
+    try:
+        from . import cli
 
-    sys.exit(cli.main())
+        status = cli.main()
+    except KeyboardInterrupt:  # while it was still importing
+        print("bn-bench: interrupted", file=sys.stderr)
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -36,9 +36,9 @@ def file_name(run: Run) -> str:
     return f"{device}/{run.date[:10]}-{run.suite or 'shapes'}.json"
 
 
-def section(runs: dict[str, Run]) -> str:
-    """The section in Markdown: for every run what it ran on, and the ratios of our layers."""
-    parts = [_table(path, run) for path, run in runs.items()]
+def section(runs: dict[str, Run], folder: str) -> str:
+    """The section in Markdown: for every run what it ran on, and the ratios of our layers; records lie in `folder`."""
+    parts = [_table(f"{folder}/{path}", run) for path, run in runs.items()]
     note = (
         "Each figure is the median over paired rounds in one process: a ratio of times to "
         '`equinox.nn.BatchNorm(mode="batch")` (below 1 is faster), and the share of the bandwidth of a copy of x in '
@@ -52,7 +52,7 @@ def _table(path: str, run: Run) -> str:
     passes = list(dict.fromkeys(row.pass_name for row in rows))
     columns = [f"{name} / {RIVAL}" for name in passes] + [f"{name}, of copy" for name in passes]
     lines = [f"{line}  " for line in environment_lines(run.environment)]
-    lines += [f"{run.date[:10]}, `{run.command}` ([record](bench/results/{path}))", ""]
+    lines += [f"{run.date[:10]}, `{run.command}` ([record]({path}))", ""]
     lines += ["| workload | backend | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
     cases = dict.fromkeys((str(row.at), row.layer, row.approach) for row in rows)
     for at, layer, approach in cases:

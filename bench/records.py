@@ -89,6 +89,12 @@ class Row(Frozen):
     ratios: dict[str, float] = {}
     collective_bytes: int | None = None
 
+    @pydantic.model_validator(mode="after")
+    def _timed_if_ok(self):
+        if self.status == "ok" and None in (self.median, self.p10, self.p90, self.of_copy):
+            raise ValueError("a row that is ok has times")
+        return self
+
     @property
     def key(self) -> tuple:
         """What tells rows of one run apart, and joins rows of two."""

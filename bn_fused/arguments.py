@@ -7,10 +7,13 @@ import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .approaches import APPROACHES, DEBIAS
 from .kernels.activations import ACTIVATIONS
+from .kernels.jax_internals import varying_axes
 from .kernels.registry import FLOATING, check_backend_name
 
 LOW_PRECISION = ("bfloat16", "float16")
@@ -65,6 +68,19 @@ def integer(name, value):
         raise TypeError(f"{name} is {value!r}; accepted is an integer")
 
 
+def boolean(name, value):
+    """TypeError unless the value is True or False, known while tracing."""
+    if isinstance(value, (bool, np.bool_)):
+        return
+    if isinstance(value, jax.Array) and value.shape == () and value.dtype == jnp.bool_:
+        try:
+            bool(value)
+            return
+        except jax.errors.TracerBoolConversionError:
+            pass
+    raise TypeError(f"{name} is {value!r}; accepted is True or False, known when it is traced")
+
+
 def positive_integer(name, value):
     """TypeError unless the value is an integer, ValueError unless it is at least 1."""
     integer(name, value)
@@ -110,15 +126,37 @@ def axis_names(axis_name):
     return names
 
 
-def check_input(x, channels, axis, channels_from):
-    """x is a floating array with at least one value per channel, and as many channels as `channels_from` has."""
+def bound(names):
+    """NameError for a name that no surrounding vmap, shard_map or pmap has."""
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise NameError(
+                f"unbound axis name: {name!r}, which is in axis_name, is an axis of no surrounding vmap, shard_map or "
+                f"pmap; a layer runs on one example, as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), "
+                "out_axes=(0, None))(x, state)"
+            ) from None
+
+
+def check_input(x, channels, axis, expected):
+    """x is a floating array with at least one value per channel, and that many channels; `expected` says which."""
     floating("x", x)
     if x.shape[axis] != channels:
-        raise ValueError(
-            f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {channels_from} has {channels}"
-        )
+        raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
+
+
+def same_on_devices(new, old):
+    """ValueError if new running statistics differ over devices over which the old ones are the same."""
+    apart = varying_axes(new.mean) - varying_axes(old.mean)
+    if apart:
+        names = ", ".join(sorted(map(repr, apart)))
+        raise ValueError(
+            f"axis_name lacks {names}: x differs over that axis of the mesh and the state does not; name it too, as in "
+            f'axis_name=("batch", {names}), and all devices share their statistics'
+        )
 
 
 def floating(name, array):

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from . import arguments
 from .kernels.jax_internals import device_axis_names
 
 PACKED_DEVICES = 64  # up to here one all-reduce of every device's moments, beyond it two dependent ones of O(channels)
@@ -12,8 +13,7 @@ PACKED_DEVICES = 64  # up to here one all-reduce of every device's moments, beyo
 
 def split_names(names):
     """(names of vmaps, names of devices), each in the given order. NameError for a name that is not bound."""
-    for name in names:
-        jax.lax.axis_size(name)
+    arguments.bound(names)
     devices = device_axis_names()
     return tuple(name for name in names if name not in devices), tuple(name for name in names if name in devices)
 

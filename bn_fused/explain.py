@@ -4,12 +4,13 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import arguments
 from .kernels import Problem, Target, choose
 from .kernels.activations import ACTIVATIONS
 from .kernels.chips import CHIPS, chip_of
-from .kernels.registry import PLATFORMS
+from .kernels.registry import FLOATING, PLATFORMS
 
 
 def explain(
@@ -46,13 +47,21 @@ def explain(
     """
     arguments.one_of("activation", activation, (None, *ACTIVATIONS))
     arguments.positive_integer("groups", groups)
-    shape = tuple(shape)
+    arguments.boolean("residual", residual)
+    arguments.boolean("mask", mask)
+    if isinstance(shape, (jax.Array, np.ndarray)) and np.ndim(shape) != 1:
+        raise TypeError(f"shape is an array of shape {shape.shape}; accepted are whole numbers, such as its shape")
+    shape = tuple(int(size) for size in shape)
+    try:
+        dtype = jnp.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype is {dtype!r}; accepted are {', '.join(FLOATING)}") from None
     channels = shape[arguments.channel_axis(channel_axis, shape, "shape")]
     problem = Problem(
         groups,
         math.prod(shape) // max(channels, 1),
         channels,
-        jnp.dtype(dtype).name,
+        dtype.name,
         activation,
         residual,
         mask,

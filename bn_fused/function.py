@@ -62,17 +62,20 @@ def batch_norm(
     **Raises:**
 
     ValueError or TypeError that names the argument, its value and what is accepted; NameError for an `axis_name`
-    that is not bound.
+    that is not bound. Inside of `shard_map` without an `axis_name`, every device has statistics of its own; where the
+    `out_specs` say that they are the same on all, JAX says that replication cannot be inferred.
     """
     settings = arguments.Settings(
         approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
     )
     names = arguments.axis_names(axis_name)
+    arguments.boolean("inference", inference)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
     channel_axis = arguments.channel_axis(channel_axis, x.shape, "x")
-    arguments.check_input(x, stats.mean.shape[0], channel_axis, "stats")
+    channels = stats.mean.shape[0]
+    arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.shape != stats.mean.shape:
             raise ValueError(f"{name} has shape {value.shape}; it must be {stats.mean.shape}, as stats.mean")

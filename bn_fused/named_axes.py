@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from . import arguments
 from .kernels.contract import present_results
 from .kernels.dispatch import SPREAD, bind, insert_axis, jitted, result_types
 from .kernels.jax_internals import (
@@ -156,7 +157,7 @@ def define(name, operands, results, compute, **rules):
 
     @primitive.def_abstract_eval
     def types(*types, names, spec, averaged):
-        _check_bound(averaged)
+        arguments.bound(averaged.names)
         return result_types(operation.result_kinds(names), spec, dict(zip(names, types, strict=True)))
 
     def batch(axis, values, dims, *, names, spec, averaged):
@@ -189,11 +190,6 @@ def _divide_count(operands, size):
     if "count" not in operands:
         return operands
     return {**operands, "count": Batched(operands["count"].value / size)}
-
-
-def _check_bound(averaged):
-    for name in averaged.names:
-        jax.lax.axis_size(name)  # NameError where it is not bound, as lax.pmean has it
 
 
 def _refuse_unbound(averaged):
@@ -233,7 +229,7 @@ named_sum_p.def_impl(lambda value, averaged: jitted(named_sum_p, averaged=averag
 
 @named_sum_p.def_abstract_eval
 def _named_sum_type(value, averaged):
-    _check_bound(averaged)
+    arguments.bound(averaged.names)
     return value.update(weak_type=False)
 
 

@@ -1,6 +1,8 @@
 """`fused_batch_norm`: one training step of BatchNorm as a raw operation on rows and channels."""
 
 import functools
+import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,9 @@ def fused_batch_norm(
     - `x`: [rows, channels] or [groups, rows, channels]; float32, bfloat16, float16 or float64. Each group has
         statistics of its own.
     - `weight`, `bias`, `running_mean`, `running_var`: [channels] or [groups, channels], as x has groups or not.
-    - `coefficients`: a `Coefficients` of scalars, or of arrays [groups].
+    - `coefficients`: a `Coefficients` of scalars, or of arrays [groups]. A training step that normalises with the
+        batch's moments and keeps 0.9 of the old running statistics has `Coefficients(batch=1.0, running=0.0,
+        constant=0.0, mean_gain=0.1, var_gain=0.1, keep=0.9)`.
     - `eps`: added to the variance.
     - `activation`: None or one of "relu", "silu", "gelu", "leaky_relu".
     - `residual`: None, or x's shape and dtype; added before the activation.
@@ -56,7 +60,7 @@ def fused_batch_norm(
     ValueError or TypeError for arguments that do not fit; `BackendError` when it is compiled for a target on which
     the named backend cannot run.
     """
-    _check(x, weight, bias, running_mean, running_var, residual, activation, eps, backend)
+    _check(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend)
     grouped = x.ndim == 3
     arrays = (x, weight, bias, running_mean, running_var, residual)
     if not grouped:
@@ -77,7 +81,7 @@ def fused_batch_norm(
     return results if grouped else tuple(result[0] for result in results)
 
 
-def _check(x, weight, bias, running_mean, running_var, residual, activation, eps, backend):
+def _check(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend):
     if x.ndim not in (2, 3):
         raise ValueError(f"x has shape {x.shape}; accepted are [rows, channels] and [groups, rows, channels]")
     if jnp.dtype(x.dtype).name not in FLOATING:
@@ -87,6 +91,8 @@ def _check(x, weight, bias, running_mean, running_var, residual, activation, eps
     per_channel = (*x.shape[:-2], x.shape[-1])
     named = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     for name, value in named.items():
+        if not hasattr(value, "shape"):
+            raise TypeError(f"{name} is {value!r}; it must be an array of shape {per_channel}")
         if value.shape != per_channel:
             raise ValueError(f"{name} has shape {value.shape}; for x of shape {x.shape} it must be {per_channel}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
@@ -95,8 +101,17 @@ def _check(x, weight, bias, running_mean, running_var, residual, activation, eps
         )
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; accepted are None, {', '.join(map(repr, ACTIVATIONS))}")
-    if not eps > 0:
-        raise ValueError(f"eps is {eps!r}; it must be above 0")
+    if isinstance(eps, bool) or not isinstance(eps, numbers.Real):
+        raise TypeError(f"eps is {eps!r}; accepted is a Python number")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps!r}; accepted is a finite number above 0")
+    if not isinstance(coefficients, Coefficients):
+        raise TypeError(f"coefficients is {coefficients!r}; accepted are bn_fused.kernels.Coefficients")
+    groups = x.shape[:-2]
+    for name, value in coefficients._asdict().items():
+        if jnp.shape(value) not in ((), groups):
+            accepted = "a scalar" if not groups else f"a scalar or an array of shape {groups}"
+            raise ValueError(f"coefficients.{name} has shape {jnp.shape(value)}; accepted is {accepted}")
     check_backend_name(backend)
 
 

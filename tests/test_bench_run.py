@@ -131,7 +131,7 @@ def test_a_rival_that_is_not_installed_is_named_with_what_to_install(monkeypatch
         (("run", "--suite", "huge"), "'huge'"),
         (("run", "--workload", "huge"), "'huge'"),
         (("run", "--backend", "cudnn"), "'cudnn'"),
-        (("run", "--backend", "reference"), "'reference'"),
+        
         (("run", "--against", "keras"), "'keras'"),
         (("run", "--pass", "sideways"), "'sideways'"),
         (("run", "--dtype", "int8"), "'int8'"),

@@ -84,9 +84,7 @@ def test_mode_and_approach_exclude_each_other():
         bn_fused.BatchNorm(CHANNELS, "batch", mode="legacy")
 
 
-@pytest.mark.parametrize(
-    ("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("3", TypeError)]
-)
+@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), ("3", TypeError)])
 def test_a_bad_number_of_channels_is_named(value, error):
     with pytest.raises(error, match=names("input_size", repr(value))):
         bn_fused.BatchNorm(value, "batch", "batch")
@@ -205,6 +203,60 @@ def test_a_missing_axis_name_is_a_name_error(backend):
         jax.vmap(lambda x: layer(x, state), axis_name="other", out_axes=(0, None))(jnp.ones((4, CHANNELS, 5)))
     with pytest.raises(NameError, match="devices"):
         function(axis_name="devices", backend=backend)
+    with pytest.raises(NameError, match=names("axis_name='batch', in_axes=(0, None)", "vmap", "shard_map")):
+        layer(jnp.ones((CHANNELS, 5)), state)
+
+
+def test_a_whole_batch_given_to_the_layer_is_named_as_such():
+    layer, state = make()
+    with pytest.raises(ValueError, match=names("(4, 3, 5)", "input_size is 3", "one example")):
+        apply(layer, state, jnp.ones((2, 4, CHANNELS, 5)))
+
+
+def test_a_state_that_is_none_of_this_layers_is_refused_with_how_to_make_it():
+    layer, _ = make()
+    other = eqx.nn.make_with_state(eqx.nn.BatchNorm)(CHANNELS, "batch", mode="batch")[1]
+    with pytest.raises(TypeError, match=names("state is None", "make_with_state")):
+        apply(layer, None, jnp.ones((4, CHANNELS)))
+    for state in (other, eqx.nn.State(eqx.nn.Identity())):
+        with pytest.raises(ValueError, match=names("state holds nothing of this layer", "make_with_state")):
+            apply(layer, state, jnp.ones((4, CHANNELS)))
+
+
+def test_an_axis_of_the_mesh_over_which_only_x_differs_is_named():
+    layer, state = make()
+    arrays, rest = eqx.partition(state, eqx.is_array)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("data",))
+
+    def step(x, arrays):
+        y, new = apply(layer, eqx.combine(arrays, rest), x)
+        return y, eqx.filter(new, eqx.is_array)
+
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    with pytest.raises(ValueError, match=names("axis_name lacks 'data'", "(\"batch\", 'data')")):
+        jax.shard_map(step, mesh=mesh, in_specs=(split, whole), out_specs=(split, whole))(
+            jnp.ones((4, CHANNELS)), arrays
+        )
+
+
+@pytest.mark.parametrize("value", ["yes", 1, None], ids=repr)
+def test_flags_are_true_or_false(value):
+    for name in ("inference", "channelwise_affine"):
+        with pytest.raises(TypeError, match=names(name, repr(value), "True or False")):
+            make(**{name: value})
+    with pytest.raises(TypeError, match=names("inference", repr(value))):
+        function(inference=value)
+
+
+def test_a_traced_flag_is_refused_and_a_known_array_is_not():
+    with pytest.raises(TypeError, match=names("inference", "known when it is traced")):
+        jax.jit(lambda inference: function(inference=inference))(True)
+    assert function(inference=jnp.asarray(True))[1].zero_frac == 1
+
+
+def test_equinoxs_order_of_arguments_is_answered_with_a_hint():
+    with pytest.raises(TypeError, match=names("approach is 0.001", "eps", "by keyword")):
+        bn_fused.BatchNorm(CHANNELS, "batch", 1e-3, True, 0.9)
 
 
 def test_without_an_axis_name_the_layer_infers_and_does_not_train():
@@ -232,8 +284,14 @@ def test_explain_refuses_what_the_function_refuses():
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=names(name, repr(value))):
             bn_fused.explain((4, 3), jnp.float32, **options)
-    with pytest.raises(TypeError, match=names("dtype", "int32")):
-        bn_fused.explain((4, 3), jnp.int32)
+    for dtype in ("int32", "float31"):
+        with pytest.raises(TypeError, match=names("dtype", dtype, "bfloat16")):
+            bn_fused.explain((4, 3), dtype)
+    with pytest.raises(TypeError, match=names("shape is an array of shape (4, 3)")):
+        bn_fused.explain(jnp.ones((4, 3)), jnp.float32)
+    for name in ("residual", "mask"):
+        with pytest.raises(TypeError, match=name):
+            bn_fused.explain((4, 3), jnp.float32, **{name: jnp.ones((4, 3))})
 
 
 # --- warnings -----------------------------------------------------------------------------------------------

@@ -235,7 +235,11 @@ def test_bad_arguments_are_named():
         ({"running_var": jnp.ones(2)}, ValueError, "running_var"),
         ({"residual": jnp.ones((1, CHANNELS))}, ValueError, "residual"),
         ({"activation": "tanh"}, ValueError, "tanh"),
+        ({"weight": None}, TypeError, "weight is None"),
         ({"eps": 0.0}, ValueError, "eps"),
+        ({"eps": "a"}, TypeError, "eps is 'a'"),
+        ({"coefficients": (1.0, 0.0)}, TypeError, "Coefficients"),
+        ({"coefficients": good["coefficients"]._replace(keep=jnp.ones(3))}, ValueError, "coefficients.keep.*(3,)"),
         ({"backend": "cudnn"}, ValueError, "cudnn"),
     ]
     for change, error, word in bad:

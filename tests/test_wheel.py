@@ -133,13 +133,6 @@ def python_blocks_of_the_readme():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-def test_the_examples_of_the_readme_run(capsys):
-    blocks = python_blocks_of_the_readme()
-    assert len(blocks) == 3
-    exec(compile("\n".join(blocks), "README.md", "exec"), {"__name__": "readme"})
-    assert "BackendChoice(name=" in capsys.readouterr().out
-
-
 def test_the_network_of_the_readme_is_that_of_the_script():
     network = python_blocks_of_the_readme()[0]
     script = (ROOT / "bench" / "digits.py").read_text()

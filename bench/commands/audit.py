@@ -15,19 +15,7 @@ from .. import audit, audit_report, deviceless, records
 from ..blocks import BLOCKS, RIVALS, Setting
 from ..suite import UNTIMED
 from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
-from .common import FAILED, INTERRUPTED, OutputFile, Shape, make_console, say, show
-
-
-class Backend(click.ParamType):
-    """The name of a registered backend."""
-
-    name = "backend"
-
-    def convert(self, value, param, ctx):
-        """The name, if it is registered."""
-        if value not in kernels.backend_names():
-            self.fail(f"{value!r}: accepted are {', '.join(kernels.backend_names())}", param, ctx)
-        return value
+from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
 
 
 def _repeatable(name, destination, choices, default, text):

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from bn_fused import kernels
+
 from ..suite import APPROACHES
 from ..workloads import DTYPES, LAYOUTS, SUITES, WORKLOADS, Workload, parse_shape
 
@@ -33,17 +35,38 @@ class Shape(click.ParamType):
             raise click.UsageError(str(error), ctx) from None
 
 
-class OutputFile(click.Path):
-    """A file to write; refused before the work begins if its folder is not there."""
+class Backend(click.ParamType):
+    """The name of a registered backend."""
 
-    def __init__(self):
+    name = "backend"
+
+    def convert(self, value, param, ctx):
+        """The name, if it is registered."""
+        accepted = kernels.backend_names()
+        if value not in accepted:
+            self.fail(f"{value!r}: accepted are {', '.join(accepted)}", param, ctx)
+        return value
+
+
+class OutputFile(click.Path):
+    """A file to write, with this suffix if one is given; refused before the work begins if it cannot be written."""
+
+    def __init__(self, suffix: str = ""):
         super().__init__(dir_okay=False, writable=True, path_type=pathlib.Path)
+        self.suffix = suffix
 
     def convert(self, value, param, ctx):
         """The path."""
         path = super().convert(value, param, ctx)
         if not path.absolute().parent.is_dir():
             self.fail(f"the folder of {str(path)!r} does not exist", param, ctx)
+        if self.suffix and path.suffix.lower() != self.suffix:
+            self.fail(f"{str(path)!r} does not end in {self.suffix}", param, ctx)
+        try:
+            # An empty file is left where there was none: what is written in the end replaces it.
+            path.open("a").close()
+        except OSError as error:
+            self.fail(f"{str(path)!r} cannot be written: {error.strerror}", param, ctx)
         return path
 
 

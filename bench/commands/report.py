@@ -1,5 +1,6 @@
 """`bn-bench report`: the README's performance section from recorded runs."""
 
+import os
 import pathlib
 import shutil
 
@@ -45,7 +46,8 @@ def command(context, folder, added, readme, check):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
             click.echo(f"recorded as {place}")
-        text = section(recorded(folder))
+        beside = readme.parent if readme is not None else pathlib.Path()
+        text = section(recorded(folder), pathlib.Path(os.path.relpath(folder, beside)).as_posix())
         if readme is None:
             click.echo(text)
             return

@@ -11,15 +11,15 @@ from rich.console import Console
 from rich.text import Text
 
 import bn_fused
-from bn_fused import kernels
 
 from .. import records, report
 from ..providers import RIVALS
-from ..suite import UNTIMED, Settings, plan, refusal, run
+from ..suite import Settings, plan, refusal, run
 from ..workloads import PASSES, SUITES, WORKLOADS, Workload
 from .common import (
     FAILED,
     INTERRUPTED,
+    Backend,
     OutputFile,
     approach_option,
     choose_workloads,
@@ -30,19 +30,6 @@ from .common import (
     show,
     workload_options,
 )
-
-
-class Backend(click.ParamType):
-    """The name of a backend that can be timed."""
-
-    name = "backend"
-
-    def convert(self, value, param, ctx):
-        """The name, if it is registered."""
-        accepted = [name for name in kernels.backend_names() if name not in UNTIMED]
-        if value not in accepted:
-            self.fail(f"{value!r}: accepted are {', '.join(accepted)}", param, ctx)
-        return value
 
 
 @click.command("run")
@@ -76,7 +63,7 @@ class Backend(click.ParamType):
 @click.option("--json", "json_file", type=OutputFile(), help="Save the run.")
 @click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
-@click.option("--plot", "plot_file", type=OutputFile(), help="Draw a PNG of the shares of the copy's bandwidth.")
+@click.option("--plot", "plot_file", type=OutputFile(".png"), help="Draw a PNG of the shares of the copy's bandwidth.")
 @click.option("--list", "listing", is_flag=True, help="Print the suites and their workloads, and end.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and end.")
 @click.pass_context
