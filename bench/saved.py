@@ -1,0 +1,58 @@
+"""What `stability` and `step` save as JSON: the settings and rows of a run, and what decides about them."""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+
+SCHEMA = 1
+# Packages whose versions decide about a result.
+PACKAGES = ("bn_fused", "jax", "jaxlib", "equinox", "numpy", "flax", "torch", "scikit-learn", "libtpu",
+            "jax-cuda13-plugin")  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def command_line() -> str:
+    """How this process was started, as a shell would take it."""
+    return shlex.join(["bn-bench", *sys.argv[1:]])
+
+
+def to_json(kind: str, device: str, settings: Mapping, rows: Iterable, *, interrupted: bool = False) -> str:
+    """A run as JSON. `rows` are mappings or dataclasses. A number that is not finite becomes null: JSON has none."""
+    document = {
+        "schema_version": SCHEMA,
+        "kind": kind,
+        "command": command_line(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "versions": versions(),
+        "settings": dict(settings),
+        "interrupted": interrupted,
+        "rows": [dataclasses.asdict(row) if dataclasses.is_dataclass(row) else dict(row) for row in rows],
+    }
+    return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value):
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
