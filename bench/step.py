@@ -101,9 +101,7 @@ def _ours(backend, approach, fused):
     def norm(setting):
         def layer(channels, activation):
             if fused:
-                return bn_fused.BatchNorm(
-                    channels, resnet.AXIS_NAME, approach, activation=activation, backend=backend
-                )
+                return bn_fused.BatchNorm(channels, resnet.AXIS_NAME, approach, activation=activation, backend=backend)
             return resnet.Apart(bn_fused.BatchNorm(channels, resnet.AXIS_NAME, approach, backend=backend), activation)
 
         return layer

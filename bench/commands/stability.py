@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import math
 import pathlib
 import textwrap
 
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from .. import digits, plots, saved, stability
 from .common import INTERRUPTED, OutputFile, first_device, make_console, progress_bar, say, show
+from .numbers import Number
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 DEFAULTS = stability.Settings()
@@ -26,17 +26,6 @@ class Png(OutputFile):
         if path.suffix.lower() != ".png":
             self.fail(f"{str(path)!r} does not end in .png, the format that is written", param, ctx)
         return path
-
-
-class Number(click.FloatRange):
-    """A number in a range, and no NaN or infinity, which no range excludes."""
-
-    def convert(self, value, param, ctx):
-        """The number."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
 
 
 @click.command("stability")

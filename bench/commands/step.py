@@ -10,6 +10,7 @@ from bn_fused import kernels
 
 from .. import deviceless, report, resnet, saved, step, suite
 from .common import FAILED, INTERRUPTED, OutputFile, first_device, make_console, progress_bar, say, show
+from .numbers import Number
 
 # What is taken for an option that is not given: small on a CPU, what is usually trained elsewhere.
 ON_CPU = dict(model="resnet18", batch=8, image=32, dtype="float32")
@@ -48,11 +49,11 @@ class Backend(click.ParamType):
               help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True, max=3600), default=20.0, show_default=True,
+@click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
               help="Time for the samples of all rows, without compilation.")  # fmt: skip
 @click.option("--audit", "target", type=click.Choice(tuple(deviceless.TARGETS)),
               help="Compile for this chip, without having it, and count what is moved; nothing is timed.")  # fmt: skip
-@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True, max=86400), default=600.0, show_default=True,
+@click.option("--time-limit", type=Number(min=0, min_open=True), default=600.0, show_default=True,
               help="With --audit: seconds after which a compilation is ended.")  # fmt: skip
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.pass_context
