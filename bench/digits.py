@@ -58,9 +58,9 @@ def fused_norm(approach, **settings):
     return lambda channels: bn_fused.BatchNorm(channels, "batch", approach, activation="relu", **settings)
 
 
-def equinox_norm(mode):
-    """The norm of `Classifier` that is `equinox.nn.BatchNorm` in this mode, "ema" or "batch"."""
-    return lambda channels: ThenRelu(eqx.nn.BatchNorm(channels, "batch", mode=mode))
+def equinox_norm(mode, **settings):
+    """The norm of `Classifier` that is `equinox.nn.BatchNorm` in this mode, "ema" or "batch", with these settings."""
+    return lambda channels: ThenRelu(eqx.nn.BatchNorm(channels, "batch", mode=mode, **settings))
 
 
 def load_digits_split():

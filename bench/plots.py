@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from .records import Row, Run
+from .stability import Curves
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
@@ -49,3 +52,68 @@ def plot_run(run: Run, path: str) -> None:
     figure.text(0.99, 0.01, f"{run.environment.device}, jax {run.environment.versions.get('jax')}, {run.date[:10]}",
                 ha="right", fontsize=6, color="grey")  # fmt: skip
     figure.savefig(path, metadata={"Title": run.command})
+
+
+# Of the same colours, cold ones for what trains, warm ones for what does not; and a line style for whose layer it is.
+STABILITY_STYLES = {
+    "batch": ("#0072B2", "-"),
+    "ema": ("#009E73", "-"),
+    "ema_compatibility": ("#D55E00", "-"),
+    "equinox batch": ("#56B4E9", "--"),
+    "equinox ema": ("#E69F00", "--"),
+}
+# Points of a curve at most: its late steps are taken together, on a logarithmic axis at equal distances.
+POINTS = 48
+
+
+def together(steps: int) -> list[slice]:
+    """Which steps make a point of a curve: one each at first, then more and more."""
+    edges = np.unique(np.round(np.geomspace(1, steps + 1, POINTS + 1)).astype(int)) - 1
+    return [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of values [seeds, steps] the points of a picture: step (from 1), median, smallest, largest.
+
+    Over the seeds and over the steps that are taken together; without the values that are no finite numbers.
+    """
+    points = []
+    for part in together(values.shape[1]):
+        found = values[:, part][np.isfinite(values[:, part])]
+        figures = (np.median(found), found.min(), found.max()) if found.size else (np.nan,) * 3
+        points.append(((part.start + 1 + part.stop) / 2, *figures))
+    return tuple(np.array(points).T)
+
+
+def stability_figure(curves: Sequence[Curves], caption: str):
+    """The losses and the gradients' norms of `stability`, side by side, as a matplotlib Figure."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, 2)
+    for panel, kind, title in zip(panels, ("losses", "gradients"), ("training loss", "gradient norm"), strict=True):
+        for one in curves:
+            colour, style = STABILITY_STYLES[one.norm]
+            step, median, smallest, largest = curve(getattr(one, kind))
+            panel.fill_between(step, smallest, largest, color=colour, alpha=0.18, linewidth=0)
+            label = one.norm if one.norm.startswith("equinox") else f"bn_fused {one.norm}"
+            panel.plot(step, median, style, color=colour, linewidth=1.8, label=label)
+        panel.set(xscale="log", yscale="log", xlabel="step", title=title)
+        panel.set_xlim(1, max(one.losses.shape[1] for one in curves))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.grid(True, alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8.5, columnspacing=1.4)
+    figure.supxlabel(caption, fontsize=7.5, color="#444444", linespacing=1.5)
+    return figure
+
+
+def plot_stability(curves: Sequence[Curves], caption: str, path, command: str) -> None:
+    """Save the picture of `stability_figure` as a PNG that holds the command line that made it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = stability_figure(curves, caption)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", metadata={"Title": command})

@@ -13,3 +13,4 @@ from .layer import BatchNorm as BatchNorm
 from .step import RunningStats as RunningStats
 
 __version__ = "0.1.0"
+__all__ = ["BackendChoice", "BackendError", "BatchNorm", "RunningStats", "batch_norm", "explain", "kernels"]

@@ -119,8 +119,9 @@ def axis_names(axis_name):
         return ()
     names = tuple(axis_name) if isinstance(axis_name, (list, tuple)) else (axis_name,)
     for name in names:
-        if not isinstance(name, Hashable) or name is None:
-            raise TypeError(f"axis_name has the name {name!r}; accepted are hashable names other than None")
+        # JAX's collectives take an integer for the position of an axis, not for its name.
+        if not isinstance(name, Hashable) or name is None or isinstance(name, numbers.Number):
+            raise TypeError(f"axis_name has the name {name!r}; accepted are hashable names other than None and numbers")
     if len(set(names)) != len(names):
         raise ValueError(f"axis_name is {axis_name!r}; a name may stand in it once")
     return names
@@ -171,10 +172,27 @@ def floating(name, array):
     raise TypeError(f"{name} has dtype {dtype.name}; accepted are {', '.join(FLOATING)}")
 
 
+def array(name, value):
+    """TypeError unless the value is an array."""
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name} is {value!r}; accepted is an array")
+
+
+def check_parameter(name, value, shape):
+    """A weight or bias is None or a floating array of this shape."""
+    if value is None:
+        return
+    array(name, value)
+    floating(name, value)
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {value.shape}; it must be {shape}, as stats.mean")
+
+
 def check_residual(residual, x):
     """A residual is as x, in shape and dtype."""
     if residual is None:
         return
+    array("residual", residual)
     floating("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {residual.shape}; it must have x's, {x.shape}")
@@ -186,6 +204,7 @@ def broadcast_mask(mask, x, axis):
     """A mask of x's shape without the channel axis, or broadcastable to it, in x's shape with one channel."""
     if mask is None:
         return None
+    array("mask", mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; accepted is bool, True where a position counts")
     positions = x.shape[:axis] + x.shape[axis + 1 :]

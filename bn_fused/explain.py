@@ -1,6 +1,7 @@
 """`explain`: which backend computes a batch, why, and with what plan."""
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,12 @@ def explain(
     arguments.boolean("mask", mask)
     if isinstance(shape, (jax.Array, np.ndarray)) and np.ndim(shape) != 1:
         raise TypeError(f"shape is an array of shape {shape.shape}; accepted are whole numbers, such as its shape")
-    shape = tuple(int(size) for size in shape)
+    try:
+        shape = tuple(operator.index(size) for size in shape)
+    except TypeError:
+        raise TypeError(f"shape is {shape!r}; accepted is a sequence of whole numbers") from None
+    if shape and min(shape) < 1:
+        raise ValueError(f"shape is {shape!r}; accepted are sizes of 1 or more")
     try:
         dtype = jnp.dtype(dtype)
     except TypeError:

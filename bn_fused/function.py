@@ -48,7 +48,8 @@ def batch_norm(
         sequence of names, or None for this batch alone.
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
-    - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count.
+    - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count. Of
+        whole examples [n], it is `mask[:, None, None]` for images.
     - `debias`: "axis", "samples" or "none".
     - `virtual_batch_size`: None, or a divisor of the number of examples: that many consecutive examples share their
         statistics, and the running statistics move by the mean over these virtual batches.
@@ -77,8 +78,7 @@ def batch_norm(
     channels = stats.mean.shape[0]
     arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.shape != stats.mean.shape:
-            raise ValueError(f"{name} has shape {value.shape}; it must be {stats.mean.shape}, as stats.mean")
+        arguments.check_parameter(name, value, stats.mean.shape)
     arguments.check_residual(residual, x)
     mask = arguments.broadcast_mask(mask, x, channel_axis)
 

@@ -17,3 +17,19 @@ from .registry import backend_names as backend_names
 from .registry import choose as choose
 from .registry import register as register
 from .registry import unregister as unregister
+
+__all__ = [
+    "Backend",
+    "BackendChoice",
+    "BackendError",
+    "CHIPS",
+    "Coefficients",
+    "Problem",
+    "Spec",
+    "Target",
+    "backend_names",
+    "choose",
+    "fused_batch_norm",
+    "register",
+    "unregister",
+]

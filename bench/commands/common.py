@@ -36,13 +36,16 @@ class Shape(click.ParamType):
 
 
 class Backend(click.ParamType):
-    """The name of a registered backend."""
+    """The name of a registered backend, or one of these names."""
 
     name = "backend"
 
+    def __init__(self, *more: str):
+        self.more = more
+
     def convert(self, value, param, ctx):
         """The name, if it is registered."""
-        accepted = kernels.backend_names()
+        accepted = (*kernels.backend_names(), *self.more)
         if value not in accepted:
             self.fail(f"{value!r}: accepted are {', '.join(accepted)}", param, ctx)
         return value
@@ -63,8 +66,10 @@ class OutputFile(click.Path):
         if self.suffix and path.suffix.lower() != self.suffix:
             self.fail(f"{str(path)!r} does not end in {self.suffix}", param, ctx)
         try:
-            # An empty file is left where there was none: what is written in the end replaces it.
+            there = path.exists()
             path.open("a").close()
+            if not there:
+                path.unlink()
         except OSError as error:
             self.fail(f"{str(path)!r} cannot be written: {error.strerror}", param, ctx)
         return path

@@ -1,0 +1,183 @@
+"""`bn-bench step`: the whole training step of a residual network with each BatchNorm."""
+
+import dataclasses
+
+import click
+from rich import box
+from rich.table import Table
+
+from .. import deviceless, records, report, resnet, saved, step, suite
+from .common import FAILED, INTERRUPTED, Backend, OutputFile, first_device, make_console, progress_bar, say, show
+from .numbers import Number
+
+# What is taken for an option that is not given: small on a CPU, what is usually trained elsewhere.
+ON_CPU = dict(model="resnet18", batch=8, image=32, dtype="float32")
+ELSEWHERE = dict(model="resnet50", batch=128, image=224, dtype="bfloat16")
+# Below this the last stage has nothing left to normalise but single positions of few examples.
+SMALLEST_IMAGE = 16
+
+
+@click.command("step")
+@click.option("--model", type=click.Choice(tuple(resnet.ARCHITECTURES)),
+              help="Default: resnet18 on a CPU, else resnet50.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(min=2), help="Images in a batch; default: 8 on a CPU, else 128.")
+@click.option("--image", type=click.IntRange(min=SMALLEST_IMAGE),
+              help="Height and width of an image; default: 32 on a CPU, else 224.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(step.DTYPES),
+              help="Of images and activations; default: float32 on a CPU, else bfloat16.")  # fmt: skip
+@click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
+@click.option("--approach", "approaches", type=click.Choice(suite.APPROACHES), multiple=True, default=("batch",),
+              show_default=True, help="Of bn_fused; repeatable.")  # fmt: skip
+@click.option("--backend", "backends", type=Backend("auto"), multiple=True,
+              help="Repeatable; default: all that can run but the reference.")  # fmt: skip
+@click.option("--against", "rivals", type=click.Choice((*step.RIVALS, "none")), multiple=True,
+              help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
+@click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
+              help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
+@click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
+              help="Time for the samples of all rows, without compilation.")  # fmt: skip
+@click.option("--audit", "target", type=click.Choice(tuple(deviceless.TARGETS)),
+              help="Compile for this chip, without having it, and count what is moved; nothing is timed.")  # fmt: skip
+@click.option("--time-limit", type=Number(min=0, min_open=True), default=600.0, show_default=True,
+              help="With --audit: seconds after which a compilation is ended.")  # fmt: skip
+@click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
+@click.pass_context
+def command(context, *, approaches, backends, rivals, fusion, seconds, target, time_limit, json_file, **sizes):
+    """Time the training step of a ResNet, optimiser included, with bn_fused and with other BatchNorms.
+
+    The networks have the same weights and must give the same loss, before and after a step: a row that differs shows
+    FAILED, is not timed, and makes the exit status 1.
+
+    Exit status: 0; 1 if a row failed, or with --audit nothing was compiled; 2 for input it cannot use; 130 if it was
+    interrupted.
+    """
+    options = dict(
+        backends=tuple(dict.fromkeys(backends)),
+        rivals=tuple(dict.fromkeys(rivals)) or step.RIVALS,
+        approaches=tuple(dict.fromkeys(approaches)),
+        fusion=fusion,
+    )
+    networks = step.contenders(**options)
+    console = make_console()
+    device = None if target else first_device()
+    defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
+    given = {name: value for name, value in sizes.items() if value is not None}
+    setting = step.Setting(**(defaults | given))
+    if device is None:
+        say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
+        say(console, f"{setting}, compiled for {target}")
+        rows, interrupted = _audit(console, target, setting, networks, options, time_limit)
+    else:
+        for line in report.environment_lines(records.environment()):
+            say(console, line)
+        say(console, str(setting))
+        rows, interrupted = _time(console, setting, networks, seconds)
+    for row in rows:
+        if row.status != "ok":
+            say(console, f"{row.name}: {row.status.upper() if row.status == 'failed' else row.status}: {row.reason}",
+                "bold red" if row.status == "failed" else "")  # fmt: skip
+    if json_file is not None:
+        settings = dataclasses.asdict(setting) | {name: value for name, value in options.items() if name != "backends"}
+        what, where = ("step", device.device_kind) if device is not None else ("step audit", target)
+        json_file.write_text(saved.to_json(what, where, settings, rows, interrupted=interrupted), encoding="utf-8")
+    if interrupted:
+        say(console, f"interrupted: {len(rows)} of {len(networks)} rows are finished", "yellow")
+        context.exit(INTERRUPTED)
+    nothing = all(row.status != "ok" for row in rows)
+    context.exit(FAILED if nothing or any(row.status == "failed" for row in rows) else 0)
+
+
+def _time(console, setting, networks, seconds):
+    rows, interrupted = [], False
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=1)
+        try:
+            rows = step.run(
+                setting,
+                networks,
+                seconds=seconds,
+                progress=lambda what, share: progress.update(task, description=what, completed=share),
+            )
+        except KeyboardInterrupt:
+            interrupted = True  # times of interrupted rounds are not paired: there is nothing to show
+    if rows:
+        show(console, time_table(rows))
+        say(console, TIME_NOTE, "dim")
+    return rows, interrupted
+
+
+def _audit(console, target, setting, networks, options, time_limit):
+    rows, interrupted = [], False
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(networks))
+        try:
+            for row in step.audit(
+                target, setting, networks, options, time_limit=time_limit,
+                before=lambda name: progress.update(task, description=f"compiling {name}", completed=len(rows)),
+            ):  # fmt: skip
+                rows.append(row)
+        except KeyboardInterrupt:
+            interrupted = True
+    if rows:
+        show(console, audit_table(rows))
+        say(console, AUDIT_NOTE, "dim")
+    return rows, interrupted
+
+
+TIME_NOTE = (
+    f"/ equinox: time over that of {step.BASELINE}, the median over paired rounds. loss, after: of the same initial "
+    'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
+    "memory: what the compiled step holds at once, arrays included; peak: what the device had in use at most in the "
+    "row's first step, - where an earlier row needed more or the device does not tell. While it is timed the learning "
+    "rate is 0."
+)
+AUDIT_NOTE = (
+    "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
+    "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate of "
+    "the bytes. temporary: memory beside arguments and results. launches: kernels, copies and library calls."
+)
+
+
+def _empty(first: str, *others: str) -> Table:
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    made.add_column(first, no_wrap=True)
+    for name in others:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def _verdict(row) -> str:
+    return "[bold red]FAILED[/]" if row.status == "failed" else row.status
+
+
+def _number(value, scale=1, form=".3g") -> str:
+    if value is None:
+        return "-"
+    return f"{value if scale == 1 else value * scale:{form}}"
+
+
+def time_table(rows) -> Table:
+    """The times of a run."""
+    made = _empty(
+        "BatchNorm", "ms / step", "p10-p90", "images / s", "/ equinox", "memory MB", "peak MB", "loss", "after", ""
+    )
+    for row in rows:
+        spread = "-" if row.median is None else f"{1e3 * row.p10:.4g}-{1e3 * row.p90:.4g}"
+        made.add_row(
+            row.name, _number(row.median, 1e3, ".4g"), spread, _number(row.images_per_second, form=".4g"),
+            _number(row.ratio, form=".2f"), _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
+            _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"), _verdict(row),
+        )  # fmt: skip
+    return made
+
+
+def audit_table(rows) -> Table:
+    """What was compiled."""
+    made = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
+    for row in rows:
+        made.add_row(
+            row.name, _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
+            _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
+            _verdict(row),
+        )  # fmt: skip
+    return made

@@ -1,0 +1,299 @@
+"""`bn-bench step`: the networks, the comparison of their losses, the table, the audit, and what it refuses."""
+
+import dataclasses
+import importlib.util
+import json
+import math
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from bn_fused.bench import deviceless, resnet, step
+from bn_fused.bench.commands.step import command
+from click.testing import CliRunner
+
+import bn_fused
+from bn_fused import kernels
+
+SMALL = ("--batch", "4", "--image", "16", "--classes", "5", "--seconds", "0.01")
+
+
+@pytest.fixture(autouse=True)
+def small_network(monkeypatch):
+    """resnet18 is a network of two narrow blocks, the second with a shortcut convolution."""
+    monkeypatch.setitem(resnet.ARCHITECTURES, "resnet18", resnet.Architecture((1, 1), bottleneck=False, width=4))
+
+
+@pytest.fixture
+def broken_backend():
+    """A backend that is jnp but for the gradient of x, which it doubles."""
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    backward = operations["backward"]
+
+    def doubled(**operands):
+        dx, *others = backward(**operands)
+        return (2 * dx, *others)
+
+    kernels.register(kernels.Backend("broken", operations | {"backward": doubled}))
+    yield "broken"
+    kernels.unregister("broken")
+
+
+def setting(**changes):
+    """A small one."""
+    return step.Setting(**(dict(model="resnet18", batch=4, image=16, dtype="float32", classes=5) | changes))
+
+
+def run(*arguments):
+    """The result of a command line."""
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+# The networks
+
+
+@pytest.mark.parametrize(
+    ("depths", "bottleneck", "parameters", "norms"),
+    [((2, 2, 2, 2), False, 11_689_512, 20), ((3, 4, 6, 3), True, 25_557_032, 53)],
+)
+def test_the_networks_have_the_sizes_of_the_published_ones(depths, bottleneck, parameters, norms):
+    architecture = resnet.Architecture(depths, bottleneck)
+    assert architecture in (*resnet.ARCHITECTURES.values(), resnet.Architecture((2, 2, 2, 2), False))
+
+    def make():
+        model, _ = eqx.nn.make_with_state(resnet.ResNet)(
+            architecture, 1000, lambda channels, activation: bn_fused.BatchNorm(channels, "batch", "batch"),
+            jax.random.key(0),
+        )  # fmt: skip
+        return eqx.filter(model, eqx.is_inexact_array)
+
+    assert sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(make))) == parameters
+    shapes = resnet.norm_shapes(architecture, 224)
+    assert len(shapes) == norms
+    assert shapes[0] == (64, 112, 112) and shapes[-1] == (2048 if bottleneck else 512, 7, 7)
+
+
+def test_the_weights_do_not_depend_on_the_norm():
+    made = [step.equinox_model(setting(), one.norm(setting()))[0] for one in step.contenders() if one.norm]
+    first = [np.asarray(each.weight) for each in resnet.named_convolutions(made[0]).values()]
+    assert len(first) == 1 + 4 + 1
+    for model in made[1:]:
+        for one, other in zip(first, resnet.named_convolutions(model).values(), strict=True):
+            np.testing.assert_array_equal(one, other.weight)
+
+
+def test_bfloat16_is_for_convolutions_and_the_last_layer_and_not_for_the_norms():
+    model, _ = step.equinox_model(setting(), step.contenders()[0].norm(setting()))
+    cast = resnet.cast(model, "bfloat16")
+    assert cast.stem.weight.dtype == cast.head.bias.dtype == jnp.bfloat16
+    assert cast.stem_norm.weight.dtype == cast.blocks[1].shortcut_norm.bias.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("fusion", ["fused", "plain"])
+def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
+    model, _ = step.equinox_model(setting(), step.contenders(fusion=fusion)[0].norm(setting()))
+    layer = model.blocks[0].norms[-1]
+    assert isinstance(layer, resnet.Apart) == (fusion == "plain")
+    assert layer.activation == "relu" and model.blocks[1].shortcut_norm.activation is None
+
+
+# The comparison
+
+
+@pytest.mark.parametrize("dtype", step.DTYPES)
+def test_every_network_agrees_with_equinoxs(dtype):
+    approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
+    networks = step.contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
+    rows = step.run(setting(dtype=dtype), networks, seconds=0.01)
+    assert [row.name for row in rows] == [one.name for one in networks]
+    assert all(row.status == "ok" for row in rows), rows
+    assert all(row.median > 0 and row.rounds >= 5 and row.memory > 0 for row in rows)
+    by_name = {row.name: row for row in rows}
+    assert by_name[step.BASELINE].ratio == 1
+    for row in rows:
+        assert abs(row.loss - row.loss_after) > 0.01
+        assert row.images_per_second == pytest.approx(4 / row.median)
+
+
+def test_the_network_in_flax_agrees_too():
+    pytest.importorskip("flax", reason="flax is not installed")
+    networks = step.contenders(backends=("jnp",), rivals=("flax",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # flax's own
+        rows = {row.name: row for row in step.run(setting(), networks, seconds=0.01)}
+    assert rows["flax"].status == "ok", rows["flax"].reason
+    assert rows["flax"].loss_after == pytest.approx(rows[step.BASELINE].loss_after, rel=1e-5)
+
+
+def test_the_network_in_torch_agrees_too():
+    pytest.importorskip("torch", reason="torch is not installed")
+    networks = step.contenders(backends=("jnp",), rivals=("torch",))
+    rows = {row.name: row for row in step.run(setting(), networks, seconds=0.01)}
+    assert rows["torch"].status == "ok", rows["torch"].reason
+
+
+def test_a_wrong_gradient_shows_FAILED_is_not_timed_and_the_status_is_1(broken_backend, tmp_path):
+    record = tmp_path / "rows.json"
+    done = run(*SMALL, "--backend", broken_backend, "--against", "none", "--json", record)
+    assert done.exit_code == 1, done.output
+    assert "broken batch, fused: FAILED: the loss after a step is" in done.output
+    failed, baseline = json.loads(record.read_text())["rows"]
+    assert failed["status"] == "failed" and failed["median"] is None
+    assert baseline["status"] == "ok" and baseline["median"] > 0
+
+
+def test_a_network_that_raises_fails_in_one_line_and_the_others_run(monkeypatch):
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+
+    def broken(**operands):
+        raise ArithmeticError("no such instruction\nand a long story")
+
+    kernels.register(kernels.Backend("raising", operations | {"forward": broken}))
+    try:
+        done = run(*SMALL, "--backend", "raising", "--against", "none")
+    finally:
+        kernels.unregister("raising")
+    assert done.exit_code == 1
+    assert "FAILED: ArithmeticError: no such instruction\n" in done.output
+    assert "equinox batch" in done.output and "long story" not in done.output
+
+
+def test_a_backend_that_cannot_run_here_is_named_and_is_no_failure():
+    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    kernels.register(kernels.Backend("elsewhere", operations, refusal=lambda problem, target: "it needs a chip"))
+    try:
+        done = run(*SMALL, "--backend", "elsewhere", "--against", "none")
+    finally:
+        kernels.unregister("elsewhere")
+    assert done.exit_code == 0, done.output
+    assert "elsewhere batch, fused: refused: " in done.output and "it needs a chip" in done.output
+
+
+def test_losses_agree_only_within_the_tolerance():
+    allowed = step.Tolerance(1e-3, 1e-2)
+    assert step.disagreement((2.0, 1.0), (2.0, 1.0), allowed) == ""
+    assert step.disagreement((2.0015, 1.010), (2.0, 1.0), allowed) == ""
+    assert step.disagreement((2.003, 1.0), (2.0, 1.0), allowed).startswith("the loss is 2.003")
+    assert step.disagreement((2.0, 1.012), (2.0, 1.0), allowed).startswith("the loss after a step is 1.012")
+    assert "nan" in step.disagreement((math.nan, 1.0), (2.0, 1.0), allowed)
+    assert "nothing to compare" in step.disagreement((2.0, 1.0), None, allowed)
+
+
+def test_the_tolerance_is_float32s_on_a_cpu_and_coarser_where_products_are():
+    float32, gpu, tpu = (step.tolerance(setting(), platform).loss for platform in ("cpu", "gpu", "tpu"))
+    assert float32 < 1e-5 < gpu < tpu
+    assert step.tolerance(setting(dtype="bfloat16"), "cpu").loss == tpu
+
+
+# The command
+
+
+def test_rivals_that_are_not_installed_are_named(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        step.importlib.util, "find_spec", lambda name, *rest: None if name in ("flax", "torch") else found(name, *rest)
+    )
+    done = run(*SMALL, "--against", "flax", "--against", "torch")
+    assert done.exit_code == 0, done.output
+    for name in ("flax", "torch"):
+        assert f"{name}: missing: {name} is not installed: pip install {name}\n" in done.output
+
+
+def test_auto_runs_beside_the_named_backends_where_there_are_several(broken_backend):
+    names = [one.name for one in step.contenders(rivals=())]
+    assert {"broken batch, fused", "jnp batch, fused", "auto batch, fused", step.BASELINE} <= set(names)
+    assert not any("reference" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--model", "resnet34"), "'resnet34'"),
+        (("--batch", 1), "--batch"),
+        (("--image", 8), "--image"),
+        (("--dtype", "int8"), "'int8'"),
+        (("--classes", 1), "--classes"),
+        (("--approach", "best"), "'best'"),
+        (("--backend", "cudnn"), "'cudnn'"),
+        (("--against", "mxnet"), "'mxnet'"),
+        (("--fusion", "half"), "'half'"),
+        (("--seconds", 0), "--seconds"),
+        (("--seconds", "nan"), "--seconds"),
+        (("--audit", "h300"), "'h300'"),
+        (("--json", "/no/such/folder/rows.json"), "'/no/such/folder/rows.json'"),
+    ],
+)
+def test_input_it_cannot_use_is_named_with_status_2(arguments, named, monkeypatch):
+    monkeypatch.setattr(step, "run", lambda *_, **__: pytest.fail("it began"))
+    done = run(*arguments)
+    assert done.exit_code == 2 and named in done.output.splitlines()[-1]
+
+
+# The audit
+
+
+class FakeChild:
+    """In place of a compiling process; the first network ends it."""
+
+    started = 0
+
+    def __init__(self, arguments, environment):
+        FakeChild.started += 1
+        assert environment["JAX_PLATFORMS"] == "cpu" and "bn_fused.bench.step" in arguments
+
+    def ask(self, request, time_limit):
+        assert (request["target"], time_limit) == ("h200", 7.0)
+        request = json.loads(json.dumps(request))
+        asked = step.Setting(**request["setting"])
+        assert (asked.model, asked.batch, asked.image, asked.dtype) == ("resnet50", 128, 224, "bfloat16")
+        if request["name"] not in [one.name for one in step.contenders(**request["options"])]:
+            pytest.fail("the child would not know the network")
+        if request["name"].startswith("jnp"):
+            raise step.ChildEnded("stopped at the time limit of 7 s")
+        row = step.AuditRow(request["name"], "ok", "", 3 * 10**9, 10**9, 2.5, None, 5 * 10**8, 42)
+        return dataclasses.asdict(row)
+
+    def close(self):
+        pass
+
+
+def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setattr(step, "Child", FakeChild)
+    monkeypatch.setattr(FakeChild, "started", 0)
+    record = tmp_path / "rows.json"
+    done = run("--audit", "h200", "--time-limit", 7, "--against", "torch", "--json", record)
+    assert done.exit_code == 1 and FakeChild.started == 2
+    assert "jnp batch, fused: FAILED: stopped at the time limit of 7 s" in done.output
+    assert "torch: " in done.output
+    rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
+    assert rows[step.BASELINE]["launches"] == 42 and rows["torch"]["status"] in ("missing", "refused")
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(deviceless, "missing", lambda target: "the compiler for h200 is not installed: pip install it")
+    row = step.audit_one("h200", step.contenders()[0], setting())
+    assert row.status == "missing" and "pip install" in row.reason
+
+
+def test_the_passes_are_over_what_the_norms_take():
+    # stem and pooled: 4 channels of 8x8, 4x4 twice; then 8 channels of 2x2, main path twice and shortcut
+    assert step.norm_bytes(setting()) == 4 * 4 * (4 * 64 + 2 * 4 * 16 + 3 * 8 * 4)
+    assert step.norm_bytes(setting(dtype="bfloat16")) == step.norm_bytes(setting()) // 2
+
+
+@pytest.mark.slow
+def test_the_step_compiles_for_an_h200_and_equinox_moves_more():
+    if deviceless.missing("h200"):
+        pytest.skip(deviceless.missing("h200"))
+    options = dict(backends=("jnp",), rivals=())
+    asked = setting(model="resnet50", batch=32, image=64, dtype="bfloat16")
+    rows = list(step.audit("h200", asked, step.contenders(**options), options, time_limit=400))
+    assert [row.status for row in rows] == ["ok", "ok"], rows
+    ours, equinox = rows
+    assert ours.read < equinox.read and ours.launches < equinox.launches
+    # three passes of a convolution at the least: it reads its input, and its gradients read input and output's
+    assert 3 < ours.passes < equinox.passes
+    assert ours.temporary > 0
