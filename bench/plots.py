@@ -88,7 +88,7 @@ def curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
 def stability_figure(curves: Sequence[Curves], caption: str):
     """The losses and the gradients' norms of `stability`, side by side, as a matplotlib Figure."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FormatStrFormatter
 
     figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2)
@@ -101,7 +101,7 @@ def stability_figure(curves: Sequence[Curves], caption: str):
             panel.plot(step, median, style, color=colour, linewidth=1.8, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step", title=title)
         panel.set_xlim(1, max(one.losses.shape[1] for one in curves))
-        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.grid(True, alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[0].get_legend_handles_labels()

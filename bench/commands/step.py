@@ -134,7 +134,7 @@ TIME_NOTE = (
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
     "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate of "
-    "the bytes. temporary: memory beside arguments and results. launches: kernels, copies and library calls."
+    "the bytes, - where it gives none (NVIDIA). temporary: memory beside arguments and results. launches: kernels, copies and library calls."
 )
 
 
