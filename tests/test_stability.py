@@ -31,6 +31,7 @@ def test_there_is_every_approach_and_equinox_in_both_modes():
     assert list(stability.NORMS) == ["batch", "ema", "ema_compatibility", "equinox batch", "equinox ema"]
 
 
+@pytest.mark.slow
 def test_a_seeds_curves_are_those_of_training_it_alone():
     settings = stability.Settings(steps=3, seeds=2)
     (found,) = stability.run(settings, ["batch"])
