@@ -217,19 +217,21 @@ def blend(pivot, delta, var, running_mean, running_var, coefficients):
     pivot, delta, var, running_mean, running_var, coefficients = (
         value.astype(wide) for value in (pivot, delta, var, running_mean, running_var, coefficients)
     )
-    c = Coefficients.unpack(coefficients)
+    new = blend_channels(pivot, delta, var, running_mean, running_var, Coefficients.unpack(coefficients), scaled)
+    dtypes = Blend(moments_dtype, moments_dtype, state_dtype, state_dtype)
+    return Blend(*(value.astype(dtype) for value, dtype in zip(new, dtypes, strict=True)))
+
+
+def blend_channels(pivot, delta, var, running_mean, running_var, coefficients, times):
+    """The formulas of `blend`, in one dtype, with `times(coefficient, value)`: `scaled`, or what a kernel has for it."""
+    c = Coefficients(*coefficients)
     mean = pivot + delta
     # norm_mean - pivot, without going through the rounded mean: for the approach `batch` it is delta itself.
-    offset = scaled(c.batch, delta) + (scaled(c.batch - 1, pivot) + scaled(c.running, running_mean))
-    norm_var = scaled(c.batch, var) + scaled(c.running, running_var) + c.constant[..., None]
-    new_mean = scaled(c.mean_gain, mean) + scaled(c.keep, running_mean)
-    new_var = scaled(c.var_gain, var) + scaled(c.keep, running_var)
-    return Blend(
-        offset.astype(moments_dtype),
-        norm_var.astype(moments_dtype),
-        new_mean.astype(state_dtype),
-        new_var.astype(state_dtype),
-    )
+    offset = times(c.batch, delta) + (times(c.batch - 1, pivot) + times(c.running, running_mean))
+    norm_var = times(c.batch, var) + times(c.running, running_var) + times(c.constant, jnp.ones_like(var))
+    new_mean = times(c.mean_gain, mean) + times(c.keep, running_mean)
+    new_var = times(c.var_gain, var) + times(c.keep, running_var)
+    return Blend(offset, norm_var, new_mean, new_var)
 
 
 def reciprocal_std(norm_var, eps):

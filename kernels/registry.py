@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from . import jnp_backend
+from . import jnp_backend, pallas_gpu
 from .chips import GpuChip, TpuChip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
@@ -117,6 +117,15 @@ register(
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
         preference=_jnp_preference,
         plan=jnp_backend.plan,
+    )
+)
+register(
+    Backend(
+        "pallas_gpu",
+        {name: getattr(pallas_gpu, name) for name in OPERATIONS},
+        refusal=pallas_gpu.refusal,
+        preference=pallas_gpu.preference,
+        plan=pallas_gpu.plan,
     )
 )
 

@@ -1,0 +1,358 @@
+"""The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
+
+Any number of rows and of channels is streamed in passes that read x, through the copy engine, once each and write
+what they compute directly (`pallas_gpu_kernels` says how, `pallas_gpu_plan` with which tiles). Passes over arrays of
+x's size, R reads and W writes, with `r` the residual, and launches:
+
+    forward              moments R, [merge], normalise R (+R r) W                              3 launches
+    backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
+    moments              R                                                                     2 launches
+    moments_backward     R W                                                                   1 launch
+    normalise            R (+R r) W                                                            1 launch
+    normalise_backward   R x, R dy (+R r) W (+W dr)                                            2 launches
+
+where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
+is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
+running statistics, scale and shift. The second pass of forward and backward goes through the rows backwards: it starts
+with what the first has left in L2. XLA computes no more than O(channels) around the kernels: where a row of channels is
+not a multiple of 256 (or 128) columns, several rows are seen as one and the values per channel repeated.
+
+x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
+where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
+
+Moments are sums of deviations from a pivot, the mean of the first tile of each warpgroup's rows, merged as (number,
+pivot, delta, squares): no digit is lost where |mean| is much larger than the standard deviation.
+
+Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
+several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
+`pallas_gpu_plan.fold_of`); 2^31 rows or more. The running statistics are blended inside the launch if they are
+float32, and with jnp after it otherwise.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from .activations import ACTIVATIONS, activate
+from .contract import Coefficients, blend, reciprocal_std, statistics_cotangents
+from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
+from .pallas_gpu_kernels import F32, merge_moments, merge_sums, stream, times
+from .pallas_gpu_plan import ALIGNMENT, MOST_FOLDED, WARPGROUP, Plan, make_plan, tiling
+
+DTYPES = ("float32", "bfloat16", "float16")
+CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
+MOST_ROWS = 1 << 31
+
+
+def refusal(problem, target):
+    """None, or one sentence: why these kernels cannot compute the problem on the target."""
+    chip = target.chip
+    if target.platform != "cuda":
+        return "it is written for NVIDIA GPUs"
+    if problem.dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
+    if problem.mask:
+        return "its kernels take no mask"
+    if chip is None:
+        return "it is not known for which GPU it is compiled, and its tiles depend on that"
+    major, minor = chip.compute_capability
+    if major < CAPABILITIES[0]:
+        return f"it needs compute capability 9.0 (Hopper) or later, and {chip.name} has {major}.{minor}"
+    if major not in CAPABILITIES:
+        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    if target.partitioned:
+        return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
+    if problem.rows >= MOST_ROWS:
+        return f"it counts rows in 32 bits, and there are {problem.rows}"
+    if plan(problem, target) is None:
+        itemsize = jnp.dtype(problem.dtype).itemsize
+        return (
+            f"the copy engine needs rows of at least {WARPGROUP} values and of a multiple of {ALIGNMENT} bytes; "
+            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has no "
+            f"divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
+        )
+    return None
+
+
+def preference(problem, target):
+    """None: `auto` does not take these kernels before they are measured on a GPU."""
+    del problem, target
+
+
+def plan(problem, target):
+    """The `Plan` for a problem, or None if there is none."""
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    return make_plan(problem.groups, problem.rows, problem.channels, itemsize, target.chip)
+
+
+class _View:
+    """Arrays of one call as the kernels see them, and their results as the caller does."""
+
+    def __init__(self, x, spec):
+        if not isinstance(spec.plan, Plan):
+            raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
+        self.plan, self.shape, self.layout, self.itemsize = spec.plan, x.shape, spec.layout, x.dtype.itemsize
+        self.order = tuple(axis for letter in (GROUP, ROW, CHANNEL) for axis in axes_of(spec.layout, letter))
+        self.transposed = tuple(x.shape[axis] for axis in self.order)
+        self.group_shape = group_shape(x.shape, spec.layout)
+        self.groups, self.rows = math.prod(self.group_shape), count_rows(x.shape, spec.layout)
+        self.channels = self.transposed[-1]
+        self.folded = (self.groups, self.rows // self.plan.fold, self.plan.fold * self.channels)
+
+    def tiling(self, inputs):
+        return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
+
+    def spread(self, array):
+        """An array of x's shape as [groups, rows/fold, fold*channels]."""
+        return jnp.reshape(jnp.transpose(array, self.order), self.folded)
+
+    def unspread(self, array):
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return jnp.transpose(jnp.reshape(array, self.transposed), inverse)
+
+    def channel(self, value):
+        """A value per channel as float32 [groups, channels]."""
+        return jnp.reshape(value.astype(F32), (self.groups, self.channels))
+
+    def wide(self, value):
+        """A value per channel as float32 [groups, fold*channels]."""
+        return jnp.tile(self.channel(value), (1, self.plan.fold))
+
+    def group(self, value):
+        """A value per group as float32 [groups]."""
+        return jnp.reshape(value.astype(F32), (self.groups,))
+
+    def unchannel(self, value):
+        return jnp.reshape(value, (*self.group_shape, self.channels))
+
+
+# What the rows of the streams compute: of a row's values and the values per channel, the terms to add and the results.
+
+
+def _moments_row(values, channels, _):
+    d = values[0] - channels[-1]
+    return (d, d * d), ()
+
+
+def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
+    scale = rstd * weight
+    d = x - pivot
+    z = d * scale + (bias - offset * scale)
+    return d, z if residual is None else z + residual, scale
+
+
+def _normalise_row(activation):
+    def row(values, channels, _):
+        x, residual = (*values, None)[:2]
+        _, z, _ = _before_activation(x, residual, *channels)
+        return (), (activate(z, activation),)
+
+    return row
+
+
+def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False):
+    """Of rows of dy, x and, where it matters, the residual: the sums of dz and dz * d; or dx; or both."""
+
+    def row(values, channels, _):
+        dy, x, residual = (*values, None)[:3]
+        d, z, scale = _before_activation(x, residual, *channels[:5])
+        dz = dy if activation is None else dy * ACTIVATIONS[activation].derivative(z)
+        results = ()
+        if write_dx:
+            dx = dz * scale
+            if through_moments:
+                slope, level = channels[5:]
+                dx = dx + (d * slope + level)
+            results = (dx, dz) if write_dz else (dx,)
+        return () if through_moments else (dz, dz * d), results
+
+    return row
+
+
+def _moments_gradient_row(values, channels, numbers):
+    pivot, delta, dmean, dvar = channels
+    (count,) = numbers
+    slope, level = _through_moments(dmean, dvar, delta, count)
+    return (), ((values[0] - pivot) * slope + level,)
+
+
+# What the merges of the sums compute: per channel, of the sums and other values per channel and per group.
+
+
+def _finish_sums(sums, channels, _):
+    """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
+    sum_dz, sum_dz_d = sums
+    offset, rstd = channels
+    return sum_dz, (sum_dz_d - offset * sum_dz) * rstd
+
+
+def _finish_backward(sums, channels, numbers):
+    """The two sums, and slope and level: the part of dx that goes through the moments is d * slope + level."""
+    offset, rstd, weight, dmean, dvar, delta = channels
+    batch, count = numbers
+    sum_dz, sum_dz_xhat = _finish_sums(sums, (offset, rstd), ())
+    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    slope, level = _through_moments(dmean + times(batch, doffset), dvar + times(batch, dnorm_var), delta, count)
+    return sum_dz, sum_dz_xhat, slope, level
+
+
+def _through_moments(dmean, dvar, delta, count):
+    """slope and level of dmean/n + (d - delta) * 2 * dvar/n, as a function of d."""
+    slope = 2 * dvar / count
+    return slope, dmean / count - delta * slope
+
+
+# The operations.
+
+
+def _moments_partial(view, x):
+    tiles = view.tiling(1)
+    (partial,) = stream(tiles, "bn_fused_moments", [x], [], [], _moments_row, sums=2, moments=True)
+    return tiles, partial
+
+
+def moments(x, mask=None, *, spec):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    return tuple(view.unchannel(value) for value in merge_moments(*_moments_partial(view, view.spread(x))))
+
+
+def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
+    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    flat = view.spread(x)
+    partial = _moments_partial(view, flat)
+    if running_mean.dtype == F32 and running_var.dtype == F32:
+        numbers = [view.group(value) for value in Coefficients.unpack(coefficients)]
+        step = [view.channel(running_mean), view.channel(running_var)], numbers
+        values = merge_moments(*partial, step, spec.eps)
+        pivot, delta, var, offset, rstd, *new = (view.unchannel(value) for value in values)
+    else:
+        pivot, delta, var = (view.unchannel(value) for value in merge_moments(*partial))
+        offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
+        rstd = reciprocal_std(norm_var, spec.eps)
+    y = _normalise(view, flat, residual, (pivot, offset, rstd, weight, bias), spec, reverse=True)
+    return y, pivot, delta, var, *new
+
+
+def _normalise(view, flat, residual, channels, spec, reverse):
+    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    (y,) = stream(
+        view.tiling(len(arrays)),
+        "bn_fused_normalise",
+        arrays,
+        [view.wide(value) for value in channels],
+        [],
+        _normalise_row(spec.activation),
+        outputs=1,
+        reverse=reverse,
+    )
+    return view.unspread(y)
+
+
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    return _normalise(view, view.spread(x), residual, (pivot, offset, rstd, weight, bias), spec, reverse=False)
+
+
+def backward(
+    dy,
+    dmean,
+    dvar,
+    x,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    delta,
+    batch,
+    count,
+    residual=None,
+    mask=None,
+    *,
+    spec,
+):
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    tiles = view.tiling(len(arrays))
+    wide = [view.wide(value) for value in (pivot, offset, rstd, weight, bias)]
+    row = _gradient_row(spec.activation, write_dx=False)
+    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, wide, [], row, sums=2)
+
+    operands = (offset, rstd, weight, dmean, dvar, delta), (batch, count)
+    sums = _merged_sums(view, tiles, partial, *operands, _finish_backward, 4)
+    sum_dz, sum_dz_xhat, slope, level = sums
+    write_dz = len(arrays) == 3
+    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
+    results = stream(
+        tiles,
+        "bn_fused_backward_dx",
+        arrays,
+        [*wide, view.wide(slope), view.wide(level)],
+        [],
+        row,
+        outputs=1 + write_dz,
+        reverse=True,
+    )
+    return _gradients(view, results, sum_dz, sum_dz_xhat, dy, residual)
+
+
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    tiles = view.tiling(len(arrays))
+    write_dz = len(arrays) == 3
+    *results, partial = stream(
+        tiles,
+        "bn_fused_normalise_backward",
+        arrays,
+        [view.wide(value) for value in (pivot, offset, rstd, weight, bias)],
+        [],
+        _gradient_row(spec.activation, write_dx=True, write_dz=write_dz),
+        sums=2,
+        outputs=1 + write_dz,
+    )
+    sums = _merged_sums(view, tiles, partial, (offset, rstd), (), _finish_sums, 2)
+    return _gradients(view, results, *sums, dy, residual)
+
+
+def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
+    """Gradient of `moments` with respect to x."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    channels = [view.wide(value) for value in (pivot, delta, dmean, dvar)]
+    name = "bn_fused_moments_backward"
+    flat, numbers = [view.spread(x)], [view.group(count)]
+    (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
+    return (view.unspread(dx),)
+
+
+def _gradient_arrays(view, dy, x, residual, spec):
+    """What a backward reads: without an activation, its derivative and so the residual do not matter."""
+    arrays = (dy, x) if residual is None or spec.activation is None else (dy, x, residual)
+    return [view.spread(array) for array in arrays]
+
+
+def _merged_sums(view, tiles, partial, channels, numbers, finish, results):
+    channels, numbers = [view.channel(value) for value in channels], [view.group(value) for value in numbers]
+    return [view.unchannel(value) for value in merge_sums(tiles, partial, channels, numbers, finish, results)]
+
+
+def _gradients(view, results, sum_dz, sum_dz_xhat, dy, residual):
+    dx, *dresidual = (view.unspread(result) for result in results)
+    gradients = (dx, sum_dz, sum_dz_xhat)
+    return gradients if residual is None else (*gradients, *(dresidual or (dy,)))
+
+
+def _no_mask(mask):
+    if mask is not None:
+        raise ValueError("pallas_gpu takes no mask")

@@ -1,0 +1,371 @@
+"""The kernels of the backend `pallas_gpu`, written with Pallas Mosaic GPU: a stream over the rows, and two merges.
+
+`stream` is every pass over arrays of x's size: the moments' sums, the normalisation, the backward's sums and its
+gradients differ only in the function of one row that they give it. `merge_moments` and `merge_sums` are launches of
+O(channels) between two passes: they add up what the blocks found and compute the values per channel that the second
+pass needs.
+
+How a stream keeps the memory busy on a Hopper GPU:
+
+- One block of threads for each multiprocessor, of up to four warpgroups. Each warpgroup has its own range of rows, its
+  own ring of tiles in shared memory, which the copy engine (TMA) fills, and its own barriers: no warpgroup ever waits
+  for another one until the end. With three tiles in each ring a multiprocessor has 150 to 190 KiB in flight; 30 KiB
+  would do at the memory's unloaded latency.
+- A tile's row is 256 (or 128) columns, and each thread owns two (or one) of them: it adds up its columns in registers,
+  without exchange between threads, and a warp reads 128 or 256 consecutive bytes of shared memory at a time, without
+  bank conflicts. Eight rows are read before the first is used.
+- Results leave from registers, by stores of 128 or 256 consecutive bytes a warp.
+- The automatic barriers around every load and store are off. What they protect is protected here: a slot of the ring
+  is filled again only after all threads of its warpgroup have read it (`commit_smem` has the barrier and the fence
+  towards the copy engine), and nothing but the copy engine writes there.
+- The sums are added up tile by tile and then warpgroup by warpgroup in a fixed order: two runs give the same bits.
+
+Row and column numbers are 32-bit integers, which are multiplied to addresses in 64 bits: an array may have more than
+2^31 elements as long as it has fewer rows and channels than that.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .contract import blend_channels
+from .pallas_gpu_plan import MERGE_WARPGROUPS, UNROLL, WARPGROUP
+
+F32 = jnp.float32
+
+
+def _pallas():
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return pl, plgpu
+
+
+def _launch(body, name, out_types, scratch, grid, warpgroups):
+    _, plgpu = _pallas()
+    body.__name__ = name
+    return plgpu.kernel(
+        body,
+        out_type=out_types,
+        scratch_types=scratch,
+        grid=(grid,),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+    )
+
+
+def _finite_or_zero(value):
+    return jnp.where(jnp.abs(value) < jnp.inf, value, jnp.zeros_like(value))
+
+
+def variance_sum(square_sum, total, mean):
+    """square_sum - total * mean, at least 0: the sum of squares about the mean; `jnp_backend` has the same guard."""
+    correction = total * mean
+    # Two selections, because Mosaic has no logic on vectors of bool.
+    unless_overflow = jnp.where(jnp.abs(mean) < jnp.inf, jnp.zeros_like(mean), correction)
+    correction = jnp.where(jnp.abs(correction) < jnp.inf, correction, unless_overflow)
+    return jnp.maximum(square_sum - correction, jnp.zeros_like(mean))
+
+
+# --- the pass over rows ---------------------------------------------------------------------------------------
+
+
+def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, moments=False, reverse=False):
+    """One pass over arrays [groups, rows, width], read once, each by the same tiles.
+
+    - `channels`: arrays [groups, width] float32; `scalars`: arrays [groups] float32.
+    - `row(values, channels, scalars)`: of a row's values (float32 vectors of the block's columns, one for each array),
+      the block's vectors of `channels` and the group's `scalars`, returns `sums` vectors to add up and `outputs`
+      vectors to store.
+    - `moments`: `row` gets the pivot in addition, as the last of `channels`: the mean of the worker's first tile.
+    - `reverse`: walks through each worker's tiles from the last one to the first, and through the blocks in the same
+      way, so that it begins with what the pass before it read last and L2 still holds.
+
+    Returns the tuple of the outputs [groups, rows, width] in the first array's dtype and, where there are sums, their
+    partial results [groups, splits, sums, padded width]; for moments, pivot, delta and the squares about the mean.
+    """
+    pl, plgpu = _pallas()
+    t, inputs = tiling, len(arrays)
+    slots, vector = t.warpgroups * t.stages, (t.columns,)
+    kept = 3 if moments else sums
+    dtype = arrays[0].dtype
+    out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), dtype)] * outputs
+    if sums:
+        out_types.append(jax.ShapeDtypeStruct((t.groups, t.splits, kept, t.padded_width), F32))
+    scratch = [plgpu.SMEM((slots, t.tile_rows, t.columns), array.dtype) for array in arrays]
+    scratch.append(plgpu.Barrier(num_arrivals=inputs, num_barriers=slots))
+    if sums:
+        scratch.append(plgpu.SMEM((t.warpgroups, kept, t.columns), F32))
+        scratch.append(plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=1))
+    base_rows, extra_rows = divmod(t.rows, t.workers)
+
+    def body(*refs):
+        take = _taker(refs)
+        array_refs, channel_refs, scalar_refs = take(inputs), take(len(channels)), take(len(scalars))
+        out_refs, (partial_ref,) = take(outputs), take(1 if sums else 0) or (None,)
+        rings, (filled,) = take(inputs), take(1)
+        (exchange, arrived) = take(2) if sums else (None, None)
+
+        block = lax.axis_index("block")
+        block = t.grid - 1 - block if reverse else block
+        split, rest = lax.rem(block, t.splits), lax.div(block, t.splits)
+        column_block, group = lax.rem(rest, t.blocks), lax.div(rest, t.blocks)
+        columns = pl.ds(jnp.minimum(column_block * t.columns, t.width - t.columns), t.columns)
+        warpgroup = lax.axis_index("warpgroup")
+        worker = split * t.warpgroups + warpgroup
+        start = worker * base_rows + jnp.minimum(worker, extra_rows)
+        rows = base_rows + (worker < extra_rows).astype(jnp.int32)
+        tiles = lax.div(rows + (t.tile_rows - 1), t.tile_rows)
+        first_slot = warpgroup * t.stages
+
+        def place(step):
+            """The tile of a step: its first row of the array, and the rows to skip that another tile has."""
+            index = tiles - 1 - step if reverse else step
+            moved = jnp.minimum(index * t.tile_rows, rows - t.tile_rows)
+            return start + moved, index * t.tile_rows - moved
+
+        def slot_of(step):
+            return first_slot + lax.rem(step, t.stages)
+
+        def fetch(step):
+            first_row, _ = place(step)
+            slot = slot_of(step)
+            for array_ref, ring in zip(array_refs, rings, strict=True):
+                tile = array_ref.at[group, pl.ds(first_row, t.tile_rows), columns]
+                plgpu.copy_gmem_to_smem(tile, ring.at[slot], filled.at[slot])
+
+        def zeros():
+            return jnp.zeros(vector, F32)
+
+        for step in range(t.stages):
+            pl.when(step < tiles)(functools.partial(fetch, jnp.int32(step)))
+        per_channel = [ref[group, columns] for ref in channel_refs]
+        per_group = [ref[group] for ref in scalar_refs]
+        plgpu.barrier_wait(filled.at[slot_of(jnp.int32(0))])
+        if moments:
+            slot = slot_of(jnp.int32(0))
+            first = _unrolled(0, t.tile_rows, lambda i, total: total + rings[0][slot, i].astype(F32), zeros())
+            per_channel.append(_finite_or_zero(first * (1 / t.tile_rows)))
+
+        def one_tile(step, totals):
+            slot = slot_of(step)
+            first_row, skipped = place(step)
+
+            def one_row(i, partial):
+                values = [ring[slot, i].astype(F32) for ring in rings]
+                terms, results = row(values, per_channel, per_group)
+                for out_ref, result in zip(out_refs, results, strict=True):
+                    out_ref[group, first_row + i, columns] = result.astype(dtype)
+                return tuple(a + b for a, b in zip(partial, terms, strict=True))
+
+            partial = _unrolled(skipped, t.tile_rows, one_row, tuple(zeros() for _ in range(sums)))
+            plgpu.commit_smem()  # all threads of the warpgroup have read the tile
+            pl.when(step + t.stages < tiles)(lambda: fetch(step + t.stages))
+            pl.when(step + 1 < tiles)(lambda: plgpu.barrier_wait(filled.at[slot_of(step + 1)]))
+            return tuple(a + b for a, b in zip(totals, partial, strict=True))
+
+        totals = lax.fori_loop(0, tiles, one_tile, tuple(zeros() for _ in range(sums)))
+        if not sums:
+            return
+        if moments:
+            (total, square_sum), number = totals, rows.astype(F32)
+            delta = total / number
+            totals = per_channel[-1], delta, variance_sum(square_sum, total, delta)
+        for index, value in enumerate(totals):
+            exchange[warpgroup, index] = value
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(arrived.at[0])
+        plgpu.barrier_wait(arrived.at[0])
+
+        @pl.when(warpgroup == 0)
+        def _():
+            if moments:
+                numbers = [
+                    (base_rows + (split * t.warpgroups + w < extra_rows).astype(jnp.int32)).astype(F32)
+                    for w in range(t.warpgroups)
+                ]
+                merged = _merge([[exchange[w, i] for i in range(3)] for w in range(t.warpgroups)], numbers)
+            else:
+                merged = [
+                    functools.reduce(jnp.add, [exchange[w, i] for w in range(t.warpgroups)]) for i in range(kept)
+                ]
+            for index, value in enumerate(merged):
+                partial_ref[group, split, index, columns] = value
+
+    kernel = _launch(body, name, out_types, scratch, t.grid, t.warpgroups)
+    return kernel(*arrays, *channels, *scalars)
+
+
+def _taker(refs):
+    remaining = iter(refs)
+    return lambda number: tuple(next(remaining) for _ in range(number))
+
+
+def _unrolled(start, stop, body, carry):
+    """fori_loop over [start, stop), `UNROLL` at a time and the rest one by one."""
+    groups = lax.div(stop - start, jnp.int32(UNROLL))
+
+    def several(index, carry):
+        for offset in range(UNROLL):
+            carry = body(start + index * UNROLL + offset, carry)
+        return carry
+
+    carry = lax.fori_loop(0, groups, several, carry)
+    return lax.fori_loop(start + groups * UNROLL, stop, body, carry)
+
+
+def _merge(parts, numbers):
+    """Moments (pivot, delta, squares about the mean) of parts with these numbers of values, as those of the whole.
+
+    About the first part's pivot; Chan, Golub & LeVeque, The American Statistician 37, 1983.
+    """
+    pivot = parts[0][0]
+    total = functools.reduce(jnp.add, numbers)
+    offsets = [(part_pivot - pivot) + delta for part_pivot, delta, _ in parts]
+    delta = functools.reduce(jnp.add, [offset * (n / total) for offset, n in zip(offsets, numbers, strict=True)])
+    squares = [
+        part[2] + jnp.square(offset - delta) * n for part, offset, n in zip(parts, offsets, numbers, strict=True)
+    ]
+    return pivot, delta, functools.reduce(jnp.add, squares)
+
+
+# --- the launches between two passes --------------------------------------------------------------------------
+
+
+def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, results):
+    """A launch with one block of threads for each 128 channels, whose warpgroups share the partial results.
+
+    `body(total, channels, scalars)` gets `total(terms, zero)`: the sum over all parts of what `terms(part, weight)`
+    returns, a function which may be called `rounds` times; `part(index)` is the partial result of that number.
+    """
+    pl, plgpu = _pallas()
+    t, warpgroups = tiling, MERGE_WARPGROUPS
+    entries = t.splits * t.fold
+    column_blocks = t.padded_channels // WARPGROUP
+    base_rows, extra_rows = divmod(t.rows, t.workers)
+    widest = partial.shape[2]
+    vector = (WARPGROUP,)
+    out_types = [jax.ShapeDtypeStruct((t.groups, t.padded_channels), F32)] * results
+    scratch = [
+        plgpu.SMEM((rounds, warpgroups, widest, WARPGROUP), F32),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=rounds),
+    ]
+
+    def kernel_body(partial_ref, *refs):
+        take = _taker(refs)
+        channel_refs, scalar_refs, out_refs = take(len(channels)), take(len(scalars)), take(results)
+        exchange, arrived = take(2)
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        group, first = lax.div(block, column_blocks), lax.rem(block, column_blocks) * WARPGROUP
+        columns = pl.ds(first, WARPGROUP)
+
+        def part(entry):
+            split, copy = lax.div(entry, t.fold), lax.rem(entry, t.fold)
+            here = pl.ds(copy * t.channels + first, WARPGROUP)
+            return [partial_ref[group, split, index, here] for index in range(widest)], split
+
+        def weight(split):
+            """Values per channel that the split's part stands for."""
+            more = jnp.clip(extra_rows - split * t.warpgroups, 0, t.warpgroups)
+            return (base_rows * t.warpgroups + more).astype(F32)
+
+        done = []
+
+        def total(terms, number):
+            turn = len(done)
+            done.append(turn)
+
+            def one(entry, sums):
+                values, split = part(entry)
+                return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
+
+            zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
+            sums = _unrolled(
+                lax.div(warpgroup * entries, warpgroups), lax.div((warpgroup + 1) * entries, warpgroups), one, zeros
+            )
+            for index, value in enumerate(sums):
+                exchange[turn, warpgroup, index] = value
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(arrived.at[turn])
+            plgpu.barrier_wait(arrived.at[turn])
+            return [
+                functools.reduce(jnp.add, [exchange[turn, w, index] for w in range(warpgroups)])
+                for index in range(number)
+            ]
+
+        first_pivot = part(jnp.int32(0))[0][0]
+        reduced = body.reduce(total, first_pivot)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            values = [ref[group, columns] for ref in channel_refs]
+            numbers = [ref[group] for ref in scalar_refs]
+            for out_ref, result in zip(out_refs, body.finish(reduced, values, numbers), strict=True):
+                out_ref[group, columns] = result
+
+    kernel = _launch(kernel_body, name, out_types, scratch, t.groups * column_blocks, warpgroups)
+    padding = t.padded_channels - t.channels
+    if padding:
+        channels = [jnp.pad(value, ((0, 0), (0, padding))) for value in channels]
+    found = kernel(partial, *channels, *scalars)
+    return [value[:, : t.channels] for value in found] if padding else found
+
+
+class _Merge:
+    """What a merge computes: `reduce(total, first_pivot)`, by all warpgroups, and `finish`, by one of them."""
+
+    def __init__(self, reduce, finish):
+        self.reduce, self.finish = reduce, finish
+
+
+def merge_moments(tiling, partial, step=None, eps=None):
+    """pivot, delta and var [groups, channels] from the moments' partial results of a stream.
+
+    With `step`, a pair of arrays per channel (running_mean, running_var) and one of coefficients [groups] each, in
+    addition offset, rstd, new_running_mean and new_running_var.
+    """
+    channels, scalars = step if step is not None else ((), ())
+
+    def reduce(total, pivot):
+        (delta,) = total(lambda part, n: [((part[0] - pivot) + part[1]) * (n * (1 / tiling.samples))], 1)
+
+        def squares(part, n):
+            return [part[2] + jnp.square(((part[0] - pivot) + part[1]) - delta) * n]
+
+        (square_sum,) = total(squares, 1)
+        return pivot, delta, square_sum * (1 / tiling.samples)
+
+    def finish(moments, channels, coefficients):
+        if step is None:
+            return moments
+        new = blend_channels(*moments, *channels, coefficients, times=times)
+        rstd = lax.rsqrt(new.norm_var + jnp.float32(eps))
+        return *moments, new.offset, rstd, new.new_running_mean, new.new_running_var
+
+    name = "bn_fused_merge_moments"
+    return _merge_launch(
+        tiling, name, partial, channels, scalars, 2, _Merge(reduce, finish), 3 if step is None else 7
+    )
+
+
+def merge_sums(tiling, partial, channels, scalars, finish, results):
+    """Values [groups, channels] that `finish(sums, channels, scalars)` computes from the sums of a stream."""
+    number = partial.shape[2]
+
+    def reduce(total, _):
+        return total(lambda part, n: part, number)
+
+    name = "bn_fused_merge_sums"
+    return _merge_launch(tiling, name, partial, channels, scalars, 1, _Merge(reduce, finish), results)
+
+
+def times(coefficient, value):
+    """`contract.scaled` of a scalar: zero where the coefficient is, whatever the value."""
+    coefficient = jnp.broadcast_to(coefficient, value.shape)
+    return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
