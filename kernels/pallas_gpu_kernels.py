@@ -150,21 +150,25 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
         plgpu.barrier_wait(filled.at[slot_of(jnp.int32(0))])
         if moments:
             slot = slot_of(jnp.int32(0))
-            first = _unrolled(0, t.tile_rows, lambda i, total: total + rings[0][slot, i].astype(F32), zeros())
+            first = _unrolled(
+                0, t.tile_rows, lambda i: rings[0][slot, i].astype(F32), lambda i, value, total: total + value, zeros()
+            )
             per_channel.append(_finite_or_zero(first * (1 / t.tile_rows)))
 
         def one_tile(step, totals):
             slot = slot_of(step)
             first_row, skipped = place(step)
 
-            def one_row(i, partial):
-                values = [ring[slot, i].astype(F32) for ring in rings]
+            def load(i):
+                return [ring[slot, i].astype(F32) for ring in rings]
+
+            def one_row(i, values, partial):
                 terms, results = row(values, per_channel, per_group)
                 for out_ref, result in zip(out_refs, results, strict=True):
                     out_ref[group, first_row + i, columns] = result.astype(dtype)
                 return tuple(a + b for a, b in zip(partial, terms, strict=True))
 
-            partial = _unrolled(skipped, t.tile_rows, one_row, tuple(zeros() for _ in range(sums)))
+            partial = _unrolled(skipped, t.tile_rows, load, one_row, tuple(zeros() for _ in range(sums)))
             plgpu.commit_smem()  # all threads of the warpgroup have read the tile
             pl.when(step + t.stages < tiles)(lambda: fetch(step + t.stages))
             pl.when(step + 1 < tiles)(lambda: plgpu.barrier_wait(filled.at[slot_of(step + 1)]))
@@ -207,17 +211,19 @@ def _taker(refs):
     return lambda number: tuple(next(remaining) for _ in range(number))
 
 
-def _unrolled(start, stop, body, carry):
-    """fori_loop over [start, stop), `UNROLL` at a time and the rest one by one."""
+def _unrolled(start, stop, load, use, carry):
+    """fori_loop over [start, stop) of carry = use(i, load(i), carry): `UNROLL` loads, then their use; the rest singly."""
     groups = lax.div(stop - start, jnp.int32(UNROLL))
 
     def several(index, carry):
-        for offset in range(UNROLL):
-            carry = body(start + index * UNROLL + offset, carry)
+        indices = [start + index * UNROLL + offset for offset in range(UNROLL)]
+        loaded = [load(i) for i in indices]
+        for i, values in zip(indices, loaded, strict=True):
+            carry = use(i, values, carry)
         return carry
 
     carry = lax.fori_loop(0, groups, several, carry)
-    return lax.fori_loop(start + groups * UNROLL, stop, body, carry)
+    return lax.fori_loop(start + groups * UNROLL, stop, lambda i, carry: use(i, load(i), carry), carry)
 
 
 def _merge(parts, numbers):
@@ -281,14 +287,13 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, result
             turn = len(done)
             done.append(turn)
 
-            def one(entry, sums):
-                values, split = part(entry)
+            def add(_, found, sums):
+                values, split = found
                 return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
 
             zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
-            sums = _unrolled(
-                lax.div(warpgroup * entries, warpgroups), lax.div((warpgroup + 1) * entries, warpgroups), one, zeros
-            )
+            first_entry, end = (lax.div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
+            sums = _unrolled(first_entry, end, part, add, zeros)
             for index, value in enumerate(sums):
                 exchange[turn, warpgroup, index] = value
             plgpu.commit_smem()
