@@ -82,7 +82,15 @@ def preference(problem, target):
 def plan(problem, target):
     """The `Plan` for a problem, or None if there is none."""
     itemsize = jnp.dtype(problem.dtype).itemsize
-    return make_plan(problem.groups, problem.rows, problem.channels, itemsize, target.chip)
+    return make_plan(
+        problem.groups,
+        problem.rows,
+        problem.channels,
+        itemsize,
+        target.chip,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+    )
 
 
 class _View:

@@ -37,6 +37,7 @@ class Plan:
     - `warpgroups`: of a block, each of which has a part of the block's rows, a ring of tiles and barriers of its own.
     - `stages`: tiles in that ring.
     - `ring_bytes`: shared memory of all the rings of a block.
+    - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
     """
 
     fold: int
@@ -45,6 +46,34 @@ class Plan:
     warpgroups: int
     stages: int
     ring_bytes: int
+    residual: bool = False
+    derivative: bool = False
+
+    def passes(self, operation):
+        """(reads, writes) of arrays of x's size inside the kernels of an operation."""
+        forward, backward = int(self.residual), int(self.residual and self.derivative)
+        return {
+            "moments": (1, 0),
+            "normalise": (1 + forward, 1),
+            "forward": (2 + forward, 1),
+            "moments_backward": (1, 1),
+            "normalise_backward": (2 + backward, 1 + backward),
+            "backward": (4 + 2 * backward, 1 + backward),
+        }[operation]
+
+    def launches(self, operation):
+        """The kernels of an operation, by name and in order."""
+        return tuple(f"bn_fused_{name}" for name in _LAUNCHES[operation])
+
+
+_LAUNCHES = {
+    "moments": ("moments", "merge_moments"),
+    "normalise": ("normalise",),
+    "forward": ("moments", "merge_moments", "normalise"),
+    "moments_backward": ("moments_backward",),
+    "normalise_backward": ("normalise_backward", "merge_sums"),
+    "backward": ("backward_sums", "merge_sums", "backward_dx"),
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +184,7 @@ def splits_of(rows, blocks, warpgroups, cores):
     return max(range(1, min(most, 8) + 1), key=lambda splits: (occupied(splits) > 0.9, occupied(splits), -splits))
 
 
-def make_plan(groups, rows, channels, itemsize, chip):
+def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative=False):
     """The plan for x [groups, rows, channels] on a chip, or None if there is none (see `fold_of`)."""
     found = fold_of(rows, channels, itemsize)
     if found is None:
@@ -171,6 +200,8 @@ def make_plan(groups, rows, channels, itemsize, chip):
         warpgroups=warpgroups,
         stages=STAGES,
         ring_bytes=chip.shared_memory_per_block - RESERVED,
+        residual=residual,
+        derivative=derivative,
     )
 
 
