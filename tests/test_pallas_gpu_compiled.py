@@ -1,0 +1,215 @@
+"""The kernels of the backend `pallas_gpu` compiled for an H200 and a B200, without one: what the compilers say of them.
+
+One process for each chip, because a process compiles for one GPU only.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from bn_fused.bench import deviceless
+
+# Groups, rows, channels, dtype, activation, residual.
+RAW = [
+    (1, 100352, 64, "bfloat16", "relu", False),
+    (1, 100352, 256, "float32", None, False),
+    (1, 6272, 2048, "bfloat16", "relu", True),
+    (3, 4096, 96, "float32", "gelu", True),
+    (2, 4097 * 7, 1000, "float16", "leaky_relu", False),
+    (1, 4096, 3, "float32", "silu", False),
+    (1, 4096, 17, "bfloat16", None, True),
+    (1, 2048, 65, "float32", "relu", False),
+    (1, 49, 8192, "float32", "silu", True),
+    (1, 8, 128, "float32", None, False),
+    (1, 1, 128, "bfloat16", "gelu", True),
+    (1, 1 << 23, 512, "bfloat16", "relu", False),  # 2^32 elements
+]
+# The B200's code differs from the H200's in little but its number of cores.
+CASES = {"h200": RAW, "b200": RAW[:4]}
+
+COMPILE = """
+import json, math, pathlib, re, sys
+import jax, jax.numpy as jnp
+import bn_fused
+from bn_fused import kernels
+from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.dispatch import run
+from bn_fused.bench.deviceless import compile_for
+from bn_fused.bench.traffic import passes
+
+target, cases, dump = json.load(sys.stdin)
+S = jax.ShapeDtypeStruct
+
+def figures(compiled, elements, nbytes):
+    text = compiled.as_text()
+    traffic = passes(text, elements, nbytes)
+    launched = re.findall(r'custom_call_target="mosaic_gpu[^\\n]*', text)
+    return {
+        "reads": traffic.reads, "writes": traffic.writes, "launches": traffic.launches,
+        "copies": traffic.copies_or_transposes, "details": [str(access) for access in traffic.details],
+        "kernels": len(launched),
+    }
+
+def operation_of(name, groups, rows, channels, dtype, activation, residual):
+    kinds = {"x": S((groups, rows, channels), dtype), "channel": S((groups, channels), "float32"),
+             "group": S((groups,), "float32"), "coefficients": S((groups, 6), "float32")}
+    left_out = ("mask",) if residual else ("mask", "residual")
+    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
+    spec = Spec("grc", 1e-5, activation, "pallas_gpu")
+    x = kinds["x"]
+    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
+    found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
+    plan = kernels.registry.choose(
+        kernels.registry.Problem(groups, rows, channels, dtype, activation, residual),
+        kernels.registry.Target("cuda", kernels.chips.CHIPS[target]), "pallas_gpu").plan
+    return found | {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name)}
+
+def block(backend, dtype):
+    "conv, BatchNorm, relu, conv in NCHW, forward and gradients."
+    shape, channels = (32, 64, 56, 56), 64
+    stats = bn_fused.RunningStats.init(channels)
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+    def forward(x, first, second, weight, bias):
+        y, new = bn_fused.batch_norm(convolve(x, first), stats, weight, bias, approach="batch", channel_axis=1,
+                                     activation="relu", backend=backend)
+        return convolve(y, second), new
+    def both(x, first, second, weight, bias, dy):
+        y, pullback, new = jax.vjp(forward, x, first, second, weight, bias, has_aux=True)
+        return y, new, pullback(dy)
+    kernel, parameter = S((channels, channels, 3, 3), dtype), S((channels,), "float32")
+    x = S(shape, dtype)
+    compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
+    return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+found = {"operations": [{name: operation_of(name, *case) for name in OPERATIONS} for case in cases]}
+if target == "h200":
+    found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")}
+                       for dtype in ("float32", "bfloat16")}
+json.dump(found, sys.stdout)
+"""
+
+
+def compiled_for(target, dump):
+    missing = deviceless.missing(target)
+    if missing is not None:
+        pytest.skip(missing)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    environment |= {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_TO": str(dump),
+        "MOSAIC_GPU_DUMP_PTX": "1",
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        input=json.dumps([target, CASES[target], str(dump)]),
+        capture_output=True,
+        text=True,
+        timeout=580,
+        env=environment,
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout), {path.name: path.read_text() for path in dump.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def h200(tmp_path_factory):
+    return compiled_for("h200", tmp_path_factory.mktemp("h200"))
+
+
+@pytest.fixture(scope="module")
+def b200(tmp_path_factory):
+    return compiled_for("b200", tmp_path_factory.mktemp("b200"))
+
+
+@pytest.fixture(params=CASES)
+def chip(request):
+    """The target, what was counted in each of its cases, and the dumps of its kernels."""
+    found, dumps = request.getfixturevalue(request.param)
+    return request.param, found["operations"], dumps
+
+
+def test_no_kernel_spills_registers_or_uses_local_memory(chip):
+    _, cases, dumps = chip
+    reports = {name: text for name, text in dumps.items() if name.endswith(".ptxas")}
+    assert len(reports) >= 8 * len(cases)
+    for name, text in reports.items():
+        assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, text)
+        (registers,) = map(int, re.findall(r"Used (\d+) registers", text))
+        # A block of 1024 threads has no more than that for each; one of 512, twice as many.
+        assert registers <= (64 if "merge" in name else 128), (name, text)
+
+
+def test_the_launches_are_those_of_the_plan(chip):
+    _, cases, _ = chip
+    for case, operations in zip(CASES[chip[0]], cases, strict=True):
+        for name, figures in operations.items():
+            assert figures["kernels"] == figures["planned_launches"], (case, name)
+
+
+def test_nothing_of_the_size_of_x_happens_around_the_kernels(chip):
+    """What the program reads and writes are the operands and results of its kernels: the plan's passes."""
+    for case, operations in zip(CASES[chip[0]], chip[1], strict=True):
+        groups, rows, channels, *_ = case
+        for name, figures in operations.items():
+            assert figures["copies"] == [], (case, name, figures["details"])
+            if rows >= 4096 and channels >= 64:  # else the values per channel are as large as x
+                planned = figures["planned_passes"]
+                assert [figures["reads"], figures["writes"]] == planned, (case, name, figures["details"])
+
+
+def test_addresses_are_computed_in_64_bits(h200):
+    """In the kernel for 2^32 elements, a row's number is multiplied to an address of 64 bits."""
+    _, dumps = h200
+    kernels = [text for name, text in dumps.items() if name.endswith(".ptx") and "normalise" in name]
+    assert any(re.search(r"mul\.wide\.[su]32\s+%rd\d+, %r\d+, 1024;", text) for text in kernels)
+
+
+def test_a_value_that_is_not_a_number_passes_the_relu(h200):
+    _, dumps = h200
+    maxima = [line for name, text in dumps.items() if name.endswith(".ptx") for line in re.findall(r"max\.\S*f32", text)]
+    assert maxima and set(maxima) == {"max.NaN.f32"}
+
+
+def test_rows_are_read_by_the_copy_engine_and_nothing_else(h200):
+    _, dumps = h200
+    for name, text in dumps.items():
+        if name.endswith(".ptx") and "merge" not in name:
+            assert "cp.async.bulk.tensor" in text and "ld.local" not in text and "st.local" not in text, name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_between_convolutions_no_copy_or_transpose_is_added(h200, dtype):
+    blocks = h200[0]["blocks"][dtype]
+    ours, theirs = blocks["pallas_gpu"], blocks["jnp"]
+    assert len(ours["copies"]) <= len(theirs["copies"]), (ours["details"], theirs["details"])
+    assert ours["kernels"] == 6
+    assert ours["reads"] <= theirs["reads"] and ours["writes"] <= theirs["writes"], (ours, theirs)
+
+
+def test_an_older_gpu_is_refused_before_anything_is_lowered():
+    """Mosaic GPU would end the process there."""
+    missing = deviceless.missing("a100")
+    if missing is not None:
+        pytest.skip(missing)
+    script = (
+        "import jax, jax.numpy as jnp, bn_fused\n"
+        "from bn_fused.bench.deviceless import compile_for\n"
+        "stats = bn_fused.RunningStats.init(64)\n"
+        "run = lambda x: bn_fused.batch_norm(x, stats, backend='pallas_gpu')[0]\n"
+        "try: compile_for('a100', run, jax.ShapeDtypeStruct((4096, 64), jnp.float32))\n"
+        "except bn_fused.BackendError as error: print(error)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.returncode == 0, process.stderr
+    assert "9.0 (Hopper) or later, and a100 has 8.0" in process.stdout
