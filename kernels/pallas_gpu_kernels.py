@@ -60,6 +60,15 @@ def _launch(body, name, out_types, scratch, grid, warpgroups):
     )
 
 
+def _div(dividend, divisor):
+    """Of 32-bit integers that are not negative, also where JAX's default integers have 64."""
+    return lax.div(dividend, jnp.int32(divisor))
+
+
+def _rem(dividend, divisor):
+    return lax.rem(dividend, jnp.int32(divisor))
+
+
 def _finite_or_zero(value):
     return jnp.where(jnp.abs(value) < jnp.inf, value, jnp.zeros_like(value))
 
@@ -114,14 +123,14 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
 
         block = lax.axis_index("block")
         block = t.grid - 1 - block if reverse else block
-        split, rest = lax.rem(block, t.splits), lax.div(block, t.splits)
-        column_block, group = lax.rem(rest, t.blocks), lax.div(rest, t.blocks)
+        split, rest = _rem(block, t.splits), _div(block, t.splits)
+        column_block, group = _rem(rest, t.blocks), _div(rest, t.blocks)
         columns = pl.ds(jnp.minimum(column_block * t.columns, t.width - t.columns), t.columns)
         warpgroup = lax.axis_index("warpgroup")
         worker = split * t.warpgroups + warpgroup
         start = worker * base_rows + jnp.minimum(worker, extra_rows)
         rows = base_rows + (worker < extra_rows).astype(jnp.int32)
-        tiles = lax.div(rows + (t.tile_rows - 1), t.tile_rows)
+        tiles = _div(rows + (t.tile_rows - 1), t.tile_rows)
         first_slot = warpgroup * t.stages
 
         def place(step):
@@ -131,7 +140,7 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
             return start + moved, index * t.tile_rows - moved
 
         def slot_of(step):
-            return first_slot + lax.rem(step, t.stages)
+            return first_slot + _rem(step, t.stages)
 
         def fetch(step):
             first_row, _ = place(step)
@@ -174,7 +183,7 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
             pl.when(step + 1 < tiles)(lambda: plgpu.barrier_wait(filled.at[slot_of(step + 1)]))
             return tuple(a + b for a, b in zip(totals, partial, strict=True))
 
-        totals = lax.fori_loop(0, tiles, one_tile, tuple(zeros() for _ in range(sums)))
+        totals = lax.fori_loop(jnp.int32(0), tiles, one_tile, tuple(zeros() for _ in range(sums)))
         if not sums:
             return
         if moments:
@@ -213,7 +222,8 @@ def _taker(refs):
 
 def _unrolled(start, stop, load, use, carry):
     """fori_loop over [start, stop) of carry = use(i, load(i), carry): `UNROLL` loads, then their use; the rest singly."""
-    groups = lax.div(stop - start, jnp.int32(UNROLL))
+    start, stop = jnp.int32(start), jnp.int32(stop)
+    groups = _div(stop - start, UNROLL)
 
     def several(index, carry):
         indices = [start + index * UNROLL + offset for offset in range(UNROLL)]
@@ -222,7 +232,7 @@ def _unrolled(start, stop, load, use, carry):
             carry = use(i, values, carry)
         return carry
 
-    carry = lax.fori_loop(0, groups, several, carry)
+    carry = lax.fori_loop(jnp.int32(0), groups, several, carry)
     return lax.fori_loop(start + groups * UNROLL, stop, lambda i, carry: use(i, load(i), carry), carry)
 
 
@@ -268,11 +278,11 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, result
         channel_refs, scalar_refs, out_refs = take(len(channels)), take(len(scalars)), take(results)
         exchange, arrived = take(2)
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        group, first = lax.div(block, column_blocks), lax.rem(block, column_blocks) * WARPGROUP
+        group, first = _div(block, column_blocks), _rem(block, column_blocks) * WARPGROUP
         columns = pl.ds(first, WARPGROUP)
 
         def part(entry):
-            split, copy = lax.div(entry, t.fold), lax.rem(entry, t.fold)
+            split, copy = _div(entry, t.fold), _rem(entry, t.fold)
             here = pl.ds(copy * t.channels + first, WARPGROUP)
             return [partial_ref[group, split, index, here] for index in range(widest)], split
 
@@ -292,7 +302,7 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, result
                 return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
 
             zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
-            first_entry, end = (lax.div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
+            first_entry, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
             sums = _unrolled(first_entry, end, part, add, zeros)
             for index, value in enumerate(sums):
                 exchange[turn, warpgroup, index] = value

@@ -13,22 +13,38 @@ import pytest
 from bn_fused.bench import deviceless
 
 # Groups, rows, channels, dtype, activation, residual.
-RAW = [
+EVERY_OPERATION = [
     (1, 100352, 64, "bfloat16", "relu", False),
-    (1, 100352, 256, "float32", None, False),
-    (1, 6272, 2048, "bfloat16", "relu", True),
     (3, 4096, 96, "float32", "gelu", True),
+]
+FORWARD_AND_BACKWARD = [
+    (1, 6272, 2048, "bfloat16", "relu", True),
     (2, 4097 * 7, 1000, "float16", "leaky_relu", False),
-    (1, 4096, 3, "float32", "silu", False),
-    (1, 4096, 17, "bfloat16", None, True),
-    (1, 2048, 65, "float32", "relu", False),
-    (1, 49, 8192, "float32", "silu", True),
-    (1, 8, 128, "float32", None, False),
-    (1, 1, 128, "bfloat16", "gelu", True),
+    (1, 2048, 65, "float32", "silu", False),
+    (1, 1, 128, "bfloat16", None, True),
     (1, 1 << 23, 512, "bfloat16", "relu", False),  # 2^32 elements
 ]
+MORE = [
+    (1, 100352, 256, "float32", None, False),
+    (1, 4096, 3, "float32", "silu", False),
+    (1, 4096, 17, "bfloat16", None, True),
+    (1, 49, 8192, "float32", "silu", True),
+    (1, 8, 128, "float32", None, False),
+    (5, 1003, 136, "float16", "gelu", True),
+]
+OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
+BOTH = OPERATIONS[:2]
+
+
+def every_case(*lists):
+    return [(case, OPERATIONS if case in EVERY_OPERATION else BOTH) for cases in lists for case in cases]
+
+
 # The B200's code differs from the H200's in little but its number of cores.
-CASES = {"h200": RAW, "b200": RAW[:4]}
+CASES = {
+    "h200": every_case(EVERY_OPERATION, FORWARD_AND_BACKWARD),
+    "b200": every_case(EVERY_OPERATION[1:], FORWARD_AND_BACKWARD[:1]),
+}
 
 COMPILE = """
 import json, math, pathlib, re, sys
@@ -40,7 +56,7 @@ from bn_fused.kernels.dispatch import run
 from bn_fused.bench.deviceless import compile_for
 from bn_fused.bench.traffic import passes
 
-target, cases, dump = json.load(sys.stdin)
+target, cases, blocks = json.load(sys.stdin)
 S = jax.ShapeDtypeStruct
 
 def figures(compiled, elements, nbytes):
@@ -85,15 +101,15 @@ def block(backend, dtype):
     compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
     return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
 
-found = {"operations": [{name: operation_of(name, *case) for name in OPERATIONS} for case in cases]}
-if target == "h200":
+found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
+if blocks:
     found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")}
                        for dtype in ("float32", "bfloat16")}
 json.dump(found, sys.stdout)
 """
 
 
-def compiled_for(target, dump):
+def compiled_for(target, cases, dump, blocks=False):
     missing = deviceless.missing(target)
     if missing is not None:
         pytest.skip(missing)
@@ -106,7 +122,7 @@ def compiled_for(target, dump):
     }
     process = subprocess.run(
         [sys.executable, "-c", COMPILE],
-        input=json.dumps([target, CASES[target], str(dump)]),
+        input=json.dumps([target, cases, blocks]),
         capture_output=True,
         text=True,
         timeout=580,
@@ -118,48 +134,66 @@ def compiled_for(target, dump):
 
 @pytest.fixture(scope="module")
 def h200(tmp_path_factory):
-    return compiled_for("h200", tmp_path_factory.mktemp("h200"))
+    return compiled_for("h200", CASES["h200"], tmp_path_factory.mktemp("h200"), blocks=True)
 
 
 @pytest.fixture(scope="module")
 def b200(tmp_path_factory):
-    return compiled_for("b200", tmp_path_factory.mktemp("b200"))
+    return compiled_for("b200", CASES["b200"], tmp_path_factory.mktemp("b200"))
 
 
 @pytest.fixture(params=CASES)
 def chip(request):
-    """The target, what was counted in each of its cases, and the dumps of its kernels."""
+    """What was counted, by case and operation, and the dumps of the kernels."""
     found, dumps = request.getfixturevalue(request.param)
-    return request.param, found["operations"], dumps
+    return by_operation(CASES[request.param], found), dumps
 
 
-def test_no_kernel_spills_registers_or_uses_local_memory(chip):
-    _, cases, dumps = chip
+def by_operation(cases, found):
+    return {
+        (tuple(case), name): figures
+        for (case, _), operations in zip(cases, found["operations"], strict=True)
+        for name, figures in operations.items()
+    }
+
+
+def check_registers(counted, dumps):
     reports = {name: text for name, text in dumps.items() if name.endswith(".ptxas")}
-    assert len(reports) >= 8 * len(cases)
+    assert len(reports) >= len(counted)
     for name, text in reports.items():
         assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in text, (name, text)
         (registers,) = map(int, re.findall(r"Used (\d+) registers", text))
-        # A block of 1024 threads has no more than that for each; one of 512, twice as many.
+        # A block of 1024 threads has no more than 64 for each; one of 512, twice as many.
         assert registers <= (64 if "merge" in name else 128), (name, text)
 
 
-def test_the_launches_are_those_of_the_plan(chip):
-    _, cases, _ = chip
-    for case, operations in zip(CASES[chip[0]], cases, strict=True):
-        for name, figures in operations.items():
-            assert figures["kernels"] == figures["planned_launches"], (case, name)
-
-
-def test_nothing_of_the_size_of_x_happens_around_the_kernels(chip):
+def check_traffic(counted):
     """What the program reads and writes are the operands and results of its kernels: the plan's passes."""
-    for case, operations in zip(CASES[chip[0]], chip[1], strict=True):
+    for (case, name), figures in counted.items():
+        assert figures["kernels"] == figures["planned_launches"], (case, name)
+        assert figures["copies"] == [], (case, name, figures["details"])
         groups, rows, channels, *_ = case
-        for name, figures in operations.items():
-            assert figures["copies"] == [], (case, name, figures["details"])
-            if rows >= 4096 and channels >= 64:  # else the values per channel are as large as x
-                planned = figures["planned_passes"]
-                assert [figures["reads"], figures["writes"]] == planned, (case, name, figures["details"])
+        if rows >= 4096 and channels >= 64:  # else the values per channel are as large as x
+            passes = [figures["reads"], figures["writes"]]
+            assert passes == figures["planned_passes"], (case, name, figures["details"])
+
+
+def test_no_kernel_spills_registers_or_uses_local_memory(chip):
+    check_registers(*chip)
+
+
+def test_launches_and_passes_are_those_of_the_plan_and_nothing_of_the_size_of_x_happens_around_the_kernels(chip):
+    check_traffic(chip[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["h200", "b200"])
+def test_more_shapes_compile_in_the_same_way(target, tmp_path):
+    cases = every_case(EVERY_OPERATION, FORWARD_AND_BACKWARD, MORE)
+    found, dumps = compiled_for(target, cases, tmp_path)
+    counted = by_operation(cases, found)
+    check_registers(counted, dumps)
+    check_traffic(counted)
 
 
 def test_addresses_are_computed_in_64_bits(h200):
