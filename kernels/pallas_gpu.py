@@ -118,13 +118,10 @@ class _View:
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return jnp.transpose(jnp.reshape(array, self.transposed), inverse)
 
-    def channel(self, value):
-        """A value per channel as float32 [groups, channels]."""
-        return jnp.reshape(value.astype(F32), (self.groups, self.channels))
-
-    def wide(self, value):
-        """A value per channel as float32 [groups, fold*channels]."""
-        return jnp.tile(self.channel(value), (1, self.plan.fold))
+    def wide(self, *values):
+        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
+        values = [jnp.reshape(value.astype(F32), (self.groups, self.channels)) for value in values]
+        return values if self.plan.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.plan.fold))]
 
     def group(self, value):
         """A value per group as float32 [groups]."""
@@ -152,7 +149,7 @@ def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
 def _normalise_row(activation):
     def row(values, channels, _):
         x, residual = (*values, None)[:2]
-        _, z, _ = _before_activation(x, residual, *channels)
+        _, z, _ = _before_activation(x, residual, *channels[:5])
         return (), (activate(z, activation),)
 
     return row
@@ -169,7 +166,7 @@ def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False
         if write_dx:
             dx = dz * scale
             if through_moments:
-                slope, level = channels[5:]
+                slope, level = channels[-2:]
                 dx = dx + (d * slope + level)
             results = (dx, dz) if write_dz else (dx,)
         return () if through_moments else (dz, dz * d), results
@@ -190,18 +187,18 @@ def _moments_gradient_row(values, channels, numbers):
 def _finish_sums(sums, channels, _):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     sum_dz, sum_dz_d = sums
-    offset, rstd = channels
+    _, offset, rstd, *_ = channels
     return sum_dz, (sum_dz_d - offset * sum_dz) * rstd
 
 
 def _finish_backward(sums, channels, numbers):
-    """The two sums, and slope and level: the part of dx that goes through the moments is d * slope + level."""
-    offset, rstd, weight, dmean, dvar, delta = channels
+    """slope and level, and the two sums: the part of dx that goes through the moments is d * slope + level."""
+    _, _, rstd, weight, _, dmean, dvar, delta = channels
     batch, count = numbers
-    sum_dz, sum_dz_xhat = _finish_sums(sums, (offset, rstd), ())
+    sum_dz, sum_dz_xhat = _finish_sums(sums, channels, ())
     doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     slope, level = _through_moments(dmean + times(batch, doffset), dvar + times(batch, dnorm_var), delta, count)
-    return sum_dz, sum_dz_xhat, slope, level
+    return slope, level, sum_dz, sum_dz_xhat
 
 
 def _through_moments(dmean, dvar, delta, count):
@@ -223,7 +220,8 @@ def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
     _no_mask(mask)
     view = _View(x, spec)
-    return tuple(view.unchannel(value) for value in merge_moments(*_moments_partial(view, view.spread(x))))
+    _, found = merge_moments(*_moments_partial(view, view.spread(x)))
+    return tuple(view.unchannel(value) for value in found)
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
@@ -233,30 +231,24 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     flat = view.spread(x)
     partial = _moments_partial(view, flat)
     if running_mean.dtype == F32 and running_var.dtype == F32:
+        given = view.wide(weight, bias, running_mean, running_var)
         numbers = [view.group(value) for value in Coefficients.unpack(coefficients)]
-        step = [view.channel(running_mean), view.channel(running_var)], numbers
-        values = merge_moments(*partial, step, spec.eps)
-        pivot, delta, var, offset, rstd, *new = (view.unchannel(value) for value in values)
+        wide, found = merge_moments(*partial, (given, numbers), spec.eps)
+        pivot, delta, var, *new = (view.unchannel(value) for value in found)
+        channels = [*wide, *given]
     else:
-        pivot, delta, var = (view.unchannel(value) for value in merge_moments(*partial))
+        _, found = merge_moments(*partial)
+        pivot, delta, var = (view.unchannel(value) for value in found)
         offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
-        rstd = reciprocal_std(norm_var, spec.eps)
-    y = _normalise(view, flat, residual, (pivot, offset, rstd, weight, bias), spec, reverse=True)
+        channels = view.wide(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
+    y = _normalise(view, flat, residual, channels, spec, reverse=True)
     return y, pivot, delta, var, *new
 
 
 def _normalise(view, flat, residual, channels, spec, reverse):
     arrays = [flat] if residual is None else [flat, view.spread(residual)]
-    (y,) = stream(
-        view.tiling(len(arrays)),
-        "bn_fused_normalise",
-        arrays,
-        [view.wide(value) for value in channels],
-        [],
-        _normalise_row(spec.activation),
-        outputs=1,
-        reverse=reverse,
-    )
+    row, tiles = _normalise_row(spec.activation), view.tiling(len(arrays))
+    (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], row, outputs=1, reverse=reverse)
     return view.unspread(y)
 
 
@@ -264,7 +256,8 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
     _no_mask(mask)
     view = _View(x, spec)
-    return _normalise(view, view.spread(x), residual, (pivot, offset, rstd, weight, bias), spec, reverse=False)
+    channels = view.wide(pivot, offset, rstd, weight, bias)
+    return _normalise(view, view.spread(x), residual, channels, spec, reverse=False)
 
 
 def backward(
@@ -290,26 +283,16 @@ def backward(
     view = _View(x, spec)
     arrays = _gradient_arrays(view, dy, x, residual, spec)
     tiles = view.tiling(len(arrays))
-    wide = [view.wide(value) for value in (pivot, offset, rstd, weight, bias)]
-    row = _gradient_row(spec.activation, write_dx=False)
-    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, wide, [], row, sums=2)
-
-    operands = (offset, rstd, weight, dmean, dvar, delta), (batch, count)
-    sums = _merged_sums(view, tiles, partial, *operands, _finish_backward, 4)
-    sum_dz, sum_dz_xhat, slope, level = sums
-    write_dz = len(arrays) == 3
+    channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
+    numbers = [view.group(value) for value in (batch, count)]
+    sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
+    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sums, sums=2)
+    through, found = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
     row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
-    results = stream(
-        tiles,
-        "bn_fused_backward_dx",
-        arrays,
-        [*wide, view.wide(slope), view.wide(level)],
-        [],
-        row,
-        outputs=1 + write_dz,
-        reverse=True,
-    )
-    return _gradients(view, results, sum_dz, sum_dz_xhat, dy, residual)
+    channels = [*channels, *through]
+    outputs = 1 + write_dz
+    results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
+    return _gradients(view, results, found, dy, residual)
 
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
@@ -317,27 +300,19 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
     _no_mask(mask)
     view = _View(x, spec)
     arrays = _gradient_arrays(view, dy, x, residual, spec)
-    tiles = view.tiling(len(arrays))
-    write_dz = len(arrays) == 3
-    *results, partial = stream(
-        tiles,
-        "bn_fused_normalise_backward",
-        arrays,
-        [view.wide(value) for value in (pivot, offset, rstd, weight, bias)],
-        [],
-        _gradient_row(spec.activation, write_dx=True, write_dz=write_dz),
-        sums=2,
-        outputs=1 + write_dz,
-    )
-    sums = _merged_sums(view, tiles, partial, (offset, rstd), (), _finish_sums, 2)
-    return _gradients(view, results, *sums, dy, residual)
+    tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
+    channels = view.wide(pivot, offset, rstd, weight, bias)
+    row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
+    *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
+    _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
+    return _gradients(view, results, found, dy, residual)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
     _no_mask(mask)
     view = _View(x, spec)
-    channels = [view.wide(value) for value in (pivot, delta, dmean, dvar)]
+    channels = view.wide(pivot, delta, dmean, dvar)
     name = "bn_fused_moments_backward"
     flat, numbers = [view.spread(x)], [view.group(count)]
     (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
@@ -350,14 +325,9 @@ def _gradient_arrays(view, dy, x, residual, spec):
     return [view.spread(array) for array in arrays]
 
 
-def _merged_sums(view, tiles, partial, channels, numbers, finish, results):
-    channels, numbers = [view.channel(value) for value in channels], [view.group(value) for value in numbers]
-    return [view.unchannel(value) for value in merge_sums(tiles, partial, channels, numbers, finish, results)]
-
-
-def _gradients(view, results, sum_dz, sum_dz_xhat, dy, residual):
+def _gradients(view, results, sums, dy, residual):
     dx, *dresidual = (view.unspread(result) for result in results)
-    gradients = (dx, sum_dz, sum_dz_xhat)
+    gradients = (dx, *(view.unchannel(value) for value in sums))
     return gradients if residual is None else (*gradients, *(dresidual or (dy,)))
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .contract import blend_channels
-from .pallas_gpu_plan import MERGE_WARPGROUPS, UNROLL, WARPGROUP
+from .pallas_gpu_plan import COPIED, MERGE_WARPGROUPS, UNROLL, WARPGROUP
 
 F32 = jnp.float32
 
@@ -88,7 +88,8 @@ def variance_sum(square_sum, total, mean):
 def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, moments=False, reverse=False):
     """One pass over arrays [groups, rows, width], read once, each by the same tiles.
 
-    - `channels`: arrays [groups, width] float32; `scalars`: arrays [groups] float32.
+    - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups]. All
+      float32.
     - `row(values, channels, scalars)`: of a row's values (float32 vectors of the block's columns, one for each array),
       the block's vectors of `channels` and the group's `scalars`, returns `sums` vectors to add up and `outputs`
       vectors to store.
@@ -154,7 +155,7 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
 
         for step in range(t.stages):
             pl.when(step < tiles)(functools.partial(fetch, jnp.int32(step)))
-        per_channel = [ref[group, columns] for ref in channel_refs]
+        per_channel = _vectors(channel_refs, group, columns)
         per_group = [ref[group] for ref in scalar_refs]
         plgpu.barrier_wait(filled.at[slot_of(jnp.int32(0))])
         if moments:
@@ -205,11 +206,15 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
                 ]
                 merged = _merge([[exchange[w, i] for i in range(3)] for w in range(t.warpgroups)], numbers)
             else:
-                merged = [
-                    functools.reduce(jnp.add, [exchange[w, i] for w in range(t.warpgroups)]) for i in range(kept)
-                ]
+                merged = [functools.reduce(jnp.add, [exchange[w, i] for w in range(t.warpgroups)]) for i in range(kept)]
             for index, value in enumerate(merged):
                 partial_ref[group, split, index, columns] = value
+            if t.fold > 1:
+
+                @pl.when(column_block == 0)
+                def _():
+                    for index, value in enumerate(merged):
+                        partial_ref[group, split, index, pl.ds(t.width, t.columns)] = value
 
     kernel = _launch(body, name, out_types, scratch, t.grid, t.warpgroups)
     return kernel(*arrays, *channels, *scalars)
@@ -218,6 +223,15 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
 def _taker(refs):
     remaining = iter(refs)
     return lambda number: tuple(next(remaining) for _ in range(number))
+
+
+def _vectors(refs, group, columns):
+    """The vectors of arrays [groups, width] and [groups, number, width], in order."""
+    found = []
+    for ref in refs:
+        several = [ref.at[group, index] for index in range(ref.shape[1])] if len(ref.shape) == 3 else [ref.at[group]]
+        found += [one[columns] for one in several]
+    return found
 
 
 def _unrolled(start, stop, load, use, carry):
@@ -254,36 +268,43 @@ def _merge(parts, numbers):
 # --- the launches between two passes --------------------------------------------------------------------------
 
 
-def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, results):
-    """A launch with one block of threads for each 128 channels, whose warpgroups share the partial results.
+def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide, exact):
+    """A launch with one block of threads for each 128 columns, whose warpgroups share the partial results.
 
-    `body(total, channels, scalars)` gets `total(terms, zero)`: the sum over all parts of what `terms(part, weight)`
-    returns, a function which may be called `rounds` times; `part(index)` is the partial result of that number.
+    A column's result is that of its channel: where rows are folded, the copies of a channel are merged in each block
+    that has one of them, so that the next pass reads values per column without anything in between.
+
+    Returns the first `wide` results per column [groups, width] and the other `exact` ones per channel [groups,
+    channels]: where rows are folded these are cut to size by the copy engine, if it can (multiples of 16 bytes).
     """
     pl, plgpu = _pallas()
     t, warpgroups = tiling, MERGE_WARPGROUPS
     entries = t.splits * t.fold
-    column_blocks = t.padded_channels // WARPGROUP
     base_rows, extra_rows = divmod(t.rows, t.workers)
     widest = partial.shape[2]
-    vector = (WARPGROUP,)
-    out_types = [jax.ShapeDtypeStruct((t.groups, t.padded_channels), F32)] * results
+    cuts = t.fold > 1 and t.channels % COPIED == 0
+    widths = [t.width] * wide + [t.channels if cuts else t.width] * exact
+    out_types = [jax.ShapeDtypeStruct((t.groups, width), F32) for width in widths]
     scratch = [
         plgpu.SMEM((rounds, warpgroups, widest, WARPGROUP), F32),
         plgpu.Barrier(num_arrivals=warpgroups, num_barriers=rounds),
     ]
+    if cuts:
+        scratch.append(plgpu.SMEM((exact, WARPGROUP), F32))
 
-    def kernel_body(partial_ref, *refs):
+    def body(partial_ref, *refs):
         take = _taker(refs)
-        channel_refs, scalar_refs, out_refs = take(len(channels)), take(len(scalars)), take(results)
+        channel_refs, scalar_refs, out_refs = take(len(channels)), take(len(scalars)), take(wide + exact)
         exchange, arrived = take(2)
+        (cut,) = take(1) if cuts else (None,)
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        group, first = _div(block, column_blocks), _rem(block, column_blocks) * WARPGROUP
-        columns = pl.ds(first, WARPGROUP)
+        group, column_block = _div(block, t.merge_blocks), _rem(block, t.merge_blocks)
+        start = jnp.minimum(column_block * WARPGROUP, t.width - WARPGROUP)
+        columns = pl.ds(start, WARPGROUP)
 
         def part(entry):
             split, copy = _div(entry, t.fold), _rem(entry, t.fold)
-            here = pl.ds(copy * t.channels + first, WARPGROUP)
+            here = pl.ds(_rem(start + copy * t.channels, t.width), WARPGROUP)
             return [partial_ref[group, split, index, here] for index in range(widest)], split
 
         def weight(split):
@@ -291,19 +312,19 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, result
             more = jnp.clip(extra_rows - split * t.warpgroups, 0, t.warpgroups)
             return (base_rows * t.warpgroups + more).astype(F32)
 
-        done = []
+        turns = iter(range(rounds))
 
         def total(terms, number):
-            turn = len(done)
-            done.append(turn)
+            """The sums over all parts of the vectors that `terms(part, weight)` returns."""
+            turn = next(turns)
 
             def add(_, found, sums):
                 values, split = found
                 return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
 
-            zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
-            first_entry, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
-            sums = _unrolled(first_entry, end, part, add, zeros)
+            zeros = tuple(jnp.zeros((WARPGROUP,), F32) for _ in range(number))
+            first, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
+            sums = _unrolled(first, end, part, add, zeros)
             for index, value in enumerate(sums):
                 exchange[turn, warpgroup, index] = value
             plgpu.commit_smem()
@@ -314,22 +335,35 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, body, result
                 for index in range(number)
             ]
 
-        first_pivot = part(jnp.int32(0))[0][0]
-        reduced = body.reduce(total, first_pivot)
+        def write_cut(number):
+            for index, out_ref in enumerate(out_refs[wide:]):
+                there = out_ref.at[group, pl.ds(column_block * WARPGROUP, number)]
+                plgpu.copy_smem_to_gmem(cut.at[index, pl.ds(0, number)], there)
+
+        # Each column starts with its own copy of the channel: two columns of a channel may differ in the last bits.
+        reduced = merge.reduce(total, part(jnp.int32(0))[0][0])
 
         @pl.when(warpgroup == 0)
         def _():
-            values = [ref[group, columns] for ref in channel_refs]
-            numbers = [ref[group] for ref in scalar_refs]
-            for out_ref, result in zip(out_refs, body.finish(reduced, values, numbers), strict=True):
-                out_ref[group, columns] = result
+            values = _vectors(channel_refs, group, columns)
+            results = merge.finish(reduced, values, [ref[group] for ref in scalar_refs])
+            for index, (out_ref, result) in enumerate(zip(out_refs, results, strict=True)):
+                if cuts and index >= wide:
+                    cut[index - wide] = result
+                else:
+                    out_ref[group, columns] = result
+            if cuts:
+                plgpu.commit_smem()
+                whole, rest = divmod(t.channels, WARPGROUP)
+                if whole:
+                    pl.when(column_block < whole)(lambda: write_cut(WARPGROUP))
+                if rest:
+                    pl.when(column_block == whole)(lambda: write_cut(rest))
+                plgpu.wait_smem_to_gmem(0)
 
-    kernel = _launch(kernel_body, name, out_types, scratch, t.groups * column_blocks, warpgroups)
-    padding = t.padded_channels - t.channels
-    if padding:
-        channels = [jnp.pad(value, ((0, 0), (0, padding))) for value in channels]
+    kernel = _launch(body, name, out_types, scratch, t.groups * t.merge_blocks, warpgroups)
     found = kernel(partial, *channels, *scalars)
-    return [value[:, : t.channels] for value in found] if padding else found
+    return found[:wide], [value[:, : t.channels] if value.shape[1] != t.channels else value for value in found[wide:]]
 
 
 class _Merge:
@@ -340,10 +374,11 @@ class _Merge:
 
 
 def merge_moments(tiling, partial, step=None, eps=None):
-    """pivot, delta and var [groups, channels] from the moments' partial results of a stream.
+    """The moments of a stream's partial results, and what follows from them.
 
-    With `step`, a pair of arrays per channel (running_mean, running_var) and one of coefficients [groups] each, in
-    addition offset, rstd, new_running_mean and new_running_var.
+    Without `step`, pivot, delta and var [groups, channels]. With it, (arrays of weight, bias, running_mean and
+    running_var, the six coefficients [groups]): first pivot, offset and rstd [groups, width], then the three moments,
+    new_running_mean and new_running_var [groups, channels].
     """
     channels, scalars = step if step is not None else ((), ())
 
@@ -359,25 +394,21 @@ def merge_moments(tiling, partial, step=None, eps=None):
     def finish(moments, channels, coefficients):
         if step is None:
             return moments
-        new = blend_channels(*moments, *channels, coefficients, times=times)
+        new = blend_channels(*moments, *channels[2:], coefficients, times=times)
         rstd = lax.rsqrt(new.norm_var + jnp.float32(eps))
-        return *moments, new.offset, rstd, new.new_running_mean, new.new_running_var
+        return moments[0], new.offset, rstd, *moments, new.new_running_mean, new.new_running_var
 
-    name = "bn_fused_merge_moments"
-    return _merge_launch(
-        tiling, name, partial, channels, scalars, 2, _Merge(reduce, finish), 3 if step is None else 7
-    )
+    merge, (wide, exact) = _Merge(reduce, finish), (0, 3) if step is None else (3, 5)
+    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, 2, merge, wide, exact)
 
 
-def merge_sums(tiling, partial, channels, scalars, finish, results):
-    """Values [groups, channels] that `finish(sums, channels, scalars)` computes from the sums of a stream."""
+def merge_sums(tiling, partial, channels, scalars, finish, wide, exact):
+    """What `finish(sums, channels, scalars)` computes from a stream's sums: the first `wide` results [groups, width],
+    the other `exact` ones [groups, channels].
+    """
     number = partial.shape[2]
-
-    def reduce(total, _):
-        return total(lambda part, n: part, number)
-
-    name = "bn_fused_merge_sums"
-    return _merge_launch(tiling, name, partial, channels, scalars, 1, _Merge(reduce, finish), results)
+    merge = _Merge(lambda total, _: total(lambda part, n: part, number), finish)
+    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, 1, merge, wide, exact)
 
 
 def times(coefficient, value):

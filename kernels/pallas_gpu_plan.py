@@ -23,6 +23,7 @@ MOST_WARPGROUPS = 4
 # Where the moments' partial results are merged, 1024 threads share the work of 128 channels.
 MERGE_WARPGROUPS = 8
 ALIGNMENT = 16  # bytes: what the copy engine demands of an array's rows
+COPIED = ALIGNMENT // 4  # so many float32 make that
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,25 @@ class Tiling:
         return self.rows * self.fold
 
     @property
-    def padded_channels(self) -> int:
-        """Channels up to a multiple of the warpgroup: the width of results per channel."""
-        return -(-self.channels // WARPGROUP) * WARPGROUP
+    def padded_width(self) -> int:
+        """Width of the partial results: where rows are folded, the first block's columns stand there twice.
+
+        So the columns of any 128 neighbouring channels, counted cyclically, are neighbours in memory.
+        """
+        return self.width + (self.columns if self.fold > 1 else 0)
 
     @property
-    def padded_width(self) -> int:
-        """Width of the partial results: a warpgroup can read its threads' number of columns from any channel's on."""
-        return self.width + WARPGROUP
+    def merge_blocks(self) -> int:
+        """Blocks of 128 columns of the folded row, one for each block of threads of a merge."""
+        return -(-self.width // WARPGROUP)
+
+    def merge_start(self, block):
+        """The first column of a merge's block; the last block ends with the row."""
+        return min(block * WARPGROUP, self.width - WARPGROUP)
+
+    def copy_start(self, start, copy):
+        """Where the columns of the same channels as those from `start` on begin, in the copy of that number."""
+        return (start + copy * self.channels) % self.width
 
     def block_start(self, block):
         """The first column of a block; the last block ends with the row."""

@@ -91,9 +91,13 @@ def test_every_plan_fits_the_chip_and_covers_every_column(chip, itemsize):
                 assert 0 <= start and start + t.columns <= t.width
                 covered |= set(range(start, start + t.columns))
             assert covered == set(range(t.width))
-            # The merge reads 128 columns from each copy of each channel block on.
-            last = (t.fold - 1) * channels + t.padded_channels - WARPGROUP
-            assert last + WARPGROUP <= t.padded_width
+            # The columns of the other copies of a merge's channels, which are neighbours in the partial results too.
+            for block in {0, t.merge_blocks // 2, t.merge_blocks - 1}:
+                start = t.merge_start(block)
+                assert 0 <= start and start + WARPGROUP <= t.width
+                for copy in range(t.fold):
+                    there = t.copy_start(start, copy)
+                    assert there + WARPGROUP <= t.padded_width and (there - start) % channels == 0
     assert planned > 200
 
 
@@ -111,6 +115,20 @@ def test_large_arrays_keep_the_whole_chip_busy(chip):
             assert t.grid >= 0.85 * waves * chip.cores, (rows, channels, plan)
             in_flight = inputs * t.warpgroups * t.stages * t.tile_rows * t.columns * itemsize
             assert in_flight >= 96 * 1024, (rows, channels, plan)
+
+
+def test_a_merge_meets_every_copy_of_its_channels_once():
+    for channels, fold in ((8, 16), (24, 16), (65, 3), (96, 4), (136, 2), (1, 200)):
+        plan = Plan(fold, 128, 1, 1, 2, ring_bytes=2 * 4 * 128 * 4)
+        t = tiling(plan, 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
+        for block in range(t.merge_blocks if t else 0):
+            start = t.merge_start(block)
+            # What the stream's kernel has written: the row, and the first block's columns once more.
+            padded = np.arange(t.padded_width) % t.width
+            windows = [padded[t.copy_start(start, copy) :][:WARPGROUP] for copy in range(fold)]
+            for lane, column in enumerate(range(start, start + WARPGROUP)):
+                met = sorted(window[lane] for window in windows)
+                assert met == list(range(column % channels, t.width, channels))
 
 
 def test_blocks_divide_the_row_wherever_a_fold_allows_it():
