@@ -101,8 +101,35 @@ def block(backend, dtype):
     compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
     return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
 
+def entrances():
+    "The number of kernels that a training step lowers to, through every way in, and with 64-bit types on."
+    import equinox as eqx
+    rows, channels = 4096, 64
+    x, parameter = S((rows, channels), "float32"), S((channels,), "float32")
+    stats = bn_fused.RunningStats.init(channels)
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(channels, "batch", "batch", backend="pallas_gpu")
+    mapped = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    blend = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
+    def raw(x):
+        one = jnp.ones(channels, "float32")
+        return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend="pallas_gpu")[0]
+    ways = {
+        "layer": lambda x: mapped(x, state)[0],
+        "function": lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu")[0],
+        "raw": raw,
+    }
+    found = {name: figures(compile_for(target, way, x), 1, 1)["kernels"] for name, way in ways.items()}
+    many = S((3, rows, channels), "float32")
+    found["ensemble"] = figures(compile_for(target, jax.vmap(ways["function"]), many), 1, 1)["kernels"]
+    inference = lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu", inference=True)[0]
+    found["inference"] = figures(compile_for(target, inference, x), 1, 1)["kernels"]
+    with jax.enable_x64(True):
+        found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
+    return found
+
 found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
 if blocks:
+    found["entrances"] = entrances()
     found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")}
                        for dtype in ("float32", "bfloat16")}
 json.dump(found, sys.stdout)
@@ -223,6 +250,11 @@ def test_between_convolutions_no_copy_or_transpose_is_added(h200, dtype):
     assert len(ours["copies"]) <= len(theirs["copies"]), (ours["details"], theirs["details"])
     assert ours["kernels"] == 6
     assert ours["reads"] <= theirs["reads"] and ours["writes"] <= theirs["writes"], (ours, theirs)
+
+
+def test_every_way_in_lowers_to_the_kernels(h200):
+    three = dict.fromkeys(("layer", "function", "raw", "ensemble", "x64"), 3)
+    assert h200[0]["entrances"] == three | {"inference": 1}
 
 
 def test_an_older_gpu_is_refused_before_anything_is_lowered():
