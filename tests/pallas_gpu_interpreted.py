@@ -1,7 +1,7 @@
 """A process that computes operations of `pallas_gpu` in Mosaic GPU's interpreter: `python pallas_gpu_interpreted.py FILE`.
 
 FILE is an .npz with the operands of `forward` and cotangents, and the settings as JSON; the results are written
-beside it. Every results of the backward's operations takes the statistics from the forward's.
+beside it. The other operations take their statistics from the forward's results.
 """
 
 import json
@@ -23,9 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def main(path):
     stored = dict(np.load(path))
     settings = json.loads(str(stored.pop("settings")))
-    spec = contract.Spec(
-        settings["layout"], 1e-5, settings["activation"], "pallas_gpu", Plan(**settings["plan"])
-    )
+    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "pallas_gpu", Plan(**settings["plan"]))
     operands = {
         name: jnp.asarray(value, settings["dtype"] if name in ("x", "dy", "residual") else jnp.float32)
         for name, value in stored.items()

@@ -195,14 +195,14 @@ def check_registers(counted, dumps):
 
 
 def check_traffic(counted):
-    """What the program reads and writes are the operands and results of its kernels: the plan's passes."""
+    """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
     for (case, name), figures in counted.items():
         assert figures["kernels"] == figures["planned_launches"], (case, name)
         assert figures["copies"] == [], (case, name, figures["details"])
         groups, rows, channels, *_ = case
         if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
-            passes = [figures["reads"], figures["writes"]]
-            assert passes == figures["planned_passes"], (case, name, figures["details"])
+            for passes, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
+                assert planned <= passes < planned + 0.1, (case, name, figures["details"])
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(chip):
@@ -232,7 +232,9 @@ def test_addresses_are_computed_in_64_bits(h200):
 
 def test_a_value_that_is_not_a_number_passes_the_relu(h200):
     _, dumps = h200
-    maxima = [line for name, text in dumps.items() if name.endswith(".ptx") for line in re.findall(r"max\.\S*f32", text)]
+    maxima = [
+        line for name, text in dumps.items() if name.endswith(".ptx") for line in re.findall(r"max\.\S*f32", text)
+    ]
     assert maxima and set(maxima) == {"max.NaN.f32"}
 
 

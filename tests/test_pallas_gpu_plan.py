@@ -153,7 +153,9 @@ def test_splits_fill_the_last_wave():
             assert blocks * splits <= cores
 
 
-@pytest.mark.parametrize("change", [{"fold": 3}, {"columns": 96}, {"splits": 0}, {"splits": 10**6}, {"ring_bytes": 100}])
+@pytest.mark.parametrize(
+    "change", [{"fold": 3}, {"columns": 96}, {"splits": 0}, {"splits": 10**6}, {"ring_bytes": 100}]
+)
 def test_a_plan_by_hand_that_does_not_fit_is_refused(change):
     plan = make_plan(1, 1024, 128, 4, CHIPS["h200"])
     fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__} | change

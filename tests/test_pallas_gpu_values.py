@@ -112,9 +112,7 @@ def interpreted(case, arrays, folder):
         "operations": case.operations,
     }
     spread = ("x", "dy", "residual")
-    given = {
-        name: placed(value) if name in spread else value[0] if images else value for name, value in arrays.items()
-    }
+    given = {name: placed(value) if name in spread else value[0] if images else value for name, value in arrays.items()}
     path = str(folder / "operands.npz")
     np.savez(path, settings=json.dumps(settings), **given)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
