@@ -238,11 +238,18 @@ def test_a_value_that_is_not_a_number_passes_the_relu(h200):
     assert maxima and set(maxima) == {"max.NaN.f32"}
 
 
-def test_rows_are_read_by_the_copy_engine_and_nothing_else(h200):
+def test_a_tile_is_filled_again_only_behind_the_fence_and_the_barrier_of_its_warpgroup(h200):
+    """What the interpreter cannot see: it has one thread for the 128 of a warpgroup."""
     _, dumps = h200
     for name, text in dumps.items():
-        if name.endswith(".ptx") and "merge" not in name:
-            assert "cp.async.bulk.tensor" in text and "ld.local" not in text and "st.local" not in text, name
+        if not name.endswith(".ptx") or "merge" in name:
+            continue
+        order = r"fence\.proxy\.async|bar\.sync \t?%r\d+, 128|cp\.async\.bulk\.tensor|ld\.shared|ld\.local|st\.local"
+        found = [word.split()[0] for word in re.findall(order, text)]
+        assert "ld.local" not in found and "st.local" not in found, name
+        last_copy = len(found) - 1 - found[::-1].index("cp.async.bulk.tensor")
+        before = [word for word in found[:last_copy] if word != "cp.async.bulk.tensor"]
+        assert before[-2:] == ["fence.proxy.async", "bar.sync"], (name, before)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
