@@ -32,7 +32,7 @@ class Plan:
 
     x [groups, rows, channels] is seen as [groups, rows/fold, fold*channels]: `fold` neighbouring rows make one.
 
-    - `fold`: so that a row is a multiple of 16 bytes, and where possible of the block's columns.
+    - `fold`: so that a row is a multiple of 16 bytes, and where it can be, of the block's columns: see `fold_of`.
     - `columns`: of a block, 128 or 256. Where they do not divide the row, the last block overlaps the one before.
     - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
     - `warpgroups`: of a block, each of which has a part of the block's rows, a ring of tiles and barriers of its own.
@@ -163,8 +163,9 @@ class Tiling:
 def fold_of(rows, channels, itemsize):
     """(fold, columns) for an array, or None if no view of it has rows that the copy engine can address.
 
-    The smallest fold by which blocks of 256 columns fit the row exactly; else of 128; else the one with the least
-    overlap of the last block with the one before.
+    The one with the least extra traffic: where the blocks' columns do not fit the row exactly, the last block reads
+    again, in every pass, what the one before has read; and with the fold grow the partial results and the repeated
+    values per channel, some 90 bytes for each column of a folded row.
     """
     candidates = []
     for fold in range(1, min(rows, MOST_FOLDED) + 1):
@@ -173,9 +174,11 @@ def fold_of(rows, channels, itemsize):
             continue
         for columns in (WIDEST, WARPGROUP):
             if columns <= width:
-                waste = -(-width // columns) * columns / width
-                exact = waste == 1
-                candidates.append(((not exact, 0 if exact else waste, -columns, fold), fold, columns))
+                again = -(-width // columns) * columns / width - 1
+                per_column = 90 / (rows // fold * itemsize)
+                # Half as many bytes in an access, and one more small launch, cost little, but not nothing.
+                preferences = 0.01 * (columns < WIDEST) + 0.02 * (fold > 1)
+                candidates.append((3 * again + per_column + preferences, fold, columns))
     return min(candidates)[1:] if candidates else None
 
 
