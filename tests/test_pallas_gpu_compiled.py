@@ -11,6 +11,7 @@ import sys
 
 import pytest
 from bn_fused.bench import deviceless
+from bn_fused.kernels.chips import CHIPS
 
 # Groups, rows, channels, dtype, activation, residual.
 EVERY_OPERATION = [
@@ -194,6 +195,16 @@ def check_registers(counted, dumps):
         assert registers <= (64 if "merge" in name else 128), (name, text)
 
 
+def check_shared_memory(dumps, chip):
+    """A block that asks for more would only fail when it is launched."""
+    asked = []
+    for name, text in dumps.items():
+        if name.endswith(".mlir-passes.log"):
+            asked += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", text))
+    assert max(asked) <= chip.shared_memory_per_block
+    assert max(asked) > chip.shared_memory_per_block // 2  # the rings are seen
+
+
 def check_traffic(counted):
     """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
     for (case, name), figures in counted.items():
@@ -209,6 +220,11 @@ def test_no_kernel_spills_registers_or_uses_local_memory(chip):
     check_registers(*chip)
 
 
+@pytest.mark.parametrize("target", CASES)
+def test_every_block_fits_into_shared_memory(target, request):
+    check_shared_memory(request.getfixturevalue(target)[1], CHIPS[target])
+
+
 def test_launches_and_passes_are_those_of_the_plan_and_nothing_of_the_size_of_x_happens_around_the_kernels(chip):
     check_traffic(chip[0])
 
@@ -220,6 +236,7 @@ def test_more_shapes_compile_in_the_same_way(target, tmp_path):
     found, dumps = compiled_for(target, cases, tmp_path)
     counted = by_operation(cases, found)
     check_registers(counted, dumps)
+    check_shared_memory(dumps, CHIPS[target])
     check_traffic(counted)
 
 
