@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from . import jnp_backend, pallas_gpu
+from . import jnp_backend, pallas_gpu, pallas_tpu
 from .chips import GpuChip, TpuChip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
@@ -119,15 +119,16 @@ register(
         plan=jnp_backend.plan,
     )
 )
-register(
-    Backend(
-        "pallas_gpu",
-        {name: getattr(pallas_gpu, name) for name in OPERATIONS},
-        refusal=pallas_gpu.refusal,
-        preference=pallas_gpu.preference,
-        plan=pallas_gpu.plan,
+for _name, _module in (("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
+    register(
+        Backend(
+            _name,
+            {name: getattr(_module, name) for name in OPERATIONS},
+            refusal=_module.refusal,
+            preference=_module.preference,
+            plan=_module.plan,
+        )
     )
-)
 
 
 def backend_names():
