@@ -18,6 +18,7 @@ from .activations import ACTIVATIONS, activate
 from .pallas_tpu_plan import CHUNK_ELEMENTS, ROW_TILE, ceil_div, round_up
 
 SUBLANES = 8
+UNROLL = 4  # chunks in one iteration of a kernel's inner loop
 # Rows of the scratch with values per channel that outlive a step of the grid.
 PIVOT, DELTA, M2, CENTRE, SCALE, SHIFT, SLOPE, LEVEL = range(SUBLANES)
 SUM_DZ, SUM_DZ_D = DELTA, M2
@@ -62,11 +63,20 @@ class _Walk:
         """carry = body(rows of the chunk as a slice, how many of them are x's or None for all, carry), repeatedly."""
         whole, rest = divmod(rows, self.chunk)
 
-        def step(index, carry):
-            return body(pl.ds(pl.multiple_of(index * self.chunk, self.chunk), self.chunk), None, carry)
+        def step(first, carry):
+            return body(pl.ds(pl.multiple_of(first, self.chunk), self.chunk), None, carry)
 
-        if whole:
-            carry = lax.fori_loop(0, whole, step, carry, unroll=min(whole, 4))
+        def steps(index, carry):
+            for part in range(UNROLL):
+                carry = step((index * UNROLL + part) * self.chunk, carry)
+            return carry
+
+        # Unrolled here, because the compiler's own unrolling crashes on some numbers of steps.
+        unrolled = whole // UNROLL
+        if unrolled:
+            carry = lax.fori_loop(0, unrolled, steps, carry)
+        for index in range(unrolled * UNROLL, whole):
+            carry = step(index * self.chunk, carry)
         if rest:
             size = round_up(rest, ROW_TILE)
             carry = body(pl.ds(whole * self.chunk, size), rest if rest < size else None, carry)
