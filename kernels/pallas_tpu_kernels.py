@@ -15,10 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from .activations import ACTIVATIONS, activate
-from .pallas_tpu_plan import CHUNK_ELEMENTS, ROW_TILE, ceil_div, round_up
+from .pallas_tpu_plan import ROW_TILE, ceil_div, round_up
 
 SUBLANES = 8
-UNROLL = 4  # chunks in one iteration of a kernel's inner loop
+PIVOT_ROWS = 128
 # Rows of the scratch with values per channel that outlive a step of the grid.
 PIVOT, DELTA, M2, CENTRE, SCALE, SHIFT, SLOPE, LEVEL = range(SUBLANES)
 SUM_DZ, SUM_DZ_D = DELTA, M2
@@ -34,8 +34,7 @@ class _Walk:
         self.rows, self.plan, self.index = rows, plan, index
         self.count = ceil_div(rows, plan.block_rows)
         self.last = rows - (self.count - 1) * plan.block_rows
-        # Fewer rows in a chunk where they are wider, so that it fills as many registers.
-        self.chunk = max(min(CHUNK_ELEMENTS // plan.block_channels, plan.block_rows), ROW_TILE)
+        self.chunk = plan.chunk_rows
 
     def blocks(self, work):
         """Run work(rows, kept) for this step's block, which has so many rows of x and stays in VMEM or not."""
@@ -67,15 +66,16 @@ class _Walk:
             return body(pl.ds(pl.multiple_of(first, self.chunk), self.chunk), None, carry)
 
         def steps(index, carry):
-            for part in range(UNROLL):
-                carry = step((index * UNROLL + part) * self.chunk, carry)
+            for part in range(unroll):
+                carry = step((index * unroll + part) * self.chunk, carry)
             return carry
 
         # Unrolled here, because the compiler's own unrolling crashes on some numbers of steps.
-        unrolled = whole // UNROLL
+        unroll = self.plan.unroll
+        unrolled = whole // unroll
         if unrolled:
             carry = lax.fori_loop(0, unrolled, steps, carry)
-        for index in range(unrolled * UNROLL, whole):
+        for index in range(unrolled * unroll, whole):
             carry = step(index * self.chunk, carry)
         if rest:
             size = round_up(rest, ROW_TILE)
@@ -131,7 +131,7 @@ def _finite_or(value, other):
 
 def _choose_pivot(walk, x, stats):
     """The mean of the channel's first rows, or 0 where it is not finite."""
-    rows = min(walk.chunk, walk.rows)
+    rows = min(PIVOT_ROWS, walk.plan.block_rows, walk.rows)
     size = round_up(rows, ROW_TILE)
     first = _float(x, pl.ds(0, size))
     (first,) = _where_valid(first, rows if rows < size else None, first)

@@ -10,12 +10,18 @@ from .chips import TpuChip
 LANES = 128
 # Rows of a block are a multiple of this: a tile has 8 rows of float32, 16 of bfloat16.
 ROW_TILE = 16
-# Elements that one iteration of a kernel's inner loop works on: 16 vector registers of float32.
-CHUNK_ELEMENTS = 128 * LANES
+# A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
+CHUNK_ELEMENTS = 32 * LANES
+# Elements in one iteration of the inner loop, so that none of its values leaves the registers (seen in what the
+# compiler makes of it): in kernels that read one array, in the backward, and in it with an activation whose derivative
+# takes many operations.
+LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 64 * LANES
+SMOOTH = ("silu", "gelu")
+FEW_REGISTERS = ("v4",)  # chips with half as many registers as the others
 # A block's copy must take long against the third of a microsecond that a step of the grid costs.
 BLOCK_BYTES = 1 << 20
 SMALLEST_BLOCK_BYTES = 1 << 18
-MOST_CHANNELS = 512  # of a block: the values per channel take registers
+MOST_CHANNELS = 512  # of a block: the values per channel take registers too
 # What the compiler takes for itself, and the small windows with values per channel.
 RESERVED_BYTES = 1 << 19
 
@@ -27,6 +33,7 @@ class KernelPlan:
     - `block_rows`, `block_channels`: the part of x that is copied to VMEM at once.
     - `resident`: how many of the row blocks of a channel block stay in VMEM between the two phases of a kernel that
         has two, and are read from memory once and not twice: all (resident), none (streaming) or some (hybrid).
+    - `chunk_rows`, `unroll`: the inner loop takes so many chunks of so many rows in one iteration.
     - `reads`, `writes`: passes over x, blocks at the edge counted whole.
     - `vmem_limit_bytes`: the VMEM the kernel asks for: what it needs and no more, because XLA keeps arrays of its own
         in the rest.
@@ -34,6 +41,8 @@ class KernelPlan:
 
     block_rows: int
     block_channels: int
+    chunk_rows: int
+    unroll: int
     resident: int
     reads: float
     writes: float
@@ -97,31 +106,46 @@ def plan(problem, target):
     itemsize = 2 if problem.dtype == "bfloat16" else 4
     return Plan(
         **{
-            name: _kernel_plan(problem.rows, problem.channels, itemsize, traffic, target.chip)
+            name: _kernel_plan(problem, itemsize, traffic, target.chip)
             for name, traffic in _traffic(problem.residual, problem.activation).items()
         }
     )
 
 
-def _blocks(rows, channels, block_bytes, itemsize):
+def _blocks(rows, channels, block_bytes, itemsize, most_channels):
     """Block sizes of about this many bytes: as many rows as there are, then more channels."""
     block_channels = LANES
     padded_rows = round_up(rows, ROW_TILE)
     while (
         2 * block_channels * padded_rows * itemsize <= block_bytes
         and block_channels < channels
-        and 2 * block_channels <= MOST_CHANNELS
+        and 2 * block_channels <= most_channels
     ):
         block_channels *= 2
     most = max(block_bytes // (block_channels * itemsize) // LANES * LANES, LANES)
     return min(padded_rows, most), block_channels
 
 
-def _kernel_plan(rows, channels, itemsize, traffic, chip):
+def _inner_loop(block_channels, traffic, activation, chip):
+    """Rows of a chunk, and chunks in one iteration."""
+    elements = LIGHT_ELEMENTS
+    if traffic.first > 1:
+        elements = HEAVIEST_ELEMENTS if activation in SMOOTH else HEAVY_ELEMENTS
+    elif activation in SMOOTH and chip.name in FEW_REGISTERS:
+        elements = HEAVY_ELEMENTS
+    if chip.name in FEW_REGISTERS:
+        elements //= 2
+    chunk_rows = max(CHUNK_ELEMENTS // block_channels, ROW_TILE)
+    return chunk_rows, max(1, elements // (chunk_rows * block_channels))
+
+
+def _kernel_plan(problem, itemsize, traffic, chip):
+    rows, channels = problem.rows, problem.channels
     available = chip.vmem - RESERVED_BYTES
+    most_channels = MOST_CHANNELS // 2 if chip.name in FEW_REGISTERS else MOST_CHANNELS
     block_bytes = BLOCK_BYTES
     while True:
-        block_rows, block_channels = _blocks(rows, channels, block_bytes, itemsize)
+        block_rows, block_channels = _blocks(rows, channels, block_bytes, itemsize, most_channels)
         count = ceil_div(rows, block_rows)
         size = block_rows * block_channels * itemsize
         # Each window is double-buffered: one block is worked on while another is copied.
@@ -132,11 +156,12 @@ def _kernel_plan(rows, channels, itemsize, traffic, chip):
         block_bytes //= 2
     if traffic.kept and fitting < count:
         # Not everything fits in any case: the full block size then.
-        block_rows, block_channels = _blocks(rows, channels, BLOCK_BYTES, itemsize)
+        block_rows, block_channels = _blocks(rows, channels, BLOCK_BYTES, itemsize, most_channels)
         count, size = ceil_div(rows, block_rows), block_rows * block_channels * itemsize
         pipeline = 2 * traffic.windows * size
         fitting = max(0, (available - pipeline) // (traffic.kept * size))
     resident = min(count, fitting)
     reads = traffic.first + traffic.second - traffic.kept * resident / count
     limit = RESERVED_BYTES + pipeline + traffic.kept * resident * size
-    return KernelPlan(block_rows, block_channels, resident, reads, traffic.writes, limit)
+    loop = _inner_loop(block_channels, traffic, problem.activation, chip)
+    return KernelPlan(block_rows, block_channels, *loop, resident, reads, traffic.writes, limit)
