@@ -432,10 +432,12 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
 
     places = {CHANNEL: lambda name: per_channel, SCALARS: lambda name: scalars, LARGE: read}
     in_specs = [spec(kind, array, places[kind](name)) for name, (kind, array) in operands.items()]
+    # Inside shard_map the results' types must say over which device axes they differ: as the operands' do.
+    varying = jax.typeof(large).manual_axis_type
     out_types = {
-        name: jax.ShapeDtypeStruct((groups, rows, channels), large.dtype)
+        name: jax.ShapeDtypeStruct((groups, rows, channels), large.dtype, manual_axis_type=varying)
         if kind == LARGE
-        else jax.ShapeDtypeStruct((groups, 1, channels), jnp.float32)
+        else jax.ShapeDtypeStruct((groups, 1, channels), jnp.float32, manual_axis_type=varying)
         for name, kind in results.items()
     }
     out_specs = [spec(kind, None, write if kind == LARGE else per_channel) for name, kind in results.items()]

@@ -13,9 +13,9 @@ ROW_TILE = 16
 # A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
 CHUNK_ELEMENTS = 32 * LANES
 # Elements in one iteration of the inner loop, so that none of its values leaves the registers (seen in what the
-# compiler makes of it): in kernels that read one array, in the backward, and in it with an activation whose derivative
-# takes many operations.
-LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 64 * LANES
+# compiler makes of it): in kernels that do little, in the backward or with an activation that takes many operations, and
+# in the backward with such an activation.
+LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 32 * LANES
 SMOOTH = ("silu", "gelu")
 FEW_REGISTERS = ("v4",)  # chips with half as many registers as the others
 # A block's copy must take long against the third of a microsecond that a step of the grid costs.
@@ -131,7 +131,7 @@ def _inner_loop(block_channels, traffic, activation, chip):
     elements = LIGHT_ELEMENTS
     if traffic.first > 1:
         elements = HEAVIEST_ELEMENTS if activation in SMOOTH else HEAVY_ELEMENTS
-    elif activation in SMOOTH and chip.name in FEW_REGISTERS:
+    elif activation in SMOOTH:
         elements = HEAVY_ELEMENTS
     if chip.name in FEW_REGISTERS:
         elements //= 2
@@ -142,7 +142,8 @@ def _inner_loop(block_channels, traffic, activation, chip):
 def _kernel_plan(problem, itemsize, traffic, chip):
     rows, channels = problem.rows, problem.channels
     available = chip.vmem - RESERVED_BYTES
-    most_channels = MOST_CHANNELS // 2 if chip.name in FEW_REGISTERS else MOST_CHANNELS
+    heaviest = traffic.first > 1 and problem.activation in SMOOTH
+    most_channels = MOST_CHANNELS // 2 if heaviest or chip.name in FEW_REGISTERS else MOST_CHANNELS
     block_bytes = BLOCK_BYTES
     while True:
         block_rows, block_channels = _blocks(rows, channels, block_bytes, itemsize, most_channels)

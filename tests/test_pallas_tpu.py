@@ -341,7 +341,9 @@ def test_what_is_not_finite_stays_in_its_channel_and_looks_as_in_jnp(where):
     got = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=True))(*arrays)
     wanted = jax.jit(functools.partial(jnp_backend.forward, spec=dataclasses.replace(spec, plan=None)))(*arrays)
     for index, name in ((0, "y"), (3, "var"), (4, "new running mean"), (5, "new running var")):
-        kinds = [np.where(np.isfinite(array), 0, np.asarray(array, np.float32)) for array in (got[index], wanted[index])]
+        kinds = [
+            np.where(np.isfinite(array), 0, np.asarray(array, np.float32)) for array in (got[index], wanted[index])
+        ]
         np.testing.assert_array_equal(*kinds, err_msg=name)
     np.testing.assert_array_equal(np.isfinite(got[0][..., len(SPECIAL) :]), True)
 
