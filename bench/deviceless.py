@@ -181,6 +181,8 @@ def _tpu_topology(target: TpuChip):
         ("TPU_SKIP_MDS_QUERY", "1"),
         ("TPU_ACCELERATOR_TYPE", accelerator_type),
         ("TPU_WORKER_HOSTNAMES", "localhost"),
+        # One process at a time may use a TPU; none is used here.
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):
         os.environ.setdefault(name, value)
     try:

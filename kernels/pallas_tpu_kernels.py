@@ -393,6 +393,9 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
     block_rows, block_channels, resident = plan.block_rows, plan.block_channels, plan.resident
     row_blocks, channel_blocks = ceil_div(rows, block_rows), ceil_div(channels, block_channels)
 
+    if resident > row_blocks:
+        raise ValueError(f"the plan keeps {resident} row blocks of {row_blocks} that there are: {plan}")
+
     def column(index):
         return (0, index) if groups == 1 else (lax.div(index, channel_blocks), lax.rem(index, channel_blocks))
 

@@ -48,6 +48,16 @@ class KernelPlan:
     writes: float
     vmem_limit_bytes: int
 
+    def __post_init__(self):
+        for name, multiple in (("block_rows", ROW_TILE), ("chunk_rows", ROW_TILE), ("block_channels", LANES)):
+            size = getattr(self, name)
+            if size < multiple or size % multiple:
+                raise ValueError(f"{name} is {size}; it must be a positive multiple of {multiple}")
+        if self.unroll < 1 or self.resident < 0:
+            raise ValueError(
+                f"unroll is {self.unroll} and resident {self.resident}; accepted are at least 1 and at least 0"
+            )
+
 
 @dataclass(frozen=True)
 class Plan:

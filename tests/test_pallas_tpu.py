@@ -76,6 +76,23 @@ def test_a_small_problem_asks_for_little_memory():
     assert all(kernel.vmem_limit_bytes < 2**21 for kernel in of_plan(plan))
 
 
+@pytest.mark.parametrize(
+    "change", [{"block_rows": 100}, {"chunk_rows": 8}, {"block_channels": 64}, {"unroll": 0}, {"resident": -1}]
+)
+def test_a_plan_that_does_not_fit_the_tiles_is_refused(change):
+    plan = pallas_tpu.plan(Problem(1, 256, 128, "float32"), V5E)
+    with pytest.raises(ValueError, match=rf"{next(iter(change))} (is )?-?\d"):
+        dataclasses.replace(plan.forward, **change)
+
+
+def test_a_plan_that_keeps_more_than_there_is_is_refused():
+    x = jnp.ones((1, 256, 128))
+    with pytest.raises(ValueError, match="keeps 9 row blocks of 1 "):
+        forward = functools.partial(pallas_tpu.forward, spec=spec_for(x, lambda plan: with_blocks(plan, resident=9)))
+        vector = jnp.ones((1, 128))
+        jax.eval_shape(forward, x, vector, vector, vector, vector, BATCH.pack(jnp.float32)[None])
+
+
 # ---------------------------------------------------------------------------------------------- refusals
 
 
