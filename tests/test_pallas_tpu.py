@@ -115,6 +115,14 @@ def test_what_it_does_not_take_is_refused_by_name_and_auto_takes_another(change,
     assert kernels.choose(problem, target).name == "jnp"
 
 
+def test_auto_leaves_the_choice_to_jnp_and_a_name_forces_the_kernel():
+    problem = Problem(1, 65536, 1024, "bfloat16", "relu")
+    assert kernels.choose(problem, V5E).name == "jnp"
+    assert kernels.choose(problem, V5E, "pallas_tpu").plan == pallas_tpu.plan(problem, V5E)
+    choice = bn_fused.explain((65536, 1024), jnp.bfloat16, target="v6e", backend="pallas_tpu")
+    assert choice.name == "pallas_tpu" and choice.plan.forward.reads == 1
+
+
 def test_pallas_is_not_imported_before_a_kernel_is_lowered():
     script = "import sys, bn_fused, bn_fused.kernels; sys.exit('jax.experimental.pallas' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], timeout=120).returncode == 0
