@@ -23,7 +23,8 @@ their width is a multiple of 8). Channels are padded to a multiple of 128; with 
 layouts, and its copies around the kernel cost several times what the kernel does.
 
 `auto` does not take these kernels. What whole programs move, in reads and writes of x counted in their compiled HLO,
-what lies in VMEM not counted (bfloat16, relu, v5e; v6e and v5p gave the same where they were compiled):
+what lies in VMEM not counted (bfloat16, relu, v5e; of the others the first row was
+compiled and is the same, but for 0.3 and 1.8 reads more of the kernels on v4, which has less VMEM):
 
                                                             forward         with gradients
                                                             jnp   kernels   jnp    kernels
