@@ -42,7 +42,7 @@ XLA computes sums in the kernel of the convolution or the matrix product before,
 one after; and it keeps in VMEM what the kernels' own VMEM drives out. The kernels win where nothing is around them,
 and a backend is not told what is.
 
-Not taken, and refused by name: float64 and float16 (the vector unit has neither), masks, arrays that XLA partitions
+Not taken, and refused by name: float64 and float16 (which were not compiled), masks, arrays that XLA partitions
 over several devices, and a TPU that is not in the table of chips.
 """
 
