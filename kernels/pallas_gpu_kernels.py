@@ -268,7 +268,7 @@ def _merge(parts, numbers):
 # --- the launches between two passes --------------------------------------------------------------------------
 
 
-def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide, exact):
+def _merge_launch(tiling, name, partial, channels, scalars, merge, wide, exact):
     """A launch with one block of threads for each 128 columns, whose warpgroups share the partial results.
 
     A column's result is that of its channel: where rows are folded, the copies of a channel are merged in each block
@@ -286,8 +286,8 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
     widths = [t.width] * wide + [t.channels if cuts else t.width] * exact
     out_types = [jax.ShapeDtypeStruct((t.groups, width), F32) for width in widths]
     scratch = [
-        plgpu.SMEM((rounds, warpgroups, widest, WARPGROUP), F32),
-        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=rounds),
+        plgpu.SMEM((merge.rounds, warpgroups, merge.exchanged, WARPGROUP), F32),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=merge.rounds),
     ]
     if cuts:
         scratch.append(plgpu.SMEM((exact, WARPGROUP), F32))
@@ -312,28 +312,8 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
             more = jnp.clip(extra_rows - split * t.warpgroups, 0, t.warpgroups)
             return (base_rows * t.warpgroups + more).astype(F32)
 
-        turns = iter(range(rounds))
-
-        def total(terms, number):
-            """The sums over all parts of the vectors that `terms(part, weight)` returns."""
-            turn = next(turns)
-
-            def add(_, found, sums):
-                values, split = found
-                return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
-
-            zeros = tuple(jnp.zeros((WARPGROUP,), F32) for _ in range(number))
-            first, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
-            sums = _unrolled(first, end, part, add, zeros)
-            for index, value in enumerate(sums):
-                exchange[turn, warpgroup, index] = value
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(arrived.at[turn])
-            plgpu.barrier_wait(arrived.at[turn])
-            return [
-                functools.reduce(jnp.add, [exchange[turn, w, index] for w in range(warpgroups)])
-                for index in range(number)
-            ]
+        vector = (WARPGROUP,)
+        total = summation(part, weight, entries, warpgroup, warpgroups, exchange, arrived, vector)
 
         def write_cut(number):
             for index, out_ref in enumerate(out_refs[wide:]):
@@ -366,11 +346,46 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
     return found[:wide], [value[:, : t.channels] if value.shape[1] != t.channels else value for value in found[wide:]]
 
 
-class _Merge:
-    """What a merge computes: `reduce(total, first_pivot)`, by all warpgroups, and `finish`, by one of them."""
+def summation(part, weight, entries, warpgroup, warpgroups, exchange, arrived, vector):
+    """The function `total(terms, number)`: the sums over all parts of the vectors that `terms(values, weight)` returns.
 
-    def __init__(self, reduce, finish):
-        self.reduce, self.finish = reduce, finish
+    The warpgroups of a block share the parts, in order: of each, `part(entry)` returns the values and the number of
+    its split, and `weight(split)` the values per channel that it stands for. What they find goes through `exchange`,
+    by its next round and the next of the barriers `arrived`. The function is to be called by all of them.
+    """
+    _, plgpu = _pallas()
+    turns = iter(range(exchange.shape[0]))
+
+    def total(terms, number):
+        turn = next(turns)
+
+        def add(_, found, sums):
+            values, split = found
+            return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
+
+        zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
+        first, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
+        sums = _unrolled(first, end, part, add, zeros)
+        for index, value in enumerate(sums):
+            exchange[turn, warpgroup, index] = value
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(arrived.at[turn])
+        plgpu.barrier_wait(arrived.at[turn])
+        return [
+            functools.reduce(jnp.add, [exchange[turn, w, index] for w in range(warpgroups)]) for index in range(number)
+        ]
+
+    return total
+
+
+class Merge:
+    """What a merge computes: `reduce(total, first_pivot)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
+
+    `rounds` are the calls of `total` in `reduce`, and `exchanged` the most vectors that one of them adds up.
+    """
+
+    def __init__(self, reduce, finish, rounds, exchanged):
+        self.reduce, self.finish, self.rounds, self.exchanged = reduce, finish, rounds, exchanged
 
 
 def merge_moments(tiling, partial, step=None, eps=None):
@@ -381,6 +396,12 @@ def merge_moments(tiling, partial, step=None, eps=None):
     new_running_mean and new_running_var [groups, channels].
     """
     channels, scalars = step if step is not None else ((), ())
+    merge, (wide, exact) = moments_merge(tiling, step is not None, eps), (0, 3) if step is None else (3, 5)
+    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, merge, wide, exact)
+
+
+def moments_merge(tiling, blends, eps):
+    """The `Merge` of moments, and with `blends` what `merge_moments` says follows from them."""
 
     def reduce(total, pivot):
         (delta,) = total(lambda part, n: [((part[0] - pivot) + part[1]) * (n * (1 / tiling.samples))], 1)
@@ -392,23 +413,26 @@ def merge_moments(tiling, partial, step=None, eps=None):
         return pivot, delta, square_sum * (1 / tiling.samples)
 
     def finish(moments, channels, coefficients):
-        if step is None:
+        if not blends:
             return moments
         new = blend_channels(*moments, *channels[2:], coefficients, times=times)
         rstd = lax.rsqrt(new.norm_var + jnp.float32(eps))
         return moments[0], new.offset, rstd, *moments, new.new_running_mean, new.new_running_var
 
-    merge, (wide, exact) = _Merge(reduce, finish), (0, 3) if step is None else (3, 5)
-    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, 2, merge, wide, exact)
+    return Merge(reduce, finish, 2, 1)
 
 
 def merge_sums(tiling, partial, channels, scalars, finish, wide, exact):
     """What `finish(sums, channels, scalars)` computes from a stream's sums: the first `wide` results [groups, width],
     the other `exact` ones [groups, channels].
     """
-    number = partial.shape[2]
-    merge = _Merge(lambda total, _: total(lambda part, n: part, number), finish)
-    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, 1, merge, wide, exact)
+    merge = sums_merge(partial.shape[2], finish)
+    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, merge, wide, exact)
+
+
+def sums_merge(number, finish):
+    """The `Merge` of `number` sums."""
+    return Merge(lambda total, _: total(lambda part, n: part, number), finish, 1, number)
 
 
 def times(coefficient, value):
