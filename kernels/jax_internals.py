@@ -176,4 +176,6 @@ def _address(reference):
 
 
 def _inline(llvm, result, operands, text, constraints):
+    # ~{memory}: no load or store of the kernel's own is moved past it.
+    constraints = f"{constraints},~{{memory}}"
     return llvm.inline_asm(result, operands, text, constraints, has_side_effects=True)

@@ -34,7 +34,7 @@ import math
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS, activate
-from .contract import Coefficients, blend, reciprocal_std, statistics_cotangents
+from .contract import blend, reciprocal_std, statistics_cotangents
 from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
 from .pallas_gpu_kernels import F32, merge_moments, merge_sums, moments_merge, stream, sums_merge, times
 from .pallas_gpu_plan import (
@@ -142,6 +142,10 @@ class _View:
     def group(self, value):
         """A value per group as float32 [groups]."""
         return jnp.reshape(value.astype(F32), (self.groups,))
+
+    def numbers(self, values):
+        """Several values per group as float32 [groups, number]."""
+        return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
     def unchannel(self, value):
         return jnp.reshape(value, (*self.group_shape, self.channels))
@@ -252,7 +256,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     partial = _moments_partial(view, flat)
     if blends:
         given = view.wide(weight, bias, running_mean, running_var)
-        numbers = [view.group(value) for value in Coefficients.unpack(coefficients)]
+        numbers = [view.numbers(coefficients)]
         wide, found = merge_moments(*partial, (given, numbers), spec.eps)
         pivot, delta, var, *new = (view.unchannel(value) for value in found)
         channels = [*wide, *given]
@@ -267,7 +271,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
 
 def _resident_forward(view, flat, given, coefficients, residual, spec):
     arrays = [flat] if residual is None else [flat, view.spread(residual)]
-    given, numbers = view.wide(*given), [view.group(value) for value in Coefficients.unpack(coefficients)]
+    given, numbers = view.wide(*given), [view.numbers(coefficients)]
     tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
 
     def moments_row(values, channels, numbers):

@@ -88,8 +88,8 @@ def variance_sum(square_sum, total, mean):
 def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, moments=False, reverse=False):
     """One pass over arrays [groups, rows, width], read once, each by the same tiles.
 
-    - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups]. All
-      float32.
+    - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups] and
+      [groups, number]. All float32.
     - `row(values, channels, scalars)`: of a row's values (float32 vectors of the block's columns, one for each array),
       the block's vectors of `channels` and the group's `scalars`, returns `sums` vectors to add up and `outputs`
       vectors to store.
@@ -156,7 +156,7 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
         for step in range(t.stages):
             pl.when(step < tiles)(functools.partial(fetch, jnp.int32(step)))
         per_channel = _vectors(channel_refs, group, columns)
-        per_group = [ref[group] for ref in scalar_refs]
+        per_group = _numbers(scalar_refs, group)
         plgpu.barrier_wait(filled.at[slot_of(jnp.int32(0))])
         if moments:
             slot = slot_of(jnp.int32(0))
@@ -231,6 +231,14 @@ def _vectors(refs, group, columns):
     for ref in refs:
         several = [ref.at[group, index] for index in range(ref.shape[1])] if len(ref.shape) == 3 else [ref.at[group]]
         found += [one[columns] for one in several]
+    return found
+
+
+def _numbers(refs, group):
+    """The numbers of a group in arrays [groups] and [groups, number], in order."""
+    found = []
+    for ref in refs:
+        found += [ref[group, index] for index in range(ref.shape[1])] if len(ref.shape) == 2 else [ref[group]]
     return found
 
 
@@ -326,7 +334,7 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge, wide, exact):
         @pl.when(warpgroup == 0)
         def _():
             values = _vectors(channel_refs, group, columns)
-            results = merge.finish(reduced, values, [ref[group] for ref in scalar_refs])
+            results = merge.finish(reduced, values, _numbers(scalar_refs, group))
             for index, (out_ref, result) in enumerate(zip(out_refs, results, strict=True)):
                 if cuts and index >= wide:
                     cut[index - wide] = result
@@ -392,7 +400,7 @@ def merge_moments(tiling, partial, step=None, eps=None):
     """The moments of a stream's partial results, and what follows from them.
 
     Without `step`, pivot, delta and var [groups, channels]. With it, (arrays of weight, bias, running_mean and
-    running_var, the six coefficients [groups]): first pivot, offset and rstd [groups, width], then the three moments,
+    running_var, the packed coefficients [groups, 6]): first pivot, offset and rstd [groups, width], then the three moments,
     new_running_mean and new_running_var [groups, channels].
     """
     channels, scalars = step if step is not None else ((), ())

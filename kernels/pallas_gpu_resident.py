@@ -44,6 +44,7 @@ from .pallas_gpu_kernels import (
     _div,
     _finite_or_zero,
     _merge,
+    _numbers,
     _pallas,
     _rem,
     _taker,
@@ -182,7 +183,7 @@ def resident(tiling, name, arrays, channels, scalars, first, merge, second, *, s
             # Where a unit is a block of columns, its partial results have no others.
             start_column = first_column if folded else 0
             vectors = _vectors(channel_refs, group, columns)
-            numbers = [ref[group] for ref in scalar_refs]
+            numbers = _numbers(scalar_refs, group)
 
             plgpu.barrier_wait(filled.at[first_slot])
             pivot = []

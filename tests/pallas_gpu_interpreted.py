@@ -15,15 +15,36 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bn_fused.kernels import contract, pallas_gpu
-from bn_fused.kernels.pallas_gpu_plan import Plan
+from bn_fused.kernels import contract, pallas_gpu, pallas_gpu_resident
+from bn_fused.kernels.pallas_gpu_plan import Plan, Resident
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
+class ClusterBarrier(pallas_gpu_resident.CounterBarrier):
+    """In place of the counters in global memory, which the interpreter has not: the barrier of a cluster."""
+
+    def scratch(self):
+        return [plgpu.ClusterBarrier(collective_axes=("member",))]
+
+    def prepare(self, scratch):
+        (self.met,) = scratch
+
+    def signal(self, unit):
+        del unit
+        plgpu.barrier_arrive(self.met)
+
+    def wait(self, unit):
+        del unit
+        plgpu.barrier_wait(self.met)
+
+
 def main(path):
+    pallas_gpu_resident.barrier_type = ClusterBarrier
     stored = dict(np.load(path))
     settings = json.loads(str(stored.pop("settings")))
-    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "pallas_gpu", Plan(**settings["plan"]))
+    plan = settings["plan"]
+    plan |= {name: Resident(**plan[name]) for name in ("forward", "backward") if plan[name] is not None}
+    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "pallas_gpu", Plan(**plan))
     operands = {
         name: jnp.asarray(value, settings["dtype"] if name in ("x", "dy", "residual") else jnp.float32)
         for name, value in stored.items()

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from bn_fused.kernels.pallas_gpu_plan import Plan, tiling
+from bn_fused.kernels.pallas_gpu_plan import Plan, Resident, resident_tiling, tiling
 from tolerances import assert_close
 
 CHILD = pathlib.Path(__file__).with_name("pallas_gpu_interpreted.py")
@@ -33,6 +33,13 @@ def plan(**changes):
     fields = {"fold": 1, "columns": 128, "splits": 2, "warpgroups": 2, "stages": 2} | changes
     ring_bytes = fields.pop("tile_bytes", 2 * 128 * 4) * fields["warpgroups"] * fields["stages"]
     return Plan(**fields, ring_bytes=ring_bytes)
+
+
+def kept(**fields):
+    """A plan whose forward and backward read once. The interpreter needs its blocks as clusters, however many."""
+    both = Resident(**{"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1, "cores": 132} | fields, cluster=True)
+    streaming = plan(fold=both.fold, columns=both.columns, splits=1, tile_bytes=3 * 2 * both.columns * 4)
+    return dataclasses.replace(streaming, forward=both, backward=both)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,23 @@ CASES = {
         operations=("backward", "normalise_backward"),
     ),
     "images": Case(12, 128, plan(), activation="relu", layout="rcr"),
+    # Ranges of 8, 8 and 7 rows (twice) in tiles of 3.
+    "resident, far from zero": Case(23, 128, kept(members=3, warpgroups=1, tiles=3, tile_rows=3), centre=1e4),
+    "resident, folded": Case(
+        44, 32, kept(members=1, fold=4, tiles=2, tile_rows=3), dtype="bfloat16", activation="relu", residual=True,
+        coefficients=BLEND,
+    ),
+    "resident, folded, several blocks": Case(
+        24, 72, kept(members=4, fold=2, warpgroups=1, tiles=2, tile_rows=4), activation="leaky_relu", coefficients=BLEND,
+    ),
+    "slabs and races": Case(
+        17, 384, kept(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3), groups=2, activation="silu",
+        residual=True, races=True,
+    ),
+    "slabs, overlapping, two columns a thread": Case(
+        19, 520, kept(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6), dtype="float16",
+        activation="gelu", coefficients=BLEND,
+    ),
 }  # fmt: skip
 
 
