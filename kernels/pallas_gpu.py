@@ -41,10 +41,12 @@ from .pallas_gpu_plan import (
     ALIGNMENT,
     MOMENTS,
     MOST_FOLDED,
+    RESERVED,
     SUMS,
     WARPGROUP,
     Plan,
     make_plan,
+    not_co_resident,
     resident_tiling,
     tiling,
 )
@@ -102,6 +104,20 @@ def plan(problem, target):
         residual=problem.residual,
         derivative=problem.activation is not None,
     )
+
+
+def plan_refusal(plan, problem, target):
+    """None, or one sentence: why a plan given by hand would not fit the chip, or could deadlock on it."""
+    chip, itemsize = target.chip, jnp.dtype(problem.dtype).itemsize
+    if plan.ring_bytes + RESERVED > chip.shared_memory_per_block:
+        most = chip.shared_memory_per_block - RESERVED
+        return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
+    backward = 2 + (problem.residual and problem.activation is not None)
+    for kept, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
+        sentence = None if kept is None else not_co_resident(kept, chip, itemsize, inputs, sums)
+        if sentence is not None:
+            return sentence
+    return None
 
 
 class _View:

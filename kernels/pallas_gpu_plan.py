@@ -6,6 +6,7 @@ Pure functions of sizes, without JAX: they are tested exhaustively on small size
 compute the same with the device's integers.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -34,6 +35,8 @@ MOST_TILES = 8
 LARGEST_CLUSTER = 8
 # What a slab after slab loses at most of the chip: more, and the pass that it saves does not pay.
 LEAST_OCCUPIED = 0.75
+# Columns that the last block reads again, as a share: more of them, and the rows are folded, or streamed.
+MOST_OVERLAP = 1.05
 # Shared memory for barriers and for the alignment of what stands beside them.
 BARRIERS = 2048
 # Vectors that the warpgroups of a resident kernel exchange in all the rounds of its merge.
@@ -55,7 +58,6 @@ class Resident:
     - `slabs`: how often these blocks go on to the next `at_once` units: 1 if everything fits on chip.
     - `tiles`, `tile_rows`: what each warpgroup keeps.
     - `cluster`: a unit's blocks are launched as one cluster, which the hardware starts together or not at all.
-    - `cores`: the multiprocessors of the chip for which that is planned.
     """
 
     fold: int
@@ -67,7 +69,6 @@ class Resident:
     tiles: int
     tile_rows: int
     cluster: bool
-    cores: int
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Plan:
     backward: Resident | None = None
 
     def kind(self, operation):
-        """"resident" where all of an operation's arrays stay on chip, "slab" where one part after another does so, else
+        """ "resident" where all of an operation's arrays stay on chip, "slab" where one part after another does so, else
         "streaming".
         """
         kept = self.kept(operation)
@@ -363,43 +364,46 @@ def kept_bytes(chip, columns, warpgroups, sums):
 
 
 def tiles_of(rows, workers, most_rows):
-    """(tiles, tile_rows) with which every worker keeps its part of the rows in room for `most_rows`, or None."""
+    """(tiles, tile_rows) with which every worker keeps its part of the rows in room for `most_rows`, or None.
+
+    Of those that overlap little, more tiles, so that a warpgroup has something to do while others come.
+    """
     least, most = rows // workers, -(-rows // workers)
-    if least == 0:
-        return None
-    for wanted in range(min(MOST_TILES, -(-most // UNROLL)), 0, -1):
+    fitting = []
+    for wanted in range(1, min(MOST_TILES, -(-most // UNROLL)) + 1) if least else ():
         tile_rows = min(-(-most // wanted), least, LONGEST_TILE)
         tiles = -(-most // tile_rows)
         if tiles <= MOST_TILES and tiles * tile_rows <= most_rows:
-            return tiles, tile_rows
-    return None
+            fitting.append((tiles * tile_rows / most + 0.05 / tiles, tiles, tile_rows))
+    return min(fitting)[1:] if fitting else None
 
 
 def make_resident(groups, rows, channels, itemsize, chip, inputs, sums):
     """The `Resident` for a kernel that keeps `inputs` arrays [groups, rows, channels] and merges `sums` values per
     column; None where it does not pay or does not fit.
 
-    Of blocks of 128 and 256 columns, those with fewer slabs, and then the wider ones unless their merge, of more and
-    longer parts, is more than a quarter of what a block keeps.
+    Of the ways to fold rows and of blocks of 128 and 256 columns, those with the fewest slabs, and then the wider ones
+    unless their merge, of more and longer parts, is more than a quarter of what a block keeps.
     """
     found = fold_of(rows, channels, itemsize)
     if found is None:
         return None
-    fold = found[0] if channels < WARPGROUP or channels * itemsize % ALIGNMENT else 1
+    folds = {found[0]} if channels < WARPGROUP or channels * itemsize % ALIGNMENT else {1, found[0]}
     candidates = []
-    for columns in (WARPGROUP, WIDEST):
-        if columns > fold * channels:
+    for fold, columns in itertools.product(sorted(folds), (WARPGROUP, WIDEST)):
+        width = fold * channels
+        blocks = -(-width // columns)
+        if columns > width or blocks * columns > MOST_OVERLAP * width:
             continue
-        resident = _resident(groups, rows // fold, channels, itemsize, chip, inputs, sums, fold, columns)
+        resident = _resident(groups, rows // fold, blocks, itemsize, chip, inputs, sums, fold, columns)
         if resident is not None:
-            splits = resident.members // (-(-fold * channels // columns) if fold > 1 else 1)
+            splits = resident.members // (blocks if fold > 1 else 1)
             kept = rows // fold / splits * itemsize * inputs
-            candidates.append((resident.slabs, splits * fold * sums * 4 > kept / 4, -columns, resident))
-    return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+            candidates.append((resident.slabs, splits * fold * sums * 4 > kept / 4, fold, -columns, resident))
+    return min(candidates, key=lambda candidate: candidate[:4])[4] if candidates else None
 
 
-def _resident(groups, rows, channels, itemsize, chip, inputs, sums, fold, columns):
-    blocks = -(-fold * channels // columns)
+def _resident(groups, rows, blocks, itemsize, chip, inputs, sums, fold, columns):
     unit_blocks = blocks if fold > 1 else 1
     units = groups * blocks // unit_blocks
     warpgroups = next((number for number in (MOST_WARPGROUPS, 2) if rows >= number * UNROLL), 1)
@@ -418,12 +422,8 @@ def _resident(groups, rows, channels, itemsize, chip, inputs, sums, fold, column
     members = unit_blocks * splits
     if slabs > 1 and units * members < LEAST_OCCUPIED * slabs * chip.cores:
         return None
-    tiles, tile_rows = tiles_of(rows, warpgroups * splits, most_rows) or tiles_of(
-        rows, warpgroups * fewest, most_rows
-    )
-    return Resident(
-        fold, columns, warpgroups, members, at_once, slabs, tiles, tile_rows, members <= LARGEST_CLUSTER, chip.cores
-    )
+    tiles, tile_rows = tiles_of(rows, warpgroups * splits, most_rows) or tiles_of(rows, warpgroups * fewest, most_rows)
+    return Resident(fold, columns, warpgroups, members, at_once, slabs, tiles, tile_rows, members <= LARGEST_CLUSTER)
 
 
 def resident_tiling(resident, groups, rows, channels, itemsize, inputs, sums):
@@ -473,7 +473,9 @@ def not_co_resident(resident, chip, itemsize, inputs, sums):
     if asked > room:
         return f"a block keeps {asked} bytes of tiles, and {chip.name} has room for {room}"
     if r.cluster:
-        return None if r.members <= LARGEST_CLUSTER else f"{r.members} blocks are more than a cluster's {LARGEST_CLUSTER}"
+        return (
+            None if r.members <= LARGEST_CLUSTER else f"{r.members} blocks are more than a cluster's {LARGEST_CLUSTER}"
+        )
     blocks = r.members * r.at_once
     if blocks > chip.cores:
         return f"{blocks} blocks wait for each other, and {chip.name} has {chip.cores} multiprocessors for one each"

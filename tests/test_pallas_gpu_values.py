@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from bn_fused.kernels.pallas_gpu_plan import Plan, Resident, resident_tiling, tiling
+from bn_fused.kernels.pallas_gpu_plan import Plan, Resident, tiling
 from tolerances import assert_close
 
 CHILD = pathlib.Path(__file__).with_name("pallas_gpu_interpreted.py")
@@ -37,7 +37,7 @@ def plan(**changes):
 
 def kept(**fields):
     """A plan whose forward and backward read once. The interpreter needs its blocks as clusters, however many."""
-    both = Resident(**{"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1, "cores": 132} | fields, cluster=True)
+    both = Resident(**{"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1} | fields, cluster=True)
     streaming = plan(fold=both.fold, columns=both.columns, splits=1, tile_bytes=3 * 2 * both.columns * 4)
     return dataclasses.replace(streaming, forward=both, backward=both)
 
