@@ -418,18 +418,19 @@ def _resident(groups, rows, blocks, itemsize, chip, inputs, sums, fold, columns)
     slabs = -(-units // (chip.cores // (unit_blocks * fewest)))
     at_once = -(-units // slabs)
     enough = max(1, rows // (warpgroups * UNROLL))
-    splits = max(fewest, min(chip.cores // (unit_blocks * at_once), most, enough))
+    wanted = max(fewest, min(chip.cores // (unit_blocks * at_once), most, enough))
+    splits = next(splits for splits in range(wanted, 0, -1) if tiles_of(rows, warpgroups * splits, most_rows))
     members = unit_blocks * splits
     if slabs > 1 and units * members < LEAST_OCCUPIED * slabs * chip.cores:
         return None
-    tiles, tile_rows = tiles_of(rows, warpgroups * splits, most_rows) or tiles_of(rows, warpgroups * fewest, most_rows)
+    tiles, tile_rows = tiles_of(rows, warpgroups * splits, most_rows)
     return Resident(fold, columns, warpgroups, members, at_once, slabs, tiles, tile_rows, members <= LARGEST_CLUSTER)
 
 
 def resident_tiling(resident, groups, rows, channels, itemsize, inputs, sums):
     """What a `Resident` makes of `inputs` arrays [groups, rows, channels], merged by `sums` values per column.
 
-    ValueError where it (one given by hand) does not fit them, or its blocks are not on the chip at the same time.
+    ValueError where it (one given by hand) does not fit them; whether it fits the chip, `not_co_resident` says.
     """
     r = resident
     width, folded = r.fold * channels, rows // r.fold
