@@ -1,8 +1,12 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
-Any number of rows and of channels is streamed in passes that read x, through the copy engine, once each and write
-what they compute directly (`pallas_gpu_kernels` says how, `pallas_gpu_plan` with which tiles). Passes over arrays of
-x's size, R reads and W writes, with `r` the residual, and launches:
+Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
+fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`pallas_gpu_resident`):
+
+    forward              R (+R r) W                                                            1 launch
+    backward             R x, R dy (+R r) W (+W dr)                                            1 launch
+
+else it is streamed (`pallas_gpu_kernels`), as are the other operations always:
 
     forward              moments R, [merge], normalise R (+R r) W                              3 launches
     backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
@@ -13,9 +17,11 @@ x's size, R reads and W writes, with `r` the residual, and launches:
 
 where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
 is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
-running statistics, scale and shift. The second pass of forward and backward goes through the rows backwards: it starts
-with what the first has left in L2. XLA computes no more than O(channels) around the kernels: where a row of channels is
-not a multiple of 256 (or 128) columns, several rows are seen as one and the values per channel repeated.
+running statistics, scale and shift. A second pass goes through the rows backwards: it starts with what the first has
+left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the blocks of a
+resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns, several rows
+are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=` with
+`forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
 
 x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
 where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
@@ -25,8 +31,11 @@ pivot, delta, squares): no digit is lost where |mean| is much larger than the st
 
 Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
 several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
-`pallas_gpu_plan.fold_of`); 2^31 rows or more. The running statistics are blended inside the launch if they are
-float32, and with jnp after it otherwise.
+`pallas_gpu_plan.fold_of`); 2^31 rows or more; a plan given by hand whose blocks wait for each other and may not all be
+on the chip. The running statistics are blended inside the launch if they are float32, and with jnp after it otherwise:
+the forward is streamed then.
+
+Compiled for those chips and run in an interpreter; never yet on a GPU.
 """
 
 import math
