@@ -5,7 +5,7 @@ capabilities; the TPUs' bandwidths from Google's; how much of a TPU's VMEM a ker
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 
@@ -92,11 +92,14 @@ _SHARED_MEMORY = {
 def chip_of(device) -> GpuChip | TpuChip | None:
     """The chip of a JAX device, from the table or, for another NVIDIA GPU, from what the device says of itself.
 
-    None for a CPU and for what is not known.
+    Where the device says that it has fewer cores than the table (a share of a GPU), it is believed. None for a CPU and
+    for what is not known.
     """
     for chip in CHIPS.values():
         if device.device_kind == chip.device_kind:
-            return chip
+            cores = getattr(device, "core_count", None)
+            fewer = chip.platform == "cuda" and isinstance(cores, int) and 0 < cores < chip.cores
+            return replace(chip, cores=cores) if fewer else chip
     if device.device_kind in _ALIASES:
         return CHIPS[_ALIASES[device.device_kind]]
     try:

@@ -27,7 +27,7 @@ from .jax_internals import (
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
-from .registry import PLATFORMS, Target, choose, operation_of, problem_of
+from .registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 
@@ -125,11 +125,12 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     device = lowering_device(context, platform)
     chip = None if device is None else chip_of(device)
     target = Target(platform, chip, is_partitioned(context))
-    choice = choose(problem_of(spec, operands["x"], names), target, spec.backend)
+    problem = problem_of(spec, operands["x"], names)
+    choice = choose(problem, target, spec.backend)
     if spec.plan is None:
         spec = replace(spec, plan=choice.plan)
-    elif type(spec.plan) is not type(choice.plan):
-        raise TypeError(f"plan is {spec.plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
+    else:
+        check_plan(choice, spec.plan, problem, target)
 
     def compute(*arrays):
         results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)

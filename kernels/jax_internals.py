@@ -14,6 +14,8 @@ from jax.interpreters.mlir import lower_fun, register_lowering  # lowering throu
 __all__ = [
     "Primitive",
     "ad",
+    "barrier_signal",
+    "barrier_wait",
     "device_axis_names",
     "drop_sharding_and_manual_axes",
     "fancy_primitive_batchers",
@@ -109,3 +111,71 @@ def drop_sharding_and_manual_axes(context):
         return [ShapedArray(type_.shape, type_.dtype) for type_ in types]
 
     return context.replace(avals_in=plain(context.avals_in), avals_out=plain(context.avals_out))
+
+
+def barrier_signal(counter):
+    """In a Mosaic GPU kernel: add one to a counter in global memory, behind all that the warpgroup has written."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def signal(_, counter):
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            _inline(llvm, None, [_address(counter)], "red.release.gpu.global.add.u32 [$0], 1;", "l")
+
+    signal(counter)
+
+
+def barrier_wait(counter, number, seconds):
+    """In a Mosaic GPU kernel: wait until a counter in global memory is at least `number`; see what stood behind it.
+
+    The kernel ends by a trap if that takes longer than these seconds.
+    """
+    from jax.experimental.mosaic import gpu as mgpu
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import cf, llvm
+
+    # $0: 1 if the counter got there in time. Labels and registers in braces belong to this text alone.
+    wait_for = f"""{{
+        .reg .pred there, patient;
+        .reg .b32 seen;
+        .reg .b64 begin, now;
+        mov.u64 begin, %globaltimer;
+        WAIT:
+        ld.acquire.gpu.global.u32 seen, [$1];
+        setp.ge.u32 there, seen, {number};
+        @there bra DONE;
+        nanosleep.u32 64;
+        mov.u64 now, %globaltimer;
+        sub.u64 now, now, begin;
+        setp.lt.u64 patient, now, {seconds * 10**9};
+        @patient bra WAIT;
+        DONE:
+        selp.u32 $0, 1, 0, there;
+    }}"""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def wait(_, counter):
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            i32 = ir.IntegerType.get_signless(32)
+            in_time = _inline(llvm, i32, [_address(counter)], wait_for, "=r,l")
+            in_time = llvm.trunc(ir.IntegerType.get_signless(1), in_time, 0)
+            cf.assert_(in_time, "bn_fused: not all blocks of a resident kernel are on the device at the same time")
+        mgpu.warpgroup_barrier()
+
+    wait(counter)
+
+
+def _address(reference):
+    from jax.experimental.mosaic.gpu.utils import memref_ptr
+
+    return memref_ptr(reference)
+
+
+def _inline(llvm, result, operands, text, constraints):
+    # ~{memory}: no load or store of the kernel's own is moved past it.
+    constraints = f"{constraints},~{{memory}}"
+    return llvm.inline_asm(result, operands, text, constraints, has_side_effects=True)

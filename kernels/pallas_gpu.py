@@ -1,8 +1,12 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
-Any number of rows and of channels is streamed in passes that read x, through the copy engine, once each and write
-what they compute directly (`pallas_gpu_kernels` says how, `pallas_gpu_plan` with which tiles). Passes over arrays of
-x's size, R reads and W writes, with `r` the residual, and launches:
+Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
+fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`pallas_gpu_resident`):
+
+    forward              R (+R r) W                                                            1 launch
+    backward             R x, R dy (+R r) W (+W dr)                                            1 launch
+
+else it is streamed (`pallas_gpu_kernels`), as are the other operations always:
 
     forward              moments R, [merge], normalise R (+R r) W                              3 launches
     backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
@@ -13,9 +17,11 @@ x's size, R reads and W writes, with `r` the residual, and launches:
 
 where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
 is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
-running statistics, scale and shift. The second pass of forward and backward goes through the rows backwards: it starts
-with what the first has left in L2. XLA computes no more than O(channels) around the kernels: where a row of channels is
-not a multiple of 256 (or 128) columns, several rows are seen as one and the values per channel repeated.
+running statistics, scale and shift. A second pass goes through the rows backwards: it starts with what the first has
+left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the blocks of a
+resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns, several rows
+are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=` with
+`forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
 
 x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
 where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
@@ -25,8 +31,11 @@ pivot, delta, squares): no digit is lost where |mean| is much larger than the st
 
 Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
 several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
-`pallas_gpu_plan.fold_of`); 2^31 rows or more. The running statistics are blended inside the launch if they are
-float32, and with jnp after it otherwise.
+`pallas_gpu_plan.fold_of`); 2^31 rows or more; a plan given by hand whose blocks wait for each other and may not all be
+on the chip. The running statistics are blended inside the launch if they are float32, and with jnp after it otherwise:
+the forward is streamed then.
+
+Compiled for those chips and run in an interpreter; never yet on a GPU.
 """
 
 import math
@@ -34,10 +43,23 @@ import math
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS, activate
-from .contract import Coefficients, blend, reciprocal_std, statistics_cotangents
+from .contract import blend, reciprocal_std, statistics_cotangents
 from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
-from .pallas_gpu_kernels import F32, merge_moments, merge_sums, stream, times
-from .pallas_gpu_plan import ALIGNMENT, MOST_FOLDED, WARPGROUP, Plan, make_plan, tiling
+from .pallas_gpu_kernels import F32, merge_moments, merge_sums, moments_merge, stream, sums_merge, times
+from .pallas_gpu_plan import (
+    ALIGNMENT,
+    MOMENTS,
+    MOST_FOLDED,
+    RESERVED,
+    SUMS,
+    WARPGROUP,
+    Plan,
+    make_plan,
+    not_co_resident,
+    resident_tiling,
+    tiling,
+)
+from .pallas_gpu_resident import resident
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
@@ -93,22 +115,41 @@ def plan(problem, target):
     )
 
 
+def plan_refusal(plan, problem, target):
+    """None, or one sentence: why a plan given by hand would not fit the chip, or could deadlock on it."""
+    chip, itemsize = target.chip, jnp.dtype(problem.dtype).itemsize
+    if plan.ring_bytes + RESERVED > chip.shared_memory_per_block:
+        most = chip.shared_memory_per_block - RESERVED
+        return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
+    backward = 2 + (problem.residual and problem.activation is not None)
+    for kept, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
+        sentence = None if kept is None else not_co_resident(kept, chip, itemsize, inputs, sums)
+        if sentence is not None:
+            return sentence
+    return None
+
+
 class _View:
     """Arrays of one call as the kernels see them, and their results as the caller does."""
 
-    def __init__(self, x, spec):
+    def __init__(self, x, spec, operation=None):
         if not isinstance(spec.plan, Plan):
             raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
         self.plan, self.shape, self.layout, self.itemsize = spec.plan, x.shape, spec.layout, x.dtype.itemsize
+        self.kept = spec.plan.kept(operation)
+        self.fold = spec.plan.fold if self.kept is None else self.kept.fold
         self.order = tuple(axis for letter in (GROUP, ROW, CHANNEL) for axis in axes_of(spec.layout, letter))
         self.transposed = tuple(x.shape[axis] for axis in self.order)
         self.group_shape = group_shape(x.shape, spec.layout)
         self.groups, self.rows = math.prod(self.group_shape), count_rows(x.shape, spec.layout)
         self.channels = self.transposed[-1]
-        self.folded = (self.groups, self.rows // self.plan.fold, self.plan.fold * self.channels)
+        self.folded = (self.groups, self.rows // self.fold, self.fold * self.channels)
 
     def tiling(self, inputs):
         return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
+
+    def resident_tiling(self, inputs, sums):
+        return resident_tiling(self.kept, self.groups, self.rows, self.channels, self.itemsize, inputs, sums)
 
     def spread(self, array):
         """An array of x's shape as [groups, rows/fold, fold*channels]."""
@@ -121,11 +162,15 @@ class _View:
     def wide(self, *values):
         """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
         values = [jnp.reshape(value.astype(F32), (self.groups, self.channels)) for value in values]
-        return values if self.plan.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.plan.fold))]
+        return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
     def group(self, value):
         """A value per group as float32 [groups]."""
         return jnp.reshape(value.astype(F32), (self.groups,))
+
+    def numbers(self, values):
+        """Several values per group as float32 [groups, number]."""
+        return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
     def unchannel(self, value):
         return jnp.reshape(value, (*self.group_shape, self.channels))
@@ -227,12 +272,16 @@ def moments(x, mask=None, *, spec):
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
     _no_mask(mask)
-    view = _View(x, spec)
+    blends = running_mean.dtype == F32 and running_var.dtype == F32
+    view = _View(x, spec, "forward" if blends else None)
     flat = view.spread(x)
+    if view.kept is not None:
+        given = [weight, bias, running_mean, running_var]
+        return _resident_forward(view, flat, given, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
-    if running_mean.dtype == F32 and running_var.dtype == F32:
+    if blends:
         given = view.wide(weight, bias, running_mean, running_var)
-        numbers = [view.group(value) for value in Coefficients.unpack(coefficients)]
+        numbers = [view.numbers(coefficients)]
         wide, found = merge_moments(*partial, (given, numbers), spec.eps)
         pivot, delta, var, *new = (view.unchannel(value) for value in found)
         channels = [*wide, *given]
@@ -243,6 +292,24 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
         channels = view.wide(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
     y = _normalise(view, flat, residual, channels, spec, reverse=True)
     return y, pivot, delta, var, *new
+
+
+def _resident_forward(view, flat, given, coefficients, residual, spec):
+    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    given, numbers = view.wide(*given), [view.numbers(coefficients)]
+    tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
+
+    def moments_row(values, channels, numbers):
+        return _moments_row(values, channels, numbers)[0]
+
+    def row(values, found, channels, numbers):
+        return normalise_row(values, [*found, *channels], numbers)[1]
+
+    (y,), (pivot, delta, var, *new) = resident(
+        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row, moments_merge(tiles, True, spec.eps), row,
+        sums=2, outputs=1, exact=5, moments=True,
+    )  # fmt: skip
+    return view.unspread(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
 
 
 def _normalise(view, flat, residual, channels, spec, reverse):
@@ -280,17 +347,26 @@ def backward(
 ):
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
     _no_mask(mask)
-    view = _View(x, spec)
+    view = _View(x, spec, "backward")
     arrays = _gradient_arrays(view, dy, x, residual, spec)
-    tiles = view.tiling(len(arrays))
     channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
+    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
+    outputs = 1 + write_dz
+    if view.kept is not None:
+        tiles = view.resident_tiling(len(arrays), SUMS)
+        results, found = resident(
+            tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sums(*row)[0],
+            sums_merge(2, _finish_backward),
+            lambda values, found, channels, numbers: row(values, [*channels, *found], numbers)[1],
+            sums=2, outputs=outputs, exact=2,
+        )  # fmt: skip
+        return _gradients(view, results, found, dy, residual)
+    tiles = view.tiling(len(arrays))
     (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sums, sums=2)
     through, found = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
-    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
     channels = [*channels, *through]
-    outputs = 1 + write_dz
     results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
     return _gradients(view, results, found, dy, residual)
 

@@ -88,8 +88,8 @@ def variance_sum(square_sum, total, mean):
 def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, moments=False, reverse=False):
     """One pass over arrays [groups, rows, width], read once, each by the same tiles.
 
-    - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups]. All
-      float32.
+    - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups] and
+      [groups, number]. All float32.
     - `row(values, channels, scalars)`: of a row's values (float32 vectors of the block's columns, one for each array),
       the block's vectors of `channels` and the group's `scalars`, returns `sums` vectors to add up and `outputs`
       vectors to store.
@@ -156,7 +156,7 @@ def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, m
         for step in range(t.stages):
             pl.when(step < tiles)(functools.partial(fetch, jnp.int32(step)))
         per_channel = _vectors(channel_refs, group, columns)
-        per_group = [ref[group] for ref in scalar_refs]
+        per_group = _numbers(scalar_refs, group)
         plgpu.barrier_wait(filled.at[slot_of(jnp.int32(0))])
         if moments:
             slot = slot_of(jnp.int32(0))
@@ -234,6 +234,14 @@ def _vectors(refs, group, columns):
     return found
 
 
+def _numbers(refs, group):
+    """The numbers of a group in arrays [groups] and [groups, number], in order."""
+    found = []
+    for ref in refs:
+        found += [ref[group, index] for index in range(ref.shape[1])] if len(ref.shape) == 2 else [ref[group]]
+    return found
+
+
 def _unrolled(start, stop, load, use, carry):
     """fori_loop over [start, stop) of carry = use(i, load(i), carry): `UNROLL` loads, then their use; the rest singly."""
     start, stop = jnp.int32(start), jnp.int32(stop)
@@ -268,7 +276,7 @@ def _merge(parts, numbers):
 # --- the launches between two passes --------------------------------------------------------------------------
 
 
-def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide, exact):
+def _merge_launch(tiling, name, partial, channels, scalars, merge, wide, exact):
     """A launch with one block of threads for each 128 columns, whose warpgroups share the partial results.
 
     A column's result is that of its channel: where rows are folded, the copies of a channel are merged in each block
@@ -286,8 +294,8 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
     widths = [t.width] * wide + [t.channels if cuts else t.width] * exact
     out_types = [jax.ShapeDtypeStruct((t.groups, width), F32) for width in widths]
     scratch = [
-        plgpu.SMEM((rounds, warpgroups, widest, WARPGROUP), F32),
-        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=rounds),
+        plgpu.SMEM((merge.rounds, warpgroups, merge.exchanged, WARPGROUP), F32),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=merge.rounds),
     ]
     if cuts:
         scratch.append(plgpu.SMEM((exact, WARPGROUP), F32))
@@ -312,28 +320,8 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
             more = jnp.clip(extra_rows - split * t.warpgroups, 0, t.warpgroups)
             return (base_rows * t.warpgroups + more).astype(F32)
 
-        turns = iter(range(rounds))
-
-        def total(terms, number):
-            """The sums over all parts of the vectors that `terms(part, weight)` returns."""
-            turn = next(turns)
-
-            def add(_, found, sums):
-                values, split = found
-                return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
-
-            zeros = tuple(jnp.zeros((WARPGROUP,), F32) for _ in range(number))
-            first, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
-            sums = _unrolled(first, end, part, add, zeros)
-            for index, value in enumerate(sums):
-                exchange[turn, warpgroup, index] = value
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(arrived.at[turn])
-            plgpu.barrier_wait(arrived.at[turn])
-            return [
-                functools.reduce(jnp.add, [exchange[turn, w, index] for w in range(warpgroups)])
-                for index in range(number)
-            ]
+        vector = (WARPGROUP,)
+        total = summation(part, weight, entries, warpgroup, warpgroups, exchange, arrived, vector)
 
         def write_cut(number):
             for index, out_ref in enumerate(out_refs[wide:]):
@@ -346,7 +334,7 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
         @pl.when(warpgroup == 0)
         def _():
             values = _vectors(channel_refs, group, columns)
-            results = merge.finish(reduced, values, [ref[group] for ref in scalar_refs])
+            results = merge.finish(reduced, values, _numbers(scalar_refs, group))
             for index, (out_ref, result) in enumerate(zip(out_refs, results, strict=True)):
                 if cuts and index >= wide:
                     cut[index - wide] = result
@@ -366,21 +354,62 @@ def _merge_launch(tiling, name, partial, channels, scalars, rounds, merge, wide,
     return found[:wide], [value[:, : t.channels] if value.shape[1] != t.channels else value for value in found[wide:]]
 
 
-class _Merge:
-    """What a merge computes: `reduce(total, first_pivot)`, by all warpgroups, and `finish`, by one of them."""
+def summation(part, weight, entries, warpgroup, warpgroups, exchange, arrived, vector):
+    """The function `total(terms, number)`: the sums over all parts of the vectors that `terms(values, weight)` returns.
 
-    def __init__(self, reduce, finish):
-        self.reduce, self.finish = reduce, finish
+    The warpgroups of a block share the parts, in order: of each, `part(entry)` returns the values and the number of
+    its split, and `weight(split)` the values per channel that it stands for. What they find goes through `exchange`,
+    by its next round and the next of the barriers `arrived`. The function is to be called by all of them.
+    """
+    _, plgpu = _pallas()
+    turns = iter(range(exchange.shape[0]))
+
+    def total(terms, number):
+        turn = next(turns)
+
+        def add(_, found, sums):
+            values, split = found
+            return tuple(a + b for a, b in zip(sums, terms(values, weight(split)), strict=True))
+
+        zeros = tuple(jnp.zeros(vector, F32) for _ in range(number))
+        first, end = (_div((warpgroup + more) * entries, warpgroups) for more in (0, 1))
+        sums = _unrolled(first, end, part, add, zeros)
+        for index, value in enumerate(sums):
+            exchange[turn, warpgroup, index] = value
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(arrived.at[turn])
+        plgpu.barrier_wait(arrived.at[turn])
+        return [
+            functools.reduce(jnp.add, [exchange[turn, w, index] for w in range(warpgroups)]) for index in range(number)
+        ]
+
+    return total
+
+
+class Merge:
+    """What a merge computes: `reduce(total, first_pivot)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
+
+    `rounds` are the calls of `total` in `reduce`, and `exchanged` the most vectors that one of them adds up.
+    """
+
+    def __init__(self, reduce, finish, rounds, exchanged):
+        self.reduce, self.finish, self.rounds, self.exchanged = reduce, finish, rounds, exchanged
 
 
 def merge_moments(tiling, partial, step=None, eps=None):
     """The moments of a stream's partial results, and what follows from them.
 
     Without `step`, pivot, delta and var [groups, channels]. With it, (arrays of weight, bias, running_mean and
-    running_var, the six coefficients [groups]): first pivot, offset and rstd [groups, width], then the three moments,
+    running_var, the packed coefficients [groups, 6]): first pivot, offset and rstd [groups, width], then the three moments,
     new_running_mean and new_running_var [groups, channels].
     """
     channels, scalars = step if step is not None else ((), ())
+    merge, (wide, exact) = moments_merge(tiling, step is not None, eps), (0, 3) if step is None else (3, 5)
+    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, merge, wide, exact)
+
+
+def moments_merge(tiling, blends, eps):
+    """The `Merge` of moments, and with `blends` what `merge_moments` says follows from them."""
 
     def reduce(total, pivot):
         (delta,) = total(lambda part, n: [((part[0] - pivot) + part[1]) * (n * (1 / tiling.samples))], 1)
@@ -392,23 +421,26 @@ def merge_moments(tiling, partial, step=None, eps=None):
         return pivot, delta, square_sum * (1 / tiling.samples)
 
     def finish(moments, channels, coefficients):
-        if step is None:
+        if not blends:
             return moments
         new = blend_channels(*moments, *channels[2:], coefficients, times=times)
         rstd = lax.rsqrt(new.norm_var + jnp.float32(eps))
         return moments[0], new.offset, rstd, *moments, new.new_running_mean, new.new_running_var
 
-    merge, (wide, exact) = _Merge(reduce, finish), (0, 3) if step is None else (3, 5)
-    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, 2, merge, wide, exact)
+    return Merge(reduce, finish, 2, 1)
 
 
 def merge_sums(tiling, partial, channels, scalars, finish, wide, exact):
     """What `finish(sums, channels, scalars)` computes from a stream's sums: the first `wide` results [groups, width],
     the other `exact` ones [groups, channels].
     """
-    number = partial.shape[2]
-    merge = _Merge(lambda total, _: total(lambda part, n: part, number), finish)
-    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, 1, merge, wide, exact)
+    merge = sums_merge(partial.shape[2], finish)
+    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, merge, wide, exact)
+
+
+def sums_merge(number, finish):
+    """The `Merge` of `number` sums."""
+    return Merge(lambda total, _: total(lambda part, n: part, number), finish, 1, number)
 
 
 def times(coefficient, value):

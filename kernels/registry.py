@@ -67,6 +67,11 @@ def no_plan(problem, target):
     del problem, target
 
 
+def no_plan_refusal(plan, problem, target):
+    """A backend that can run every plan of its type, or finds out while it lowers."""
+    del plan, problem, target
+
+
 @dataclass(frozen=True)
 class Backend:
     """One way to compute the operations of `contract.OPERATIONS`.
@@ -76,6 +81,7 @@ class Backend:
     - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
     - `preference(problem, target)`: None where `auto` should not take it, else the reason why it should.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
+    - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
     """
 
     name: str
@@ -83,6 +89,7 @@ class Backend:
     refusal: Callable = no_refusal
     preference: Callable = no_refusal
     plan: Callable = no_plan
+    plan_refusal: Callable = no_plan_refusal
 
 
 def _jnp_preference(problem, target):
@@ -127,6 +134,7 @@ for _name, _module in (("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
             refusal=_module.refusal,
             preference=_module.preference,
             plan=_module.plan,
+            plan_refusal=getattr(_module, "plan_refusal", no_plan_refusal),
         )
     )
 
@@ -170,6 +178,18 @@ def choose(problem, target, requested="auto"):
             return BackendChoice(backend.name, reason, backend.plan(problem, target))
         passed_over.append(f"{backend.name} is not preferred here")
     raise AssertionError("the jnp backend takes every problem")
+
+
+def check_plan(choice, plan, problem, target):
+    """Raise unless a chosen backend can run the problem with this plan in place of its own.
+
+    TypeError for a plan that is not of its type, BackendError where the backend refuses it.
+    """
+    if type(plan) is not type(choice.plan):
+        raise TypeError(f"plan is {plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
+    refusal = None if choice.name == REFERENCE else _BACKENDS[choice.name].plan_refusal(plan, problem, target)
+    if refusal is not None:
+        raise BackendError(f"backend {choice.name!r} cannot run {plan!r} on {target}: {refusal}")
 
 
 def operation_of(choice, operation):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/devices.md", "docs/equinox.md")
+DOCUMENTS = ("README.md", "docs/devices.md", "docs/equinox.md", "docs/kernels-gpu.md")
 FLAGS = "--xla_force_host_platform_device_count=4"
 
 

@@ -1,0 +1,122 @@
+"""A process that computes operations of `pallas_gpu`, in Mosaic GPU's interpreter or on a GPU: `python ... FILE`.
+
+FILE is an .npz with the operands of `forward` and cotangents, and the settings as JSON; the results are written
+beside it. The other operations take their statistics from the forward's results. Settings besides the case's own:
+
+- `on_gpu`: on the GPU of this machine, twice, and the bits must be the same.
+- `waits`: False for resident kernels whose blocks do not wait for each other.
+"""
+
+import json
+import os
+import sys
+
+# Blocks and warpgroups of the interpreter are threads, which wait for each other: there must be enough of them.
+os.environ.setdefault("PJRT_NPROC", "16")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bn_fused.kernels import contract, pallas_gpu, pallas_gpu_resident
+from bn_fused.kernels.dispatch import run as dispatched
+from bn_fused.kernels.pallas_gpu_plan import Plan, Resident
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+class ClusterBarrier(pallas_gpu_resident.CounterBarrier):
+    """In place of the counters in global memory, which the interpreter has not: the barrier of a cluster."""
+
+    waits = True
+
+    def scratch(self):
+        return [plgpu.ClusterBarrier(collective_axes=("member",))]
+
+    def prepare(self, scratch):
+        (self.met,) = scratch
+
+    def signal(self, unit):
+        del unit
+        if self.waits:
+            plgpu.barrier_arrive(self.met)
+
+    def wait(self, unit):
+        del unit
+        if self.waits:
+            plgpu.barrier_wait(self.met)
+
+
+def plan_of(fields):
+    if fields is None:
+        return None
+    kept = {name: Resident(**fields[name]) for name in ("forward", "backward") if fields[name] is not None}
+    return Plan(**fields | kept)
+
+
+def interpreted(operation, spec, arguments, races):
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
+        function = jax.jit(lambda values: getattr(pallas_gpu, operation)(**values, spec=spec))
+        found = jax.block_until_ready(function(arguments))
+    if races:
+        from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+        assert not gpu_callbacks.get_races().races_found, f"{operation} has a race"
+    return found
+
+
+def on_gpu(operation, spec, arguments):
+    (device,) = jax.devices("cuda")[:1]
+    arguments = jax.device_put(arguments, device)
+    function = jax.jit(lambda values: dispatched(operation, spec, **values))
+    first, second = (jax.device_get(function(arguments)) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one.tobytes() == other.tobytes(), f"{operation} gives other bits in a second run"
+    return [jnp.asarray(value) for value in first]
+
+
+def main(path):
+    stored = dict(np.load(path))
+    settings = json.loads(str(stored.pop("settings")))
+    pallas_gpu_resident.barrier_type = pallas_gpu_resident.CounterBarrier if settings.get("on_gpu") else ClusterBarrier
+    ClusterBarrier.waits = settings.get("waits", True)
+    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "pallas_gpu", plan_of(settings["plan"]))
+    dtypes = dict.fromkeys(("x", "dy", "residual"), settings["dtype"])
+    dtypes |= dict.fromkeys(("weight", "bias"), settings["parameters"])
+    operands = {name: jnp.asarray(value, dtypes.get(name, "float32")) for name, value in stored.items()}
+    forward = [*contract.OPERATIONS["forward"].operands]
+    given = {name: operands.get(name) for name in forward if name != "mask"}
+    results = {}
+
+    def run(operation, **arguments):
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        if settings.get("on_gpu"):
+            found = on_gpu(operation, spec, arguments)
+        else:
+            found = interpreted(operation, spec, arguments, settings["races"])
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        names = contract.OPERATIONS[operation].result_kinds(list(arguments))
+        for name, value in zip(names, found, strict=True):
+            results[f"{operation}.{name}"] = np.asarray(value.astype(jnp.float32))
+            results[f"{operation}.{name}.dtype"] = str(value.dtype)
+        return found
+
+    _, pivot, delta, var, _, _ = run("forward", **given)
+    coefficients = operands["coefficients"]
+    new = contract.blend(pivot, delta, var, operands["running_mean"], operands["running_var"], coefficients)
+    count = jnp.full(coefficients.shape[:-1], settings["rows"], jnp.float32)
+    common = {name: operands.get(name) for name in ("x", "weight", "bias", "residual", "dy", "dmean", "dvar")}
+    common |= {
+        "pivot": pivot,
+        "delta": delta,
+        "offset": new.offset,
+        "rstd": contract.reciprocal_std(new.norm_var, spec.eps),
+        "batch": coefficients[..., 0],
+        "count": count,
+    }
+    for operation in settings["operations"]:
+        wanted = contract.OPERATIONS[operation].operands
+        run(operation, **{name: common.get(name) for name in wanted if name != "mask"})
+    np.savez(path + ".results.npz", **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
