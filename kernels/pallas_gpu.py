@@ -29,15 +29,13 @@ several devices; fewer than 128 channels with a number of rows that has no suita
 float32, and with jnp after it otherwise.
 """
 
-import math
-
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS, activate
 from .contract import Coefficients, blend, reciprocal_std, statistics_cotangents
-from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
 from .pallas_gpu_kernels import F32, merge_moments, merge_sums, stream, times
 from .pallas_gpu_plan import ALIGNMENT, MOST_FOLDED, WARPGROUP, Plan, make_plan, tiling
+from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
@@ -93,42 +91,22 @@ def plan(problem, target):
     )
 
 
-class _View:
-    """Arrays of one call as the kernels see them, and their results as the caller does."""
+class _View(View):
+    """The view of one call that its plan makes."""
 
     def __init__(self, x, spec):
         if not isinstance(spec.plan, Plan):
             raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
-        self.plan, self.shape, self.layout, self.itemsize = spec.plan, x.shape, spec.layout, x.dtype.itemsize
-        self.order = tuple(axis for letter in (GROUP, ROW, CHANNEL) for axis in axes_of(spec.layout, letter))
-        self.transposed = tuple(x.shape[axis] for axis in self.order)
-        self.group_shape = group_shape(x.shape, spec.layout)
-        self.groups, self.rows = math.prod(self.group_shape), count_rows(x.shape, spec.layout)
-        self.channels = self.transposed[-1]
-        self.folded = (self.groups, self.rows // self.plan.fold, self.plan.fold * self.channels)
+        super().__init__(x, spec.layout, spec.plan.fold)
+        self.plan = spec.plan
 
     def tiling(self, inputs):
         return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
 
-    def spread(self, array):
-        """An array of x's shape as [groups, rows/fold, fold*channels]."""
-        return jnp.reshape(jnp.transpose(array, self.order), self.folded)
-
-    def unspread(self, array):
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return jnp.transpose(jnp.reshape(array, self.transposed), inverse)
-
     def wide(self, *values):
         """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
-        values = [jnp.reshape(value.astype(F32), (self.groups, self.channels)) for value in values]
-        return values if self.plan.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.plan.fold))]
-
-    def group(self, value):
-        """A value per group as float32 [groups]."""
-        return jnp.reshape(value.astype(F32), (self.groups,))
-
-    def unchannel(self, value):
-        return jnp.reshape(value, (*self.group_shape, self.channels))
+        values = [self.channel(value) for value in values]
+        return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
 
 # What the rows of the streams compute: of a row's values and the values per channel, the terms to add and the results.
@@ -281,7 +259,7 @@ def backward(
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
     _no_mask(mask)
     view = _View(x, spec)
-    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     tiles = view.tiling(len(arrays))
     channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
@@ -292,20 +270,20 @@ def backward(
     channels = [*channels, *through]
     outputs = 1 + write_dz
     results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
-    return _gradients(view, results, found, dy, residual)
+    return view.gradients(results, found, dy, residual)
 
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
     _no_mask(mask)
     view = _View(x, spec)
-    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
     channels = view.wide(pivot, offset, rstd, weight, bias)
     row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
     *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
     _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
-    return _gradients(view, results, found, dy, residual)
+    return view.gradients(results, found, dy, residual)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
@@ -317,18 +295,6 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     flat, numbers = [view.spread(x)], [view.group(count)]
     (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
     return (view.unspread(dx),)
-
-
-def _gradient_arrays(view, dy, x, residual, spec):
-    """What a backward reads: without an activation, its derivative and so the residual do not matter."""
-    arrays = (dy, x) if residual is None or spec.activation is None else (dy, x, residual)
-    return [view.spread(array) for array in arrays]
-
-
-def _gradients(view, results, sums, dy, residual):
-    dx, *dresidual = (view.unspread(result) for result in results)
-    gradients = (dx, *(view.unchannel(value) for value in sums))
-    return gradients if residual is None else (*gradients, *(dresidual or (dy,)))
 
 
 def _no_mask(mask):

@@ -7,6 +7,8 @@ compute the same with the device's integers.
 import math
 from dataclasses import dataclass
 
+from .launches import launches, passes
+
 WARPGROUP = 128  # threads
 # Rows whose values a thread holds at the same time: enough independent loads to hide shared memory's latency.
 UNROLL = 8
@@ -52,29 +54,11 @@ class Plan:
 
     def passes(self, operation):
         """(reads, writes) of arrays of x's size inside the kernels of an operation."""
-        forward, backward = int(self.residual), int(self.residual and self.derivative)
-        return {
-            "moments": (1, 0),
-            "normalise": (1 + forward, 1),
-            "forward": (2 + forward, 1),
-            "moments_backward": (1, 1),
-            "normalise_backward": (2 + backward, 1 + backward),
-            "backward": (4 + 2 * backward, 1 + backward),
-        }[operation]
+        return passes(operation, self.residual, self.derivative)
 
     def launches(self, operation):
         """The kernels of an operation, by name and in order."""
-        return tuple(f"bn_fused_{name}" for name in _LAUNCHES[operation])
-
-
-_LAUNCHES = {
-    "moments": ("moments", "merge_moments"),
-    "normalise": ("normalise",),
-    "forward": ("moments", "merge_moments", "normalise"),
-    "moments_backward": ("moments_backward",),
-    "normalise_backward": ("normalise_backward", "merge_sums"),
-    "backward": ("backward_sums", "merge_sums", "backward_dx"),
-}
+        return launches(operation)
 
 
 @dataclass(frozen=True)
