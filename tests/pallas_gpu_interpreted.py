@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from bn_fused.kernels import contract, pallas_gpu
 from bn_fused.kernels.pallas_gpu_plan import Plan
+from interpreted_operations import compute_all
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -28,42 +29,19 @@ def main(path):
         name: jnp.asarray(value, settings["dtype"] if name in ("x", "dy", "residual") else jnp.float32)
         for name, value in stored.items()
     }
-    forward = [*contract.OPERATIONS["forward"].operands]
-    given = {name: operands.get(name) for name in forward if name != "mask"}
     params = plgpu.InterpretGPUParams(detect_races=settings["races"])
-    results = {}
 
-    def run(operation, **arguments):
+    def compute(operation, arguments):
         with plgpu.force_gpu_interpret_mode(params):
             function = jax.jit(lambda values: getattr(pallas_gpu, operation)(**values, spec=spec))
-            found = jax.block_until_ready(function({k: v for k, v in arguments.items() if v is not None}))
+            found = jax.block_until_ready(function(arguments))
         if settings["races"]:
             from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
             assert not gpu_callbacks.get_races().races_found, f"{operation} has a race"
-        found = found if isinstance(found, (tuple, list)) else (found,)
-        names = contract.OPERATIONS[operation].result_kinds([k for k, v in arguments.items() if v is not None])
-        for name, value in zip(names, found, strict=True):
-            results[f"{operation}.{name}"] = np.asarray(value.astype(jnp.float32))
-            results[f"{operation}.{name}.dtype"] = str(value.dtype)
         return found
 
-    _, pivot, delta, var, _, _ = run("forward", **given)
-    coefficients = operands["coefficients"]
-    new = contract.blend(pivot, delta, var, operands["running_mean"], operands["running_var"], coefficients)
-    count = jnp.full(coefficients.shape[:-1], settings["rows"], jnp.float32)
-    common = {name: operands.get(name) for name in ("x", "weight", "bias", "residual", "dy", "dmean", "dvar")}
-    common |= {
-        "pivot": pivot,
-        "delta": delta,
-        "offset": new.offset,
-        "rstd": contract.reciprocal_std(new.norm_var, spec.eps),
-        "batch": coefficients[..., 0],
-        "count": count,
-    }
-    for operation in settings["operations"]:
-        wanted = contract.OPERATIONS[operation].operands
-        run(operation, **{name: common.get(name) for name in wanted if name != "mask"})
+    results = compute_all(compute, spec, operands, settings["rows"], settings["operations"])
     np.savez(path + ".results.npz", **results)
 
 
