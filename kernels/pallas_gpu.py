@@ -38,13 +38,10 @@ the forward is streamed then.
 Compiled for those chips and run in an interpreter; never yet on a GPU.
 """
 
-import math
-
 import jax.numpy as jnp
 
 from .activations import ACTIVATIONS, activate
 from .contract import blend, reciprocal_std, statistics_cotangents
-from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
 from .pallas_gpu_kernels import F32, merge_moments, merge_sums, moments_merge, stream, sums_merge, times
 from .pallas_gpu_plan import (
     ALIGNMENT,
@@ -60,6 +57,7 @@ from .pallas_gpu_plan import (
     tiling,
 )
 from .pallas_gpu_resident import resident
+from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
@@ -129,21 +127,14 @@ def plan_refusal(plan, problem, target):
     return None
 
 
-class _View:
-    """Arrays of one call as the kernels see them, and their results as the caller does."""
+class _View(View):
+    """The view of one call that its plan makes."""
 
     def __init__(self, x, spec, operation=None):
         if not isinstance(spec.plan, Plan):
             raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
-        self.plan, self.shape, self.layout, self.itemsize = spec.plan, x.shape, spec.layout, x.dtype.itemsize
-        self.kept = spec.plan.kept(operation)
-        self.fold = spec.plan.fold if self.kept is None else self.kept.fold
-        self.order = tuple(axis for letter in (GROUP, ROW, CHANNEL) for axis in axes_of(spec.layout, letter))
-        self.transposed = tuple(x.shape[axis] for axis in self.order)
-        self.group_shape = group_shape(x.shape, spec.layout)
-        self.groups, self.rows = math.prod(self.group_shape), count_rows(x.shape, spec.layout)
-        self.channels = self.transposed[-1]
-        self.folded = (self.groups, self.rows // self.fold, self.fold * self.channels)
+        self.plan, self.kept = spec.plan, spec.plan.kept(operation)
+        super().__init__(x, spec.layout, spec.plan.fold if self.kept is None else self.kept.fold)
 
     def tiling(self, inputs):
         return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
@@ -151,29 +142,14 @@ class _View:
     def resident_tiling(self, inputs, sums):
         return resident_tiling(self.kept, self.groups, self.rows, self.channels, self.itemsize, inputs, sums)
 
-    def spread(self, array):
-        """An array of x's shape as [groups, rows/fold, fold*channels]."""
-        return jnp.reshape(jnp.transpose(array, self.order), self.folded)
-
-    def unspread(self, array):
-        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
-        return jnp.transpose(jnp.reshape(array, self.transposed), inverse)
-
-    def wide(self, *values):
-        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
-        values = [jnp.reshape(value.astype(F32), (self.groups, self.channels)) for value in values]
-        return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
-
-    def group(self, value):
-        """A value per group as float32 [groups]."""
-        return jnp.reshape(value.astype(F32), (self.groups,))
-
     def numbers(self, values):
         """Several values per group as float32 [groups, number]."""
         return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
-    def unchannel(self, value):
-        return jnp.reshape(value, (*self.group_shape, self.channels))
+    def wide(self, *values):
+        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
+        values = [self.channel(value) for value in values]
+        return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
 
 # What the rows of the streams compute: of a row's values and the values per channel, the terms to add and the results.
@@ -348,7 +324,7 @@ def backward(
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
     _no_mask(mask)
     view = _View(x, spec, "backward")
-    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
@@ -362,26 +338,26 @@ def backward(
             lambda values, found, channels, numbers: row(values, [*channels, *found], numbers)[1],
             sums=2, outputs=outputs, exact=2,
         )  # fmt: skip
-        return _gradients(view, results, found, dy, residual)
+        return view.gradients(results, found, dy, residual)
     tiles = view.tiling(len(arrays))
     (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sums, sums=2)
     through, found = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
     channels = [*channels, *through]
     results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
-    return _gradients(view, results, found, dy, residual)
+    return view.gradients(results, found, dy, residual)
 
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
     _no_mask(mask)
     view = _View(x, spec)
-    arrays = _gradient_arrays(view, dy, x, residual, spec)
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
     channels = view.wide(pivot, offset, rstd, weight, bias)
     row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
     *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
     _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
-    return _gradients(view, results, found, dy, residual)
+    return view.gradients(results, found, dy, residual)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
@@ -393,18 +369,6 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     flat, numbers = [view.spread(x)], [view.group(count)]
     (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
     return (view.unspread(dx),)
-
-
-def _gradient_arrays(view, dy, x, residual, spec):
-    """What a backward reads: without an activation, its derivative and so the residual do not matter."""
-    arrays = (dy, x) if residual is None or spec.activation is None else (dy, x, residual)
-    return [view.spread(array) for array in arrays]
-
-
-def _gradients(view, results, sums, dy, residual):
-    dx, *dresidual = (view.unspread(result) for result in results)
-    gradients = (dx, *(view.unchannel(value) for value in sums))
-    return gradients if residual is None else (*gradients, *(dresidual or (dy,)))
 
 
 def _no_mask(mask):

@@ -10,6 +10,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
+from .launches import launches, passes
+
 WARPGROUP = 128  # threads
 # Rows whose values a thread holds at the same time: enough independent loads to hide shared memory's latency.
 UNROLL = 8
@@ -111,31 +113,11 @@ class Plan:
 
     def passes(self, operation):
         """(reads, writes) of arrays of x's size inside the kernels of an operation."""
-        forward, backward = int(self.residual), int(self.residual and self.derivative)
-        once = self.kept(operation) is not None
-        return {
-            "moments": (1, 0),
-            "normalise": (1 + forward, 1),
-            "forward": (1 + forward if once else 2 + forward, 1),
-            "moments_backward": (1, 1),
-            "normalise_backward": (2 + backward, 1 + backward),
-            "backward": ((2 + backward) * (1 if once else 2), 1 + backward),
-        }[operation]
+        return passes(operation, self.residual, self.derivative, self.kept(operation) is not None)
 
     def launches(self, operation):
         """The kernels of an operation, by name and in order."""
-        names = _LAUNCHES[operation] if self.kept(operation) is None else (f"resident_{operation}",)
-        return tuple(f"bn_fused_{name}" for name in names)
-
-
-_LAUNCHES = {
-    "moments": ("moments", "merge_moments"),
-    "normalise": ("normalise",),
-    "forward": ("moments", "merge_moments", "normalise"),
-    "moments_backward": ("moments_backward",),
-    "normalise_backward": ("normalise_backward", "merge_sums"),
-    "backward": ("backward_sums", "merge_sums", "backward_dx"),
-}
+        return launches(operation) if self.kept(operation) is None else (f"bn_fused_resident_{operation}",)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from . import jnp_backend, pallas_gpu, pallas_tpu
+from . import jnp_backend, pallas_gpu, pallas_tpu, triton_backend
 from .chips import GpuChip, TpuChip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
@@ -126,7 +126,7 @@ register(
         plan=jnp_backend.plan,
     )
 )
-for _name, _module in (("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
+for _name, _module in (("triton", triton_backend), ("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
     register(
         Backend(
             _name,

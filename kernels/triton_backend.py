@@ -1,0 +1,345 @@
+"""The backend `triton`: every operation of `contract` for NVIDIA GPUs since Ampere, with Triton through jax-triton.
+
+Any number of rows and of channels is streamed in passes that read x from memory once each and write what they compute
+directly (`triton_kernels` says how, `triton_plan` with which tiles). Passes over arrays of x's size, R reads and W
+writes, with `r` the residual, and launches:
+
+    forward              moments R, [merge], normalise R (+R r) W                              3 launches
+    backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
+    moments              R                                                                     2 launches
+    moments_backward     R W                                                                   1 launch
+    normalise            R (+R r) W                                                            1 launch
+    normalise_backward   R x, R dy (+R r) W (+W dr)                                            2 launches
+
+where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
+is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
+running statistics, or from the sums what the gradient needs per channel. Before the moments each block reads the first
+tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
+through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
+
+x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing, and where
+XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
+
+Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
+for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
+partitions over several devices; 2^31 rows or more. jax-triton must be installed, in the one version that works with all
+versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes, and the number of rows has no
+divisor with which several rows are, values are read one by one, several times slower. The running statistics are blended
+inside the launch if they are float32, and with jnp after it otherwise.
+
+Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import re
+
+import jax
+import jax.numpy as jnp
+
+from .activations import LEAKY_RELU_SLOPE
+from .contract import blend, reciprocal_std
+from .triton_plan import Plan, check, make_plan, merge_tile
+from .view import View
+
+DTYPES = ("float32", "bfloat16", "float16")
+CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
+MOST_ROWS = 1 << 31
+JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
+TRITON = (3, 6)  # the oldest that it works with
+INSTALL = "pip install 'bn_fused[triton]'"
+F32 = jnp.float32
+
+
+def refusal(problem, target):
+    """None, or one sentence: why these kernels cannot compute the problem on the target."""
+    chip = target.chip
+    if target.platform == "rocm":
+        return (
+            "for AMD GPUs its kernels only compile: no AMD GPU is in the table of chips from which tiles are computed"
+        )
+    if target.platform != "cuda":
+        return "it is written for GPUs"
+    if problem.dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
+    if problem.mask:
+        return "its kernels take no mask"
+    if chip is None:
+        return "it is not known for which GPU it is compiled, and its code depends on that"
+    major, minor = chip.compute_capability
+    if major < CAPABILITIES[0]:
+        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
+    if major not in CAPABILITIES:
+        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    if target.partitioned:
+        return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
+    if problem.rows >= MOST_ROWS:
+        return f"it counts rows in 32 bits, and there are {problem.rows}"
+    return missing()
+
+
+@functools.cache
+def missing():
+    """None if jax-triton can be used here, else one sentence: what to install."""
+    for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
+        if importlib.util.find_spec(module) is None:
+            return f"{package} is not installed: {INSTALL}"
+    found = importlib.metadata.version("jax-triton")
+    if found != JAX_TRITON:
+        return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
+    found = importlib.metadata.version("triton")
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < TRITON:
+        return f"jax-triton {JAX_TRITON} needs triton {'.'.join(map(str, TRITON))} or later, and {found} is installed"
+    return None
+
+
+def preference(problem, target):
+    """None: `auto` does not take these kernels before they are measured on a GPU."""
+    del problem, target
+
+
+def plan(problem, target):
+    """The `Plan` for a problem."""
+    return make_plan(
+        problem.groups,
+        problem.rows,
+        problem.channels,
+        jnp.dtype(problem.dtype).itemsize,
+        target.chip,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+    )
+
+
+def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+    """One launch of a kernel; returns its results. A kernel's parameters are inputs, outputs and constants, in order."""
+    import jax_triton
+
+    # The kernels' own loops say how many stages they have.
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=tuple(outputs),
+        grid=(grid,),
+        name=f"bn_fused_{name}",
+        num_warps=warps,
+        num_stages=1,
+        compute_capability=capability,
+        **constants,
+    )
+
+
+class _View(View):
+    """The view of one call that its plan makes, and the launches over it."""
+
+    def __init__(self, x, spec):
+        if not isinstance(spec.plan, Plan):
+            raise TypeError(f"plan is {spec.plan!r}; triton needs one of {Plan}")
+        super().__init__(x, spec.layout, spec.plan.fold)
+        check(spec.plan, self.rows, self.channels)
+        self.plan, self.activation, self.eps = spec.plan, spec.activation or "none", spec.eps
+
+    def stream(self, kernel, name, inputs, *, arrays, sums=0, outputs=0, reverse=False, **constants):
+        """A pass that reads `arrays` of the inputs by tiles: outputs like the first, then the partial results."""
+        plan, (groups, rows, width) = self.plan, self.folded
+        blocks = -(-width // plan.columns)
+        results = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
+        if sums:
+            results.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, width), F32))
+        grid = groups * plan.splits * blocks
+        return launch(
+            kernel,
+            name,
+            inputs,
+            results,
+            grid=grid,
+            warps=plan.warps,
+            capability=plan.capability,
+            ROWS=rows,
+            WIDTH=width,
+            CHANNELS=self.channels,
+            SPLITS=plan.splits,
+            BLOCKS=blocks,
+            GRID=grid,
+            TILE_ROWS=plan.rows_of(arrays),
+            COLUMNS=plan.columns,
+            STAGES=plan.stages,
+            REVERSE=reverse,
+            **constants,
+        )
+
+    def merge(self, kernel, name, inputs, number, **constants):
+        """A launch of O(channels): `number` results [groups, channels]."""
+        plan, (groups, rows, _) = self.plan, self.folded
+        entries, columns, warps = merge_tile(plan, self.channels)
+        return launch(
+            kernel,
+            name,
+            inputs,
+            [jax.ShapeDtypeStruct((groups, self.channels), F32)] * number,
+            grid=groups * -(-self.channels // columns),
+            warps=warps,
+            capability=plan.capability,
+            ROWS=rows,
+            FOLD=plan.fold,
+            CHANNELS=self.channels,
+            SPLITS=plan.splits,
+            ENTRIES=entries,
+            COLUMNS=columns,
+            **constants,
+        )
+
+    def channels_of(self, *values):
+        return [self.channel(value) for value in values]
+
+
+def _kernels():
+    from . import triton_kernels, triton_merges
+
+    return triton_kernels, triton_merges
+
+
+def _partial_moments(view, flat):
+    kernels, _ = _kernels()
+    (partial,) = view.stream(kernels.moments, "moments", [flat], arrays=1, sums=3)
+    return partial
+
+
+def moments(x, mask=None, *, spec):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows."""
+    _no_mask(mask)
+    view, (_, merges) = _View(x, spec), _kernels()
+    found = view.merge(merges.merge_moments, "merge_moments", [_partial_moments(view, view.spread(x))], 3)
+    return tuple(view.unchannel(value) for value in found)
+
+
+def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
+    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    _no_mask(mask)
+    view, (_, merges) = _View(x, spec), _kernels()
+    flat = view.spread(x)
+    partial = _partial_moments(view, flat)
+    if running_mean.dtype == F32 and running_var.dtype == F32:
+        packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
+        inputs = [partial, *view.channels_of(running_mean, running_var), packed]
+        found = view.merge(merges.merge_and_blend, "merge_moments", inputs, 7, EPS=view.eps)
+        pivot, _, _, _, _, offset, rstd = found
+        found = [view.unchannel(value) for value in found[:5]]
+    else:
+        merged = view.merge(merges.merge_moments, "merge_moments", [partial], 3)
+        moments = [view.unchannel(value) for value in merged]
+        offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
+        pivot, offset, rstd = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
+        found = [*moments, *new]
+    channels = [pivot, offset, rstd, *view.channels_of(weight, bias)]
+    return _normalise(view, flat, residual, channels, reverse=True), *found
+
+
+def _normalise(view, flat, residual, channels, reverse):
+    kernels, _ = _kernels()
+    # Where there is no residual its pointer is never read.
+    added = channels[0] if residual is None else view.spread(residual)
+    (y,) = view.stream(
+        kernels.normalise,
+        "normalise",
+        [flat, added, *channels],
+        arrays=1 if residual is None else 2,
+        outputs=1,
+        reverse=reverse,
+        RESIDUAL=residual is not None,
+        ACTIVATION=view.activation,
+        SLOPE=LEAKY_RELU_SLOPE,
+    )
+    return view.unspread(y)
+
+
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    channels = view.channels_of(pivot, offset, rstd, weight, bias)
+    return _normalise(view, view.spread(x), residual, channels, reverse=False)
+
+
+def _gradient(view, name, arrays, channels, through=None, *, sums, dx, reverse=False):
+    """A pass of a backward over dy, x and, where it matters, the residual: see the kernel."""
+    kernels, _ = _kernels()
+    residual = len(arrays) == 3
+    dz = dx and residual
+    # The pointers that are not read, and those that are not written.
+    inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
+    outputs = dx + dz + sums
+    unused = {place: None for place in ("first", "second", "third")[outputs:]}
+    return view.stream(
+        kernels.gradient,
+        name,
+        inputs,
+        arrays=len(arrays),
+        sums=2 * sums,
+        outputs=dx + dz,
+        reverse=reverse,
+        RESIDUAL=residual,
+        ACTIVATION=view.activation,
+        SLOPE=LEAKY_RELU_SLOPE,
+        SUMS=sums,
+        WRITE_DX=dx,
+        WRITE_DZ=dz,
+        MOMENTS=through is not None,
+        **unused,
+    )
+
+
+def backward(
+    dy,
+    dmean,
+    dvar,
+    x,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    delta,
+    batch,
+    count,
+    residual=None,
+    mask=None,
+    *,
+    spec,
+):
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
+    _no_mask(mask)
+    view, (_, merges) = _View(x, spec), _kernels()
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    channels = view.channels_of(pivot, offset, rstd, weight, bias)
+    (partial,) = _gradient(view, "backward_sums", arrays, channels, sums=True, dx=False)
+    inputs = [partial, *channels[1:4], *view.channels_of(dmean, dvar, delta), view.group(batch), view.group(count)]
+    *sums, slope, level = view.merge(merges.merge_backward, "merge_sums", inputs, 4)
+    results = _gradient(view, "backward_dx", arrays, channels, (slope, level), sums=False, dx=True, reverse=True)
+    return view.gradients(results, sums, dy, residual)
+
+
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
+    _no_mask(mask)
+    view, (_, merges) = _View(x, spec), _kernels()
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    channels = view.channels_of(pivot, offset, rstd, weight, bias)
+    *results, partial = _gradient(view, "normalise_backward", arrays, channels, sums=True, dx=True)
+    sums = view.merge(merges.merge_sums, "merge_sums", [partial, *channels[1:3]], 2)
+    return view.gradients(results, sums, dy, residual)
+
+
+def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
+    """Gradient of `moments` with respect to x."""
+    _no_mask(mask)
+    view, (kernels, _) = _View(x, spec), _kernels()
+    inputs = [view.spread(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
+    (dx,) = view.stream(kernels.moments_gradient, "moments_backward", inputs, arrays=1, outputs=1)
+    return (view.unspread(dx),)
+
+
+def _no_mask(mask):
+    if mask is not None:
+        raise ValueError("triton takes no mask")

@@ -1,0 +1,382 @@
+"""The passes over rows of the backend `triton`. Import it where they are launched, not before: it imports Triton.
+
+They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows of one block of columns,
+and walks through it tile by tile; each value of a tile has a place of its own in the registers of one thread, where it
+is added up, and only the end of the range is summed across threads. The partial results of the ranges lie in memory
+as [groups, splits, values, width], and are merged by `triton_merges` in a fixed order: two runs give the same bits.
+
+Moments are (pivot, delta, squares about the mean), the pivot being the mean of the range's first tile, or 0 where that
+is not finite. What is read beyond the end of a range or a row is replaced by a selection, never by a product: a value
+of another channel that is not finite stays where it is.
+
+The address of a tile is computed with 64-bit integers, places within it with 32-bit ones. All sizes are constants of
+the compilation, so that the compiler knows which loads it may make 16 bytes wide.
+"""
+
+import triton
+import triton.language as tl
+
+# --- places ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _block_of(SPLITS: tl.constexpr, BLOCKS: tl.constexpr, GRID: tl.constexpr, REVERSE: tl.constexpr):
+    """(group, split, column block) of this block of threads: neighbours in a row run at the same time."""
+    block = tl.program_id(0)
+    if REVERSE:
+        block = GRID - 1 - block
+    rest = block // BLOCKS
+    return rest // SPLITS, rest % SPLITS, block % BLOCKS
+
+
+@triton.jit
+def range_of(split, ROWS: tl.constexpr, SPLITS: tl.constexpr):
+    """(first row, number of rows) of a split: all rows, in order, differing by at most one."""
+    base: tl.constexpr = ROWS // SPLITS
+    extra: tl.constexpr = ROWS % SPLITS
+    return split * base + tl.minimum(split, extra), base + (split < extra).to(tl.int32)
+
+
+@triton.jit
+def _columns_of(block, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(columns, the channel of each, whether there is one) of a block of columns."""
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    channel = columns
+    if WIDTH != CHANNELS:
+        channel = columns % CHANNELS
+    return columns, channel, columns < WIDTH
+
+
+@triton.jit
+def _tile_at(group, row, block, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where the tile of these columns begins, counted in values."""
+    return (group.to(tl.int64) * ROWS + row) * WIDTH + block * COLUMNS
+
+
+@triton.jit
+def _within(TILE_ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """The places of a tile's values, counted from its beginning."""
+    return tl.arange(0, TILE_ROWS)[:, None] * WIDTH + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _per_channel(values, group, channel, inside, CHANNELS: tl.constexpr):
+    """The values per channel [groups, channels] of a block's columns."""
+    return tl.load(values + group * CHANNELS + channel, mask=inside, other=0.0)
+
+
+@triton.jit
+def _read(array, places, inside, LAST: tl.constexpr):
+    """The values of a tile in float32, 0 outside; the last reader of an array lets L2 drop them first."""
+    if LAST:
+        return tl.load(array + places, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    return tl.load(array + places, mask=inside, other=0.0).to(tl.float32)
+
+
+# --- arithmetic of values -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _finite_or_zero(value):
+    return tl.where(tl.abs(value) < float("inf"), value, 0.0)
+
+
+@triton.jit
+def _variance_sum(square_sum, total, mean):
+    """square_sum - total * mean, at least 0: the sum of squares about the mean; `jnp_backend` has the same guard."""
+    correction = total * mean
+    overflows = (tl.abs(mean) < float("inf")) & ~(tl.abs(correction) < float("inf"))
+    squares = square_sum - tl.where(overflows, 0.0, correction)
+    return tl.where(squares < 0, 0.0, squares)  # NaN stays
+
+
+@triton.jit
+def times(coefficient, value):
+    """`contract.scaled`: zero where the coefficient is, whatever the value."""
+    return tl.where(coefficient == 0, 0.0, coefficient * value)
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _gelu_inner(x):
+    """Twice the argument of gelu's tanh: x/2 * (1 + tanh(u)) is x * sigmoid(2u)."""
+    return 1.5957691216057308 * (x + 0.044715 * (x * x * x))
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The functions of `activations.ACTIVATIONS`; NaN passes each of them."""
+    if ACTIVATION == "relu":
+        return tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x < 0, SLOPE * x, x)
+    elif ACTIVATION == "silu":
+        return x * _sigmoid(x)
+    elif ACTIVATION == "gelu":
+        return x * _sigmoid(_gelu_inner(x))
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not know")
+        return x
+
+
+@triton.jit
+def _derivative(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
+    """The derivatives of `activations.ACTIVATIONS`."""
+    if ACTIVATION == "relu":
+        return tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        return tl.where(x >= 0, 1.0, SLOPE)
+    elif ACTIVATION == "silu":
+        sigmoid = _sigmoid(x)
+        return sigmoid * (1 + x * _sigmoid(-x))
+    else:
+        tl.static_assert(ACTIVATION == "gelu", "an activation that the kernels do not know")
+        inner = _gelu_inner(x)
+        sigmoid = _sigmoid(inner)
+        slope = sigmoid * _sigmoid(-inner)
+        # Where the sigmoid is saturated the second term is zero, also where x * inner' overflows.
+        second = x * slope * (1.5957691216057308 * (1 + 0.134145 * (x * x)))
+        return sigmoid + tl.where(slope == 0, 0.0, second)
+
+
+@triton.jit
+def through_moments(dmean, dvar, delta, count):
+    """slope and level of dmean/n + (d - delta) * 2 * dvar/n, as a function of d."""
+    slope = 2 * dvar / count
+    return slope, dmean / count - delta * slope
+
+
+# --- passes over rows -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def moments(
+    x,
+    partial,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GRID: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """The moments of each range of rows: pivot, delta, squares about the mean, [groups, splits, 3, width]."""
+    group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
+    start, count = range_of(split, ROWS, SPLITS)
+    columns, _, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    rows = tl.arange(0, TILE_ROWS)
+    array = x + _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    within = _within(TILE_ROWS, COLUMNS, WIDTH)
+
+    first = _read(array, within, (rows < count)[:, None] & there[None, :], False)
+    pivot = _finite_or_zero(tl.sum(first, axis=0) / tl.minimum(count, TILE_ROWS).to(tl.float32))
+    total = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
+    squares = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
+    for step in tl.range(0, tl.cdiv(count, TILE_ROWS), num_stages=STAGES):
+        row = step * TILE_ROWS
+        inside = (row + rows < count)[:, None] & there[None, :]
+        values = _read(array + row.to(tl.int64) * WIDTH, within, inside, False)
+        d = tl.where(inside, values - pivot[None, :], 0.0)
+        total += d
+        squares += d * d
+    total_sum = tl.sum(total, axis=0)
+    delta = total_sum / count.to(tl.float32)
+    result = partial + (group.to(tl.int64) * SPLITS + split) * (3 * WIDTH) + columns
+    tl.store(result, pivot, mask=there)
+    tl.store(result + WIDTH, delta, mask=there)
+    tl.store(result + 2 * WIDTH, _variance_sum(tl.sum(squares, axis=0), total_sum, delta), mask=there)
+
+
+@triton.jit
+def normalise(
+    x,
+    residual,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    y,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GRID: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual). `residual` is read if RESIDUAL."""
+    group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
+    start, count = range_of(split, ROWS, SPLITS)
+    _, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    rows = tl.arange(0, TILE_ROWS)
+    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    within = _within(TILE_ROWS, COLUMNS, WIDTH)
+
+    scale = _per_channel(rstd, group, channel, there, CHANNELS) * _per_channel(weight, group, channel, there, CHANNELS)
+    shift = _per_channel(bias, group, channel, there, CHANNELS)
+    shift = shift - _per_channel(offset, group, channel, there, CHANNELS) * scale
+    centre = _per_channel(pivot, group, channel, there, CHANNELS)
+    steps = tl.cdiv(count, TILE_ROWS)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        row = step * TILE_ROWS
+        if REVERSE:
+            row = (steps - 1 - step) * TILE_ROWS
+        inside = (row + rows < count)[:, None] & there[None, :]
+        tile = begin + row.to(tl.int64) * WIDTH
+        z = (_read(x + tile, within, inside, REVERSE) - centre[None, :]) * scale[None, :] + shift[None, :]
+        if RESIDUAL:
+            z += _read(residual + tile, within, inside, REVERSE)
+        tl.store(y + tile + within, _activate(z, ACTIVATION, SLOPE).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gradient(
+    dy,
+    x,
+    residual,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    slope,
+    level,
+    first,
+    second,
+    third,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GRID: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SUMS: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    WRITE_DZ: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """The passes of a backward, of dz = dy * activation'(z) and d = x - pivot.
+
+    - SUMS: the sums of dz and dz * d of each range of rows, [groups, splits, 2, width].
+    - WRITE_DX: dx = dz * scale, and with MOMENTS + d * slope + level; WRITE_DZ: dz, the residual's gradient.
+
+    Results are written to `first`, `second` and `third`: dx, dz and the sums, those that there are, in this order; the
+    other pointers are None. `residual`, `slope` and `level` are read if RESIDUAL and MOMENTS.
+    """
+    group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
+    start, count = range_of(split, ROWS, SPLITS)
+    columns, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    rows = tl.arange(0, TILE_ROWS)
+    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    within = _within(TILE_ROWS, COLUMNS, WIDTH)
+
+    scale = _per_channel(rstd, group, channel, there, CHANNELS) * _per_channel(weight, group, channel, there, CHANNELS)
+    shift = _per_channel(bias, group, channel, there, CHANNELS)
+    shift = shift - _per_channel(offset, group, channel, there, CHANNELS) * scale
+    centre = _per_channel(pivot, group, channel, there, CHANNELS)
+    if MOMENTS:
+        slopes = _per_channel(slope, group, channel, there, CHANNELS)
+        levels = _per_channel(level, group, channel, there, CHANNELS)
+    if SUMS:
+        sum_dz = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
+        sum_dz_d = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
+    steps = tl.cdiv(count, TILE_ROWS)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        row = step * TILE_ROWS
+        if REVERSE:
+            row = (steps - 1 - step) * TILE_ROWS
+        inside = (row + rows < count)[:, None] & there[None, :]
+        tile = begin + row.to(tl.int64) * WIDTH
+        d = _read(x + tile, within, inside, REVERSE) - centre[None, :]
+        dz = _read(dy + tile, within, inside, REVERSE)
+        if ACTIVATION != "none":
+            z = d * scale[None, :] + shift[None, :]
+            if RESIDUAL:
+                z += _read(residual + tile, within, inside, REVERSE)
+            dz = dz * _derivative(z, ACTIVATION, SLOPE)
+        if SUMS:
+            sum_dz += tl.where(inside, dz, 0.0)
+            sum_dz_d += tl.where(inside, dz * d, 0.0)
+        if WRITE_DX:
+            dx = dz * scale[None, :]
+            if MOMENTS:
+                dx += d * slopes[None, :] + levels[None, :]
+            tl.store(first + tile + within, dx.to(first.dtype.element_ty), mask=inside)
+        if WRITE_DZ:
+            tl.store(second + tile + within, dz.to(second.dtype.element_ty), mask=inside)
+    if SUMS:
+        if WRITE_DZ:
+            sums = third
+        elif WRITE_DX:
+            sums = second
+        else:
+            sums = first
+        result = sums + (group.to(tl.int64) * SPLITS + split) * (2 * WIDTH) + columns
+        tl.store(result, tl.sum(sum_dz, axis=0), mask=there)
+        tl.store(result + WIDTH, tl.sum(sum_dz_d, axis=0), mask=there)
+
+
+@triton.jit
+def moments_gradient(
+    x,
+    pivot,
+    delta,
+    dmean,
+    dvar,
+    counts,
+    dx,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GRID: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """dx = dmean/n + (x - pivot - delta) * 2 * dvar/n."""
+    group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
+    start, count = range_of(split, ROWS, SPLITS)
+    _, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    rows = tl.arange(0, TILE_ROWS)
+    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    within = _within(TILE_ROWS, COLUMNS, WIDTH)
+
+    slope, level = through_moments(
+        _per_channel(dmean, group, channel, there, CHANNELS),
+        _per_channel(dvar, group, channel, there, CHANNELS),
+        _per_channel(delta, group, channel, there, CHANNELS),
+        tl.load(counts + group),
+    )
+    centre = _per_channel(pivot, group, channel, there, CHANNELS)
+    for step in tl.range(0, tl.cdiv(count, TILE_ROWS), num_stages=STAGES):
+        row = step * TILE_ROWS
+        inside = (row + rows < count)[:, None] & there[None, :]
+        tile = begin + row.to(tl.int64) * WIDTH
+        d = _read(x + tile, within, inside, REVERSE) - centre[None, :]
+        result = d * slope[None, :] + level[None, :]
+        tl.store(dx + tile + within, result.to(dx.dtype.element_ty), mask=inside)

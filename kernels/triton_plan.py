@@ -1,0 +1,190 @@
+"""How the backend `triton` cuts an array into tiles: the `Config`s there are, and the `Plan` that one makes of an array.
+
+Pure functions of sizes, without JAX or Triton. A `Config` says what of a plan is a matter of speed alone and does not
+depend on the array; `heuristic` chooses one for an array, `search_set` lists those that `bn-bench tune` times.
+"""
+
+import math
+from dataclasses import dataclass
+
+from .launches import launches, passes
+
+# Raised with every change to the kernels that makes earlier timings meaningless: see `triton_tuning`.
+REVISION = 1
+
+VECTOR = 16  # bytes: the widest load of a thread
+# More neighbouring rows than that are not folded into one: their columns have to be merged again.
+MOST_FOLDED = 16
+# A block of threads has at least this many tiles where there are enough rows: what it does once (values per channel,
+# the sums across its threads, partial results) is then small beside its rows.
+LEAST_TILES = 2
+# Of a merge's block of threads: 8 neighbouring float32 are the smallest piece of memory that a GPU reads, and the fewer
+# channels a block has, the more blocks share the work.
+MERGE_COLUMNS = 8
+MERGE_TILE = 4096  # values
+
+
+@dataclass(frozen=True)
+class Config:
+    """What of a plan is a matter of speed alone.
+
+    - `row_bytes`: the most neighbouring bytes of a row that a tile has.
+    - `values`: of each array, that each thread has of a tile where a pass reads one array; with more arrays, half.
+    - `warps`: of a block of threads.
+    - `stages`: tiles in flight in shared memory; 1: tiles are loaded into registers.
+    - `blocks_per_core`: blocks of threads in a launch, for each multiprocessor.
+    """
+
+    row_bytes: int
+    values: int
+    warps: int
+    stages: int
+    blocks_per_core: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles and launches of the kernels.
+
+    x [groups, rows, channels] is seen as [groups, rows/fold, fold*channels]: `fold` neighbouring rows make one.
+
+    - `capability`: the compute capability that the kernels are compiled for: 80 for 8.0.
+    - `fold`: so that a row is a multiple of 16 bytes, and fills the tiles: see `fold_of`.
+    - `columns`, `tile_rows`: of a tile, powers of two; a pass that reads several arrays has half the rows.
+    - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
+    - `warps`, `stages`: of a block of threads; see `Config`.
+    - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
+    """
+
+    capability: int
+    fold: int
+    columns: int
+    tile_rows: int
+    splits: int
+    warps: int
+    stages: int
+    residual: bool = False
+    derivative: bool = False
+
+    def passes(self, operation):
+        """(reads, writes) of arrays of x's size inside the kernels of an operation."""
+        return passes(operation, self.residual, self.derivative)
+
+    def launches(self, operation):
+        """The kernels of an operation, by name and in order."""
+        return launches(operation)
+
+    def rows_of(self, inputs):
+        """The rows of a tile in a pass that reads that many arrays."""
+        return self.tile_rows if inputs == 1 else max(1, self.tile_rows // 2)
+
+
+def merge_tile(plan, channels):
+    """(partial results, channels, warps) of a tile in a merge, of `plan.splits * plan.fold` partial results."""
+    columns = min(MERGE_COLUMNS, power_of_two(channels))
+    entries = min(power_of_two(plan.splits * plan.fold), MERGE_TILE // columns)
+    return entries, columns, 8 if entries * columns >= MERGE_TILE // 2 else 4
+
+
+def power_of_two(number):
+    """The smallest power of two that is not less than a number above 0."""
+    return 1 << (number - 1).bit_length()
+
+
+def fold_of(rows, channels, itemsize, row_bytes):
+    """How many neighbouring rows to see as one.
+
+    One, if a row of channels is a multiple of 16 bytes, which a thread loads at once, and fills tiles of `row_bytes`
+    well. Else the number, among those that divide the rows, with the least idle loads; where there is none, rows are
+    read value by value.
+    """
+    candidates = []
+    for fold in range(1, min(rows, MOST_FOLDED) + 1):
+        width = fold * channels
+        if rows % fold:
+            continue
+        columns = columns_of(width, itemsize, row_bytes)
+        idle = -(-width // columns) * columns / width
+        vector = math.gcd(width * itemsize, VECTOR) // itemsize
+        # Loads of a row's values; and with the fold grow the partial results, 12 bytes for each column and split.
+        loads = idle / vector
+        candidates.append((loads * (1 + 0.01 * math.log2(fold) + (0.02 if fold > 1 else 0)), fold))
+    return min(candidates)[1]
+
+
+def columns_of(width, itemsize, row_bytes):
+    """The columns of a tile: a power of two that has `row_bytes`, or less where the row is shorter."""
+    return min(power_of_two(width), row_bytes // itemsize)
+
+
+def heuristic(groups, rows, channels, itemsize, chip):
+    """The `Config` for an array where nothing was timed.
+
+    16 values a thread are four 16-byte loads of float32, or two of bfloat16, before the first is used; with four blocks
+    of 128 threads a multiprocessor has 16 to 32 KiB in flight, what latency times bandwidth asks for on the chips of
+    the table. Shared memory would only add latency.
+    """
+    del groups, channels, chip
+    # Few rows: short tiles, so that every thread has some.
+    warps = 4 if rows > 64 else 2
+    return Config(row_bytes=256, values=16, warps=warps, stages=1, blocks_per_core=4 if itemsize == 4 else 6)
+
+
+def search_set(groups, rows, channels, itemsize, chip):
+    """The `Config`s to time for an array: the heuristic's, and what differs from it in one or two respects."""
+    from dataclasses import replace
+
+    first = heuristic(groups, rows, channels, itemsize, chip)
+    changes = [
+        {},
+        *({"row_bytes": row_bytes} for row_bytes in (128, 512)),
+        *({"values": values} for values in (8, 32)),
+        *({"warps": warps} for warps in (2, 4, 8)),
+        *({"blocks_per_core": blocks} for blocks in (2, 4, 8, 16)),
+        *({"stages": stages, "blocks_per_core": blocks} for stages in (3, 4) for blocks in (2, 4)),
+        {"warps": 8, "blocks_per_core": 2},
+        {"row_bytes": 128, "blocks_per_core": 8},
+    ]
+    return tuple(dict.fromkeys(replace(first, **change) for change in changes))
+
+
+def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False):
+    """The plan for x [groups, rows, channels] on a chip, with a configuration, or with the heuristic's."""
+    if config is None:
+        config = heuristic(groups, rows, channels, itemsize, chip)
+    fold = fold_of(rows, channels, itemsize, config.row_bytes)
+    rows, width = rows // fold, fold * channels
+    columns = columns_of(width, itemsize, config.row_bytes)
+    # A tile of fewer values than its block's threads load at once would leave threads idle in every step.
+    tile = config.warps * 32 * max(config.values, 2 * VECTOR // itemsize)
+    tile_rows = max(1, min(tile // columns, power_of_two(rows)))
+    blocks = groups * -(-width // columns)
+    most = max(1, rows // (LEAST_TILES * tile_rows))
+    splits = min(max(1, config.blocks_per_core * chip.cores // blocks), most)
+    major, minor = chip.compute_capability
+    return Plan(
+        capability=10 * major + minor,
+        fold=fold,
+        columns=columns,
+        tile_rows=tile_rows,
+        splits=splits,
+        warps=config.warps,
+        stages=config.stages,
+        residual=residual,
+        derivative=derivative,
+    )
+
+
+def check(plan, rows, channels):
+    """ValueError where a plan (one given by hand) does not fit an array."""
+    fits = (
+        plan.fold >= 1
+        and rows % plan.fold == 0
+        and 1 <= plan.splits <= rows // plan.fold
+        and all(number >= 1 and number & (number - 1) == 0 for number in (plan.columns, plan.tile_rows, plan.warps))
+        and plan.columns * plan.tile_rows <= 1 << 20
+        and plan.warps <= 32
+        and plan.stages >= 1
+    )
+    if not fits:
+        raise ValueError(f"{plan} does not fit {rows} rows of {channels} channels")

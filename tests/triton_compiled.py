@@ -1,0 +1,120 @@
+"""A process that compiles the kernels of `triton` for a GPU with Triton alone: `python triton_compiled.py`.
+
+Reads JSON from standard input: a list of [backend, architecture, cases], a case being [groups, rows, channels, dtype,
+activation, residual, configuration or null]. For each architecture the launches of every operation are those of the
+plan for the chip, or of one that resembles it. Writes what the compilers say of each launch.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import triton
+from bn_fused.kernels import triton_backend
+from bn_fused.kernels.chips import GpuChip
+from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.triton_plan import Config, make_plan
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
+# Multiprocessors, and warp sizes: of an A100, an A10, an L4, an H100, a B200, an RTX 5090, an MI250, an MI300X.
+CORES = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170, "gfx90a": 104, "gfx942": 304}
+
+
+def launches(case, architecture):
+    """(operation, name, kernel, signature, constants, warps) of every launch of every operation of a case."""
+    groups, rows, channels, dtype, activation, residual, config = case
+    capability = divmod(architecture, 10) if isinstance(architecture, int) else (9, 0)
+    chip = GpuChip("some", "some", capability, CORES[architecture], 0)
+    itemsize = jax.numpy.dtype(dtype).itemsize
+    config = None if config is None else Config(**config)
+    plan = make_plan(
+        groups, rows, channels, itemsize, chip, config, residual=residual, derivative=activation is not None
+    )
+    shape = jax.ShapeDtypeStruct
+    kinds = {
+        "x": shape((groups, rows, channels), dtype),
+        "channel": shape((groups, channels), "float32"),
+        "group": shape((groups,), "float32"),
+        "coefficients": shape((groups, 6), "float32"),
+    }
+    left_out = ("mask",) if residual else ("mask", "residual")
+    found = []
+
+    def record(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+        assert 0 < grid < 1 << 31
+        arrays = [*inputs, *outputs]
+        signature = dict(zip(kernel.arg_names, (TYPES[str(array.dtype)] for array in arrays), strict=False))
+        found.append((operation, name, kernel, signature, constants, warps))
+        return [jax.numpy.zeros(spec.shape, spec.dtype) for spec in outputs]
+
+    triton_backend.launch = record
+    for operation, table in OPERATIONS.items():
+        operands = {key: kinds[kind] for key, kind in table.operands.items() if key not in left_out}
+        spec = Spec("grc", 1e-5, activation, "triton", plan)
+        function = getattr(triton_backend, operation)
+        jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)
+    return found
+
+
+def compiled(backend, architecture, kernel, signature, constants, warps):
+    """What the compilers say of one launch."""
+    pointers = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in signature}
+    signature = signature | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants, pointers)
+    target = GPUTarget(backend, architecture, 64 if backend == "hip" else 32)
+    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+    found = {"shared": made.metadata.shared, "warps": warps}
+    if backend == "hip":
+        text = made.asm["amdgcn"]
+        found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+        spills = re.findall(r"\.(?:v|s)gpr_spill_count:\s+(\d+)", text)
+        found["spills"] = sum(map(int, spills)) + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+        found["loads"] = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
+        found["stores"] = re.findall(r"\b(?:global|buffer)_store_(\w+)", text)
+        return found
+    text = made.asm["ptx"]
+    # Loads to registers; copies to shared memory, with the number of bytes.
+    found["loads"] = [
+        (vector or "v1") + "." + kind for vector, kind in re.findall(r"ld\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
+    ]
+    found["copies"] = [
+        int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)
+    ]
+    found["stores"] = [
+        (vector or "v1") + "." + kind for vector, kind in re.findall(r"st\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
+    ]
+    found["wide"] = bool(re.search(r"mul\.(?:wide\.[su]32|lo\.s64)|mad\.wide|shl\.b64", text))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
+    found["spills"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+    return found
+
+
+def main():
+    results = []
+    for backend, architecture, cases in json.load(sys.stdin):
+        for case in cases:
+            seen = {}
+            for operation, name, *launch in launches(case, architecture):
+                kernel, _, constants, warps = launch
+                key = kernel.fn.__name__, str(launch[1]), str(sorted(constants.items(), key=str)), warps
+                if key not in seen:
+                    seen[key] = compiled(backend, architecture, *launch)
+                results.append([backend, architecture, case, operation, name, seen[key]])
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

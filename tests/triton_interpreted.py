@@ -1,0 +1,102 @@
+"""A process that computes operations of `triton` in Triton's interpreter: `python triton_interpreted.py FOLDER`.
+
+FOLDER holds cases as .npz files with the operands of `forward`, cotangents, and settings as JSON; the results are
+written beside them. The interpreter runs kernels on numpy arrays, block by block; it asks for tensors of torch, for
+which a few methods are enough.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+# Read when Triton is imported.
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bn_fused.kernels import contract, triton_backend
+from bn_fused.kernels.triton_plan import Plan
+from interpreted_operations import compute_all
+from triton.runtime import interpreter
+
+GUARD = 64  # values before and behind each array
+
+
+class Tensor:
+    """An array between guards, as much of a torch tensor as the interpreter asks for. It is worked on in place."""
+
+    def __init__(self, shape, dtype, values=None):
+        size = int(np.prod(shape))
+        # Where nothing was written there is NaN, and around it too.
+        self.memory = np.full(size + 2 * GUARD, np.nan, jnp.dtype(dtype))
+        self.array = self.memory[GUARD : GUARD + size].reshape(shape)
+        self.dtype = jnp.dtype(dtype).name
+        if values is not None:
+            self.array[...] = values
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def guards_hold(self):
+        return bool(np.isnan(self.memory[:GUARD].astype(np.float32)).all()) and bool(
+            np.isnan(self.memory[-GUARD:].astype(np.float32)).all()
+        )
+
+    def itself(self, *_, **__):
+        return self
+
+    def nothing(self, *_, **__):
+        return None
+
+    untyped_storage = cpu = new_empty = itself
+    set_ = copy_ = storage_offset = size = stride = nothing
+
+
+def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+    """`triton_backend.launch` in the interpreter."""
+    del warps, capability
+    given = [Tensor(value.shape, value.dtype, np.asarray(value)) for value in inputs]
+    results = [Tensor(spec.shape, spec.dtype) for spec in outputs]
+    kernel[(grid,)](*given, *results, **constants)
+    for tensor, value in zip(given, inputs, strict=True):
+        assert tensor.array.tobytes() == np.asarray(value).tobytes(), f"{name} has changed an operand"
+    assert all(tensor.guards_hold() for tensor in (*given, *results)), f"{name} wrote outside"
+    return [jnp.asarray(tensor.array) for tensor in results]
+
+
+def with_integers(patch):
+    """The interpreter makes a loop's bounds from arrays of one element, as numpy 2.4 and later do no more."""
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    return patched
+
+
+def main(folder):
+    triton_backend.launch = launch
+    interpreter._patch_lang_tensor = with_integers(interpreter._patch_lang_tensor)
+    for path in sorted(pathlib.Path(folder).glob("*.npz")):
+        stored = dict(np.load(path))
+        settings = json.loads(str(stored.pop("settings")))
+        spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "triton", Plan(**settings["plan"]))
+        operands = {
+            name: jnp.asarray(value, settings["dtype"] if name in ("x", "dy", "residual") else jnp.float32)
+            for name, value in stored.items()
+        }
+
+        def compute(operation, arguments, spec=spec):
+            with jax.disable_jit():
+                return getattr(triton_backend, operation)(**arguments, spec=spec)
+
+        with np.errstate(all="ignore"):  # what is not finite is a case
+            results = compute_all(compute, spec, operands, settings["rows"], settings["operations"])
+        np.savez(path.with_suffix(".results"), **results)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
