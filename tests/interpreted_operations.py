@@ -1,4 +1,4 @@
-"""What a process that interprets kernels does with a case: compute forward, and from its results other operations."""
+"""What a process that runs kernels does with a case: compute forward, and from its results other operations."""
 
 import jax.numpy as jnp
 import numpy as np

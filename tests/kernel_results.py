@@ -16,12 +16,13 @@ BLEND = (0.7, 0.4, 0.1, 0.1, 0.15, 0.9)
 ALL = ("backward", "normalise_backward", "moments_backward", "normalise", "moments")
 
 
-def operands(case):
+def operands(case, parameters="float32"):
+    """Random operands of `forward` and cotangents, rounded to the case's dtype; weight and bias to that of `parameters`."""
     random = np.random.default_rng(0)
     spread, per_channel = (case.groups, case.rows, case.channels), (case.groups, case.channels)
 
-    def rounded(values):
-        return np.array(jnp.asarray(values, case.dtype).astype(jnp.float32))
+    def rounded(values, dtype=case.dtype):
+        return np.array(jnp.asarray(values, dtype).astype(jnp.float32))
 
     found = {
         "x": rounded(case.centre + random.standard_normal(spread)),
@@ -33,6 +34,8 @@ def operands(case):
     for name in ("weight", "bias", "running_mean", "running_var", "dmean", "dvar"):
         values = random.standard_normal(per_channel)
         found[name] = np.float32({"weight": 1 + values / 4, "running_var": 1 + abs(values)}.get(name, values))
+    for name in ("weight", "bias"):
+        found[name] = rounded(found[name], parameters)
     return found
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from bn_fused.kernels import contract, pallas_gpu, pallas_gpu_resident
 from bn_fused.kernels.dispatch import run as dispatched
 from bn_fused.kernels.pallas_gpu_plan import Plan, Resident
+from interpreted_operations import compute_all
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -82,39 +83,13 @@ def main(path):
     dtypes = dict.fromkeys(("x", "dy", "residual"), settings["dtype"])
     dtypes |= dict.fromkeys(("weight", "bias"), settings["parameters"])
     operands = {name: jnp.asarray(value, dtypes.get(name, "float32")) for name, value in stored.items()}
-    forward = [*contract.OPERATIONS["forward"].operands]
-    given = {name: operands.get(name) for name in forward if name != "mask"}
-    results = {}
 
-    def run(operation, **arguments):
-        arguments = {name: value for name, value in arguments.items() if value is not None}
+    def compute(operation, arguments):
         if settings.get("on_gpu"):
-            found = on_gpu(operation, spec, arguments)
-        else:
-            found = interpreted(operation, spec, arguments, settings["races"])
-        found = found if isinstance(found, (tuple, list)) else (found,)
-        names = contract.OPERATIONS[operation].result_kinds(list(arguments))
-        for name, value in zip(names, found, strict=True):
-            results[f"{operation}.{name}"] = np.asarray(value.astype(jnp.float32))
-            results[f"{operation}.{name}.dtype"] = str(value.dtype)
-        return found
+            return on_gpu(operation, spec, arguments)
+        return interpreted(operation, spec, arguments, settings["races"])
 
-    _, pivot, delta, var, _, _ = run("forward", **given)
-    coefficients = operands["coefficients"]
-    new = contract.blend(pivot, delta, var, operands["running_mean"], operands["running_var"], coefficients)
-    count = jnp.full(coefficients.shape[:-1], settings["rows"], jnp.float32)
-    common = {name: operands.get(name) for name in ("x", "weight", "bias", "residual", "dy", "dmean", "dvar")}
-    common |= {
-        "pivot": pivot,
-        "delta": delta,
-        "offset": new.offset,
-        "rstd": contract.reciprocal_std(new.norm_var, spec.eps),
-        "batch": coefficients[..., 0],
-        "count": count,
-    }
-    for operation in settings["operations"]:
-        wanted = contract.OPERATIONS[operation].operands
-        run(operation, **{name: common.get(name) for name in wanted if name != "mask"})
+    results = compute_all(compute, spec, operands, settings["rows"], settings["operations"])
     np.savez(path + ".results.npz", **results)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from bn_fused.kernels.pallas_gpu_plan import Plan, Resident, tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from pallas_gpu_cases import ALL, BLEND, Case, check, computed, operands
+from kernel_results import ALL, BLEND, operands
+from pallas_gpu_cases import Case, check, computed
 
 missing = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX has no interpreter of Mosaic GPU (0.11 has)"
