@@ -33,7 +33,7 @@ def run(*arguments):
 def compiled_row(case, **fields):
     return audit.Row(
         case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
-        inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
+        inside_writes=0.0, padded_inside_reads=0.0, padded_inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
     )  # fmt: skip
 
 
@@ -166,7 +166,9 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
         assert (row.status, row.kernels) == ("compiled", 1), row.reason
         assert (row.operand_reads, row.operand_writes) in ((1, 1), (0, 0), (1, 0), (0, 1))  # 0 where VMEM holds them
         assert row.writes >= (1 if target == "h200" else 0)
-    assert (telling.inside_reads, telling.inside_writes) == (3, 1)
+    # Three reads and a write by the plan, of what lies in memory.
+    assert (telling.inside_reads, telling.inside_writes) == (3 * telling.operand_reads, telling.operand_writes)
+    assert target != "h200" or telling.inside_reads == 3
     assert silent.inside_reads is None
     # 64 x 128 float32, and what the pipeline adds.
     assert telling.on_chip_bytes >= 64 * 128 * 4
@@ -250,7 +252,7 @@ VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"5
 @pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
 def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
     text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(1, 1))
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(1, 1)})
     # subtract and transpose: one read and one write each.
     assert (counted["reads"], counted["writes"]) == (2, 2)
     assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
@@ -262,9 +264,36 @@ def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
 
 def test_a_librarys_call_is_no_kernel_of_ours():
     text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(5, 5))
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(5, 5)})
     assert (counted["reads"], counted["writes"]) == (3, 3)
     assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
+
+
+# The forward's operand comes from memory, in a layout that pads it to twice its size; what it returns stays on the chip.
+# The backward reads that, and an array that XLA has brought onto the chip.
+ON_CHIP = """HloModule m
+
+ENTRY %main (x: f32[64,64], dy: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
+  %dy = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %near = f32[64,64]{1,0:T(8,128)S(1)} copy(%dy)
+  %bn_fused_forward.1 = f32[64,64]{1,0:T(8,128)S(1)} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %NAME = f32[64,64]{1,0:T(8,128)} custom-call(%bn_fused_forward.1, %near), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_what_a_kernel_finds_on_the_chip_or_leaves_there_is_no_pass_through_memory():
+    inside = {"forward": audit.Passes(2, 1), "backward": audit.Passes(4, 1)}
+    counted = audit.count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
+    assert (counted["reads"], counted["writes"], counted["padded_reads"]) == (1, 0, 2)
+    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
+    assert (counted["padded_inside_reads"], counted["padded_inside_writes"]) == (4, 2)
+    row = audit.Row(case_for(), "compiled", **counted)
+    assert row.total == (6, 2)
+    # where a kernel does not say what it computes, all of them share alike: a third of the operands is in memory
+    counted = audit.count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
+    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
 
 
 def test_a_kernel_whose_plan_does_not_tell_is_opaque():
@@ -280,8 +309,9 @@ def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
     class Half:
         passes = {"forward": (2, 1)}
 
-    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == (3, 2)
-    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == (2, 1)
+    both = {"forward": (1, 1), "backward": (2, 1)}
+    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == both
+    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == {"forward": (2, 1)}
     assert audit.planned_passes(Half(), audit.OPERATIONS["fwd+bwd"]) is None
     assert audit.planned_passes(object(), audit.OPERATIONS["fwd"]) is None
 

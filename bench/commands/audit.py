@@ -12,7 +12,7 @@ from rich.text import Text
 from bn_fused import kernels
 
 from .. import audit, audit_report, deviceless, records
-from ..blocks import BLOCKS, RIVALS, Setting
+from ..blocks import BLOCKS, FORMS, RIVALS, Setting
 from ..suite import UNTIMED
 from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
 from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
@@ -40,7 +40,7 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation.")
 @click.option("--backend", "backends", multiple=True, type=Backend(),
               help="Repeatable; default: all but reference.")  # fmt: skip
-@_repeatable("--against", "rivals", (*RIVALS, "none"), (), "The rivals; default: all that there are.")
+@_repeatable("--against", "rivals", (*RIVALS, *FORMS, "none"), (), "The rivals, or one form of a rival; default: all.")
 @_repeatable("--block", "blocks", BLOCKS, (), "Put the layer inside this network block.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
               help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
@@ -112,7 +112,7 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
     against = rivals or tuple(RIVALS)
     if "jnp" in rivals:
         ours.append("jnp")
-    theirs = [layer.name for rival in against if rival != "none" for layer in RIVALS[rival]]
+    theirs = [layer.name for rival in against if rival != "none" for layer in RIVALS.get(rival) or FORMS.get(rival, ())]
     return list(dict.fromkeys([*ours, *theirs]))
 
 
