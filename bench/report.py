@@ -108,6 +108,18 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def passed(rows: Sequence[Row]) -> str:
+    """What is said where no check failed: who was checked, and that it is not all who were asked for."""
+    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
+    if not absent:
+        return text
+    # A backend may run at one workload and be refused at another.
+    partly = {row.layer for row in rows if row.status == "ok"}
+    names = [f"{layer} ({status}{' at some workloads' if layer in partly else ''})" for layer, status in absent]
+    return f"{text}; not compared: {', '.join(names)}"
+
+
 def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:
     """The checks of (backend, approach, check): the largest error as a share of its limit, and the verdict."""
     made = table("every step of a small batch, against float64", ("backend", "approach"), ("error / limit", ""))

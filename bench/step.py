@@ -30,6 +30,8 @@ DTYPES = ("float32", "bfloat16")
 RIVALS = ("equinox", "flax", "torch")
 # It is the definition itself, kept slow and plain, to be checked against and not to be timed.
 UNTIMED = ("reference",)
+# At the end of the names of our networks with channels last.
+CHANNELS_LAST = ", nhwc"
 # What the others are compared with.
 BASELINE = "equinox batch"
 
@@ -76,12 +78,14 @@ class Contender:
 
     - `name`: for the tables.
     - `norm`: for Equinox networks makes its layers, `norm(channels, activation)` given the setting.
+    - `function`: for networks whose channels are last, `norm` of `resnet.channels_last`.
     - `module`: the package of a network in another library.
     - `ours`: whether it is `bn_fused`.
     """
 
     name: str
     norm: Callable[[Setting], Callable] | None = None
+    function: Callable | None = None
     module: str | None = None
     ours: bool = False
 
@@ -101,6 +105,18 @@ def _ours(backend, approach, fused):
             return resnet.Apart(bn_fused.BatchNorm(channels, resnet.AXIS_NAME, approach, backend=backend), activation)
 
         return layer
+
+    return norm
+
+
+def _ours_channels_last(backend, approach, fused):
+    def norm(x, stats, scale, bias, activation, residual):
+        options = dict(approach=approach, channel_axis=-1, backend=backend)
+        if fused:
+            return bn_fused.batch_norm(x, stats, scale, bias, activation=activation, residual=residual, **options)
+        y, stats = bn_fused.batch_norm(x, stats, scale, bias, **options)
+        y = y if residual is None else y + residual
+        return (y if activation is None else jax.nn.relu(y)), stats
 
     return norm
 
@@ -149,20 +165,35 @@ def default_backends(setting: Setting, target: str | None = None) -> list[str]:
     return [*named, "auto"] if len(able) > 1 else named
 
 
+def default_layouts(rivals: Sequence[str]) -> tuple[str, ...]:
+    """Ours with channels first, and with channels last where Flax is there to be compared with."""
+    flax = any(one.module == "flax" and one.missing is None for one in contenders(rivals=rivals))
+    return ("nchw", "nhwc") if flax else ("nchw",)
+
+
 def contenders(
     backends: Sequence[str] = (),
     rivals: Sequence[str] = RIVALS,
     approaches: Sequence[str] = ("batch",),
     fusion: str = "fused",
+    layouts: Sequence[str] = ("nchw",),
 ) -> list[Contender]:
     """The networks that the options ask for; equinox's mode "batch", with which they are compared, is always there.
 
     `backends`: default all but the reference; see `default_backends`. `fusion`: whether residual and relu are given to the layer ("fused"), are
-    operations after it ("plain"), or "both" in turn.
+    operations after it ("plain"), or "both" in turn. `layouts`: "nchw" for our layer in the Equinox network, "nhwc" for
+    our function in the same network with channels last, as Flax's.
     """
     named = list(dict.fromkeys(backends)) or _timed_backends()
     made = [
         Contender(f"{backend} {approach}{', fused' if fused else ''}", _ours(backend, approach, fused), ours=True)
+        if layout == "nchw"
+        else Contender(
+            f"{backend} {approach}{', fused' if fused else ''}{CHANNELS_LAST}",
+            function=_ours_channels_last(backend, approach, fused),
+            ours=True,
+        )
+        for layout in layouts
         for backend in named
         for approach in approaches
         for fused in {"both": (True, False), "fused": (True,), "plain": (False,)}[fusion]
@@ -206,6 +237,8 @@ def program(contender: Contender, setting: Setting) -> Program:
     """The training step of a network in JAX."""
     if contender.module == "flax":
         return _flax_program(setting)
+    if contender.function is not None:
+        return _channels_last_program(setting, contender.function)
     model, state = equinox_model(setting, contender.norm(setting))
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
 
@@ -234,6 +267,19 @@ def _flax_program(setting):
         return cross_entropy(logits, labels), new["batch_stats"]
 
     carry = Carry(parameters, statistics, jax.tree.map(jnp.zeros_like, parameters))
+    return Program(training_step(loss_of), carry, channels_last=True)
+
+
+def _channels_last_program(setting, norm):
+    apply = resnet.channels_last(setting.architecture, setting.dtype, norm)
+    parameters, statistics = resnet.flax_variables(_plain_equinox(setting))
+    first = {name: bn_fused.RunningStats.init(value["mean"].size) for name, value in statistics.items()}
+
+    def loss_of(parameters, statistics, images, labels):
+        logits, statistics = apply(parameters, statistics, images)
+        return cross_entropy(logits, labels), statistics
+
+    carry = Carry(parameters, first, jax.tree.map(jnp.zeros_like, parameters))
     return Program(training_step(loss_of), carry, channels_last=True)
 
 

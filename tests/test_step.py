@@ -108,6 +108,7 @@ def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
 def test_every_network_agrees_with_equinoxs(dtype):
     approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
     networks = step.contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
+    networks += step.contenders(("jnp",), (), fusion=fusion, layouts=("nhwc",))[:-1]
     rows = step.run(setting(dtype=dtype), networks, seconds=0.01)
     assert [row.name for row in rows] == [one.name for one in networks]
     # Kernels for chips that are not here are named, and keep nobody from running.
@@ -311,6 +312,13 @@ def test_auto_runs_beside_the_backends_where_several_can_run(broken_backend):
 def test_auto_does_not_run_beside_the_one_backend_that_can():
     assert step.default_backends(setting()) == ["jnp", "pallas_gpu", "pallas_tpu"]
     assert step.default_backends(setting(), "v5e") == ["jnp", "pallas_gpu", "pallas_tpu", "auto"]
+
+
+def test_flax_is_compared_with_a_network_of_its_layout(monkeypatch):
+    for there, layouts in ((True, ("nchw", "nhwc")), (False, ("nchw",))):
+        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name, there=there: there or None)
+        assert step.default_layouts(("equinox", "flax")) == layouts
+        assert step.default_layouts(("equinox",)) == ("nchw",)
 
 
 def test_the_norm_that_a_backend_cannot_run_is_named():

@@ -20,7 +20,7 @@ from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_consol
 
 def _repeatable(name, destination, choices, default, text):
     return click.option(
-        name, destination, multiple=True, type=click.Choice(tuple(choices)), default=default,
+        name, destination, multiple=True, type=click.Choice(tuple(choices), case_sensitive=False), default=default,
         show_default=bool(default), help=f"{text} Repeatable.",
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from rich.text import Text
 import bn_fused
 
 from .. import records, report
+from ..doctor import devices
 from ..providers import RIVALS
 from ..suite import Settings, plan, refusal, run
 from ..workloads import PASSES, SUITES, WORKLOADS, Workload
@@ -167,7 +168,7 @@ def run_and_print(
     if interrupted:
         say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
     elif not failures:
-        say(console, "every check passed", "green")
+        say(console, report.passed(rows), "green")
     return records.Run(
         command=shlex.join(["bn-bench", *sys.argv[1:]]),
         date=started,
@@ -207,6 +208,12 @@ def _list(console: Console) -> None:
 
 
 def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings) -> None:
+    where = f"{settings.devices} of {', '.join(devices())}"
+    if settings.devices > 1:
+        where += ", which share their statistics (--sync)" if settings.sync else ", each with statistics of its own"
+    caches = "cold" if settings.cold else "warm"
+    say(console, f"on {where}; caches {caches}; {settings.seconds:g} s of samples for each workload")
+    say(console)
     for workload in workloads:
         made = report.table(str(workload), ("layer", "approach", "runs"), ())
         for layer in plan(workload, settings):
