@@ -170,7 +170,11 @@ def b200(tmp_path_factory):
     return compiled_for("b200", CASES["b200"], tmp_path_factory.mktemp("b200"))
 
 
-@pytest.fixture(params=CASES)
+# The tests that ask for a chip's fixture by its name go to the worker that has it.
+ON_EACH_CHIP = [pytest.param(name, marks=pytest.mark.xdist_group(f"test_pallas_gpu_compiled {name}")) for name in CASES]
+
+
+@pytest.fixture(params=ON_EACH_CHIP)
 def chip(request):
     """What was counted, by case and operation, and the dumps of the kernels."""
     found, dumps = request.getfixturevalue(request.param)
@@ -209,8 +213,10 @@ def check_traffic(counted):
     """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
     for (case, name), figures in counted.items():
         assert figures["kernels"] == figures["planned_launches"], (case, name)
-        assert figures["copies"] == [], (case, name, figures["details"])
-        groups, rows, channels, *_ = case
+        groups, rows, channels, _, activation, residual = case
+        # Without an activation the residual's gradient is dy, which here is copied from an argument to a result.
+        if not (residual and activation is None and name == "backward"):
+            assert figures["copies"] == [], (case, name, figures["details"])
         if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
             for passes, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
                 assert planned <= passes < planned + 0.1, (case, name, figures["details"])
@@ -220,7 +226,7 @@ def test_no_kernel_spills_registers_or_uses_local_memory(chip):
     check_registers(*chip)
 
 
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", ON_EACH_CHIP)
 def test_every_block_fits_into_shared_memory(target, request):
     check_shared_memory(request.getfixturevalue(target)[1], CHIPS[target])
 
@@ -258,6 +264,7 @@ def test_a_value_that_is_not_a_number_passes_the_relu(h200):
 def test_a_tile_is_filled_again_only_behind_the_fence_and_the_barrier_of_its_warpgroup(h200):
     """What the interpreter cannot see: it has one thread for the 128 of a warpgroup."""
     _, dumps = h200
+    refilled = 0
     for name, text in dumps.items():
         if not name.endswith(".ptx") or "merge" in name:
             continue
@@ -266,7 +273,10 @@ def test_a_tile_is_filled_again_only_behind_the_fence_and_the_barrier_of_its_war
         assert "ld.local" not in found and "st.local" not in found, name
         last_copy = len(found) - 1 - found[::-1].index("cp.async.bulk.tensor")
         before = [word for word in found[:last_copy] if word != "cp.async.bulk.tensor"]
-        assert before[-2:] == ["fence.proxy.async", "bar.sync"], (name, before)
+        if before:  # else all rows are one tile, as for the array of one row
+            assert before[-2:] == ["fence.proxy.async", "bar.sync"], (name, before)
+            refilled += 1
+    assert refilled > 20, refilled
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
