@@ -1,6 +1,6 @@
 """Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
@@ -108,9 +108,15 @@ def failures(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def passed(rows: Sequence[Row]) -> str:
-    """What is said where no check failed: who was checked, and that it is not all who were asked for."""
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """A line for every backend that does not run here, with the reason."""
+    return [f"{name} is skipped: {reason}" for name, reason in skipped.items()]
+
+
+def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
+    """What is said where no check failed; who was not compared is named, with the backends that were `skipped`."""
     absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    absent |= dict.fromkeys((name, "skipped") for name in skipped)
     text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
     if not absent:
         return text

@@ -68,7 +68,9 @@ def test_without_a_command_it_is_the_doctor_and_the_quick_suite(monkeypatch, cap
     assert bn_bench() == 0
     out = capsys.readouterr().out
     assert ran == list(SUITES["quick"])
-    for backend in kernels.backend_names():
+    able, refusals = doctor.backends()
+    assert {"jnp", "reference"} <= set(able) and all(f"{name} does not: {why}" in out for name, why in refusals.items())
+    for backend in able:
         for approach in suite.APPROACHES:
             assert re.search(rf"{backend}\s.*{approach}\s.*ok", out)
 
@@ -198,6 +200,7 @@ def test_what_was_not_compared_is_named_where_every_check_passed():
     some = [row("jnp", "ok"), row("flax", "missing"), row("flax", "missing", "bwd"), row("pallas_gpu", "refused")]
     assert report.passed(some) == "every check passed; not compared: flax (missing), pallas_gpu (refused)"
     assert report.passed([row("jnp", "ok"), row("jnp", "refused")]).endswith("jnp (refused at some workloads)")
+    assert report.passed([row("jnp", "ok")], ["pallas_gpu"]).endswith("; not compared: pallas_gpu (skipped)")
     assert report.passed([row("jnp", "refused")]).startswith("nothing was checked")
 
 

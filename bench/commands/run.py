@@ -15,7 +15,7 @@ import bn_fused
 from .. import records, report
 from ..doctor import devices
 from ..providers import RIVALS
-from ..suite import Settings, plan, refusal, run
+from ..suite import Settings, plan, refusal, run, with_backends
 from ..workloads import PASSES, SUITES, WORKLOADS, Workload
 from .common import (
     FAILED,
@@ -144,7 +144,8 @@ def run_and_print(
     """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
     started = records.now()
     environment = records.environment(settings.devices)
-    for line in report.environment_lines(environment) if heading else ():
+    settings, skipped = with_backends(workloads, settings)
+    for line in (*report.environment_lines(environment), *report.skipped_lines(skipped)) if heading else ():
         say(console, line)
     rows: list[records.Row] = []
     interrupted = False
@@ -168,7 +169,7 @@ def run_and_print(
     if interrupted:
         say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
     elif not failures:
-        say(console, report.passed(rows), "green")
+        say(console, report.passed(rows, skipped), "green")
     return records.Run(
         command=shlex.join(["bn-bench", *sys.argv[1:]]),
         date=started,
@@ -211,8 +212,11 @@ def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings
     where = f"{settings.devices} of {', '.join(devices())}"
     if settings.devices > 1:
         where += ", which share their statistics (--sync)" if settings.sync else ", each with statistics of its own"
+    settings, skipped = with_backends(workloads, settings)
     caches = "cold" if settings.cold else "warm"
     say(console, f"on {where}; caches {caches}; {settings.seconds:g} s of samples for each workload")
+    for line in report.skipped_lines(skipped):
+        say(console, line)
     say(console)
     for workload in workloads:
         made = report.table(str(workload), ("layer", "approach", "runs"), ())
