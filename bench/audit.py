@@ -498,6 +498,11 @@ def to_json(rows: Sequence[Row], *, command: str, versions: Mapping[str, str], i
 
 def load(text: str) -> tuple[Row, ...]:
     """The rows of a saved audit; ValueError, in one line, if it is none or another version's."""
+    return tuple(row_from_json(values) for values in load_document(text)["rows"])
+
+
+def load_document(text: str) -> dict[str, Any]:
+    """A saved audit as plain values; ValueError as of `load`."""
     try:
         content = json.loads(text)
         version = content.get("audit_schema_version") if isinstance(content, dict) else None
@@ -505,7 +510,7 @@ def load(text: str) -> tuple[Row, ...]:
         raise ValueError(f"not JSON: {error}") from None
     if version != SCHEMA:
         raise ValueError(f"audit_schema_version is {version!r}; this bn-bench reads version {SCHEMA}")
-    return tuple(row_from_json(values) for values in content["rows"])
+    return content
 
 
 SCHEMA = 1
