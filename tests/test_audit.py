@@ -3,18 +3,21 @@
 What is compiled for a chip needs its compiler; those tests name what to install when they are skipped.
 """
 
+import dataclasses
 import json
 import os
+import pathlib
 import sys
 import time
 
 import pytest
-from bn_fused.bench import audit, audit_report, blocks, deviceless, providers, workloads
+from bn_fused.bench import audit, audit_report, audit_summary, blocks, deviceless, providers, workloads
 from bn_fused.bench.blocks import Setting
 from bn_fused.bench.child import Child, ChildEnded
-from bn_fused.bench.commands.audit import command
+from bn_fused.bench.commands.audit import choose_layers, command
 from click.testing import CliRunner
 
+ROOT = pathlib.Path(__file__).parents[1]
 SETTING = Setting((32, 64, 56, 56))
 SMALL = Setting((256, 128))
 
@@ -178,7 +181,8 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
     assert refusing.status == "refused" and "it wants more rows" in refusing.reason
     headings, lines = audit_report.columns([telling, silent, refusing])
     cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
-    assert cells["telling"]["inside"] == "3R+1W" and "opaque" in cells["silent"]["inside"]
+    inside = str(audit.Passes(telling.inside_reads, telling.inside_writes))
+    assert cells["telling"]["inside"] == inside and "opaque" in cells["silent"]["inside"]
     assert cells["refusing"]["around"] == "not compiled"
 
 
@@ -602,3 +606,79 @@ def test_an_interruption_ends_the_compiling_process(no_compiler_needed):
     assert alive(process)
     rows.close()
     assert not alive(process)
+
+
+# ------------------------------------------------------------------------------------- saved audits, summed up
+
+
+def with_total(case, reads, writes=1.0):
+    return dataclasses.replace(compiled_row(case), reads=reads, padded_reads=reads, writes=writes, padded_writes=writes)
+
+
+def line_of(text, setting, layer):
+    """The cells of a layer's line in the first table that has the setting."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {setting} "))
+    line = next(line for line in lines[start:] if line.split("|")[2].strip() == layer)
+    return [cell.strip() for cell in line.strip("|").split("|")][2:]
+
+
+def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
+    block = dataclasses.replace(SETTING, block="conv-bn-relu-conv")
+    rows = [
+        with_total(case_for("v4", "jnp"), 2.0), with_total(case_for("v4", "equinox batch"), 4.0),
+        with_total(case_for("v5e", "jnp"), 4.0), with_total(case_for("v5e", "equinox batch"), 4.03),
+        with_total(case_for("v5e", "no norm", setting=block), 0.5), with_total(case_for("v5e", "jnp", setting=block), 1.0),
+        with_total(case_for("v5e", "equinox batch", setting=block), 2.0),
+        audit.Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
+    ]  # fmt: skip
+    text = audit_summary.summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
+    alone, inside = "alone (32,64,56,56) nchw float32", "conv-bn-relu-conv (32,64,56,56) nchw float32"
+    assert line_of(text, alone, "jnp") == ["**3**", "**5**"]
+    # within 2 % of the fewest
+    assert line_of(text, alone, "equinox batch") == ["5", "**5.03**"]
+    assert line_of(text, alone, "pallas_tpu") == ["failed", ""]
+    # what a block moves without a norm is no layer's
+    assert line_of(text, inside, "no norm") == ["", "1.5"] and line_of(text, inside, "jnp") == ["", "**2**"]
+    assert (
+        "- alone: of 2 programs the fewest passes are those of jnp in 2 (1 of them alone), equinox batch in 1" in text
+    )
+    assert "not compiled: v4, pallas_tpu: it hung" in text and "jax 1.2" in text and "# Chips" in text
+
+
+def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "audit", lambda *_, **__: pytest.fail("it compiled"))
+    paths = []
+    for target in ("v4", "v5e"):
+        rows = [with_total(case_for(target, layer), 2.0) for layer in ("jnp", "equinox batch")]
+        paths.append(tmp_path / f"{target}.json")
+        text = audit.to_json(
+            rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False
+        )
+        paths[-1].write_text(text)
+    sources = [argument for path in paths for argument in ("--from", path)]
+    done = run(*sources, "--summary", tmp_path / "all.md", "--json", tmp_path / "all.json", "--title", "Both")
+    assert done.exit_code == 0, done.output
+    assert "v4: shape" in done.output and "v5e: shape" in done.output
+    text = (tmp_path / "all.md").read_text()
+    assert text.startswith("# Both\n") and "--target v4" in text and "--target v5e" in text
+    assert len(audit.load((tmp_path / "all.json").read_text())) == 4
+    (tmp_path / "other.json").write_text("{}")
+    for path, said in ((tmp_path / "other.json", "audit_schema_version"), (tmp_path / "none.json", "No such file")):
+        done = run("--from", path)
+        assert done.exit_code == 2 and said in done.output.splitlines()[-1] and str(path) in done.output
+
+
+def test_the_document_of_the_tpus_is_that_of_the_recorded_audits(tmp_path):
+    recorded = sorted((ROOT / "bench" / "results" / "audit" / "tpu").glob("*.json"))
+    assert recorded
+    sources = [argument for path in recorded for argument in ("--from", path)]
+    done = run(*sources, "--summary", tmp_path / "made.md", "--title", "What each layer moves on a TPU")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "made.md").read_text() == (ROOT / "docs" / "tpu-audit.md").read_text()
+
+
+def test_one_form_of_a_rival_can_be_asked_for():
+    assert choose_layers(("jnp",), ("equinox batch",)) == ["jnp", "equinox batch"]
+    assert choose_layers(("jnp",), ("equinox",)) == ["jnp", "equinox batch", "equinox ema"]
+    assert choose_layers(("jnp",), ("none",)) == ["jnp"]
