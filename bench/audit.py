@@ -10,7 +10,9 @@ What a kernel does inside, HLO does not say: its plan does. A plan may have a me
     passes(operation) -> (reads, writes)
 
 or a mapping `passes` of that form, which gives the passes over arrays of x's size (x, dy, the residual, y, dx) that the
-kernels of an operation of `kernels.contract` make. Without it they are not known, and the row says so.
+kernels of an operation of `kernels.contract` make. Without it they are not known, and the row says so. Operands that
+XLA has brought onto the chip beforehand (a TPU's VMEM), and results that it keeps there, are no passes through memory:
+of what the plan says, the share counts that lies in memory.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from . import deviceless
 from .blocks import Setting, layer_named, make_program
 from .child import Child, ChildEnded, answer_requests
 from .providers import NO_NORM
-from .traffic import Module, Traffic, parse, passes
+from .traffic import ON_CHIP, Module, Traffic, parse, passes
 
 # The operations of `kernels.contract` that a pass runs.
 OPERATIONS = {"fwd": ("forward",), "bwd": ("backward",), "fwd+bwd": ("forward", "backward")}
@@ -75,8 +77,8 @@ class Row:
     - `reads`, `writes`: passes around the kernels.
     - `padded_reads`, `padded_writes`: the same with the padding of tiled layouts, in passes over an unpadded x.
     - `kernels`: how many of the launches are our kernels; `inside_reads`, `inside_writes`: passes that they make, by
-      their plan; `operand_reads`, `operand_writes`: the passes if they touched each of their operands once, the least
-      there is.
+      their plan; `padded_inside_reads`, `padded_inside_writes`: the same with padding; `operand_reads`,
+      `operand_writes`: the passes if they touched each of their operands once, the least there is.
     - `launches`: kernels, copies and calls that run, small ones included.
     - `copies`: names of those that do nothing but copy or transpose an array of x's size.
     - `temporary_bytes`: the most memory that is used beside arguments and results.
@@ -100,6 +102,8 @@ class Row:
     kernels: int = 0
     inside_reads: float | None = None
     inside_writes: float | None = None
+    padded_inside_reads: float | None = None
+    padded_inside_writes: float | None = None
     operand_reads: float = 0.0
     operand_writes: float = 0.0
     launches: int | None = None
@@ -113,6 +117,13 @@ class Row:
     plan: str = ""
     details: tuple[str, ...] = ()
     seconds: float | None = None
+
+    @property
+    def total(self) -> "Passes | None":
+        """All passes, around and inside of kernels, with padding; None where they are not known."""
+        if self.reads is None or self.padded_inside_reads is None:
+            return None
+        return Passes(self.padded_reads + self.padded_inside_reads, self.padded_writes + self.padded_inside_writes)
 
 
 class Passes(tuple):
@@ -150,14 +161,14 @@ def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:
 # ------------------------------------------------------------------------------------- counting one compiled program
 
 
-def planned_passes(plan: Any, operations: Sequence[str]) -> Passes | None:
-    """The passes inside the kernels of these operations by a plan; None if it does not tell."""
+def planned_passes(plan: Any, operations: Sequence[str]) -> dict[str, Passes] | None:
+    """The passes inside the kernels of each of these operations by a plan; None if it does not tell."""
     told = getattr(plan, "passes", None)
     if told is None:
         return None
     ask = told if callable(told) else told.get
-    found = [ask(operation) for operation in operations]
-    return None if None in found else Passes(*map(sum, zip(*found, strict=True)))
+    found = {operation: ask(operation) for operation in operations}
+    return None if None in found.values() else {name: Passes(*figures) for name, figures in found.items()}
 
 
 def kernel_calls(module: Module) -> dict[str, str]:
@@ -171,10 +182,10 @@ def kernel_calls(module: Module) -> dict[str, str]:
     }
 
 
-def count(hlo_text: str, elements: int, nbytes: int, inside: Passes | None = None) -> dict[str, Any]:
+def count(hlo_text: str, elements: int, nbytes: int, inside: Mapping[str, Passes] | None = None) -> dict[str, Any]:
     """The fields of a `Row` that the text of a compiled program gives.
 
-    `inside`: the passes that our kernels make, if there are any in it; see `planned_passes`.
+    `inside`: the passes that our kernels make, if there are any in it, for each operation; see `planned_passes`.
     """
     traffic = passes(hlo_text, elements, nbytes)
     calls = kernel_calls(parse(hlo_text))
@@ -193,14 +204,30 @@ def count(hlo_text: str, elements: int, nbytes: int, inside: Passes | None = Non
         "copies": _copies(traffic),
         "details": [str(access) for access in traffic.details],
     }
+    kinds = "inside_reads", "inside_writes", "padded_inside_reads", "padded_inside_writes"
     if not calls:
-        return fields | {"inside_reads": 0.0, "inside_writes": 0.0}
+        return fields | dict.fromkeys(kinds, 0.0)
     vmem = [int(size) for attributes in calls.values() for size in _VMEM.findall(attributes)]
     if vmem:
         fields["on_chip_bytes"] = max(vmem)
     if inside is not None:
-        fields |= {"inside_reads": inside[0], "inside_writes": inside[1]}
+        fields |= dict.fromkeys(kinds, 0.0)
+        anywhere = passes(ON_CHIP.sub("", hlo_text), elements, nbytes)
+        for operation, planned in inside.items():
+            names = _calls_of(operation, inside, calls)
+            for prefix, counted in (("", traffic), ("padded_", padded)):
+                figures = zip(planned, _passes_of(counted, names), _passes_of(anywhere, names), strict=True)
+                for kind, (told, found, whole) in zip(("reads", "writes"), figures, strict=True):
+                    fields[f"{prefix}inside_{kind}"] += told * found / whole if whole else told
     return fields
+
+
+def _calls_of(operation, operations, calls):
+    """The kernels of an operation: those with its name, and all of them if some kernel has no operation's name."""
+    named = {call: re.sub(r"\.\d+$", "", call).removeprefix("bn_fused_") for call in calls}
+    if set(named.values()) <= set(operations):
+        return {call for call, name in named.items() if name == operation}
+    return set(calls)
 
 
 # What a TPU kernel uses of VMEM, memory space 1.
@@ -292,11 +319,21 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
             "status": "compiled",
             "auto": auto.name == case.layer,
             "kept_bytes": program.kept_bytes,
-            "plan": "" if plan is None else str(plan),
+            "plan": _plan_text(plan, OPERATIONS[case.pass_name]),
             "seconds": time.perf_counter() - start,
             **fields,
         },
     )
+
+
+def _plan_text(plan, operations):
+    """A plan in words: of one that has a part for each operation, the parts that run."""
+    if plan is None:
+        return ""
+    parts = {operation: getattr(plan, operation, None) for operation in operations}
+    if None in parts.values():
+        return str(plan)
+    return "; ".join(f"{operation}: {part}" for operation, part in parts.items())
 
 
 def _explain(case, backend):
@@ -461,6 +498,11 @@ def to_json(rows: Sequence[Row], *, command: str, versions: Mapping[str, str], i
 
 def load(text: str) -> tuple[Row, ...]:
     """The rows of a saved audit; ValueError, in one line, if it is none or another version's."""
+    return tuple(row_from_json(values) for values in load_document(text)["rows"])
+
+
+def load_document(text: str) -> dict[str, Any]:
+    """A saved audit as plain values; ValueError as of `load`."""
     try:
         content = json.loads(text)
         version = content.get("audit_schema_version") if isinstance(content, dict) else None
@@ -468,7 +510,7 @@ def load(text: str) -> tuple[Row, ...]:
         raise ValueError(f"not JSON: {error}") from None
     if version != SCHEMA:
         raise ValueError(f"audit_schema_version is {version!r}; this bn-bench reads version {SCHEMA}")
-    return tuple(row_from_json(values) for values in content["rows"])
+    return content
 
 
 SCHEMA = 1

@@ -14,7 +14,7 @@ from .workloads import PASSES
 NOTE = (
     "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: "
     "what our Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands "
-    "are). fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what "
+    "are); in all: both, with the padding of tiled layouts. fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what "
     "the forward keeps. copies: kernels that only copy or transpose an array of x's size. temporary: the most "
     "memory beside arguments and results; kept: from the forward for the backward, as JAX's derivative has it (in "
     "one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, resident where x stays on "
@@ -42,6 +42,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     }
     if any(row.kernels for row in rows):
         made["inside"] = _inside
+        made["in all"] = lambda row: "opaque" if row.total is None else str(row.total)
     base = {row.case.pass_name: row for row in rows if row.case.layer == NO_NORM.name and row.status == "compiled"}
     if base:
         made[f"over {NO_NORM.name}"] = lambda row: _over(row, base.get(row.case.pass_name))

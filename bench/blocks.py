@@ -45,6 +45,10 @@ RIVALS: Mapping[str, tuple[Provider, ...]] = MappingProxyType(
         "jnp": (),
     }
 )
+# Each form of a rival under its own name, where it is not the rival's.
+FORMS: Mapping[str, tuple[Provider, ...]] = MappingProxyType(
+    {provider.name: (provider,) for forms in RIVALS.values() for provider in forms if provider.name not in RIVALS}
+)
 _NAMED = {provider.name: provider for providers in ((NO_NORM,), *RIVALS.values()) for provider in providers}
 
 

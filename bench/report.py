@@ -1,6 +1,6 @@
 """Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
@@ -106,6 +106,24 @@ def failures(rows: Sequence[Row]) -> list[str]:
         for row in rows
         if row.status == "failed"
     ]
+
+
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """A line for every backend that does not run here, with the reason."""
+    return [f"{name} is skipped: {reason}" for name, reason in skipped.items()]
+
+
+def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
+    """What is said where no check failed; who was not compared is named, with the backends that were `skipped`."""
+    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    absent |= dict.fromkeys((name, "skipped") for name in skipped)
+    text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
+    if not absent:
+        return text
+    # A backend may run at one workload and be refused at another.
+    partly = {row.layer for row in rows if row.status == "ok"}
+    names = [f"{layer} ({status}{' at some workloads' if layer in partly else ''})" for layer, status in absent]
+    return f"{text}; not compared: {', '.join(names)}"
 
 
 def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:

@@ -3,7 +3,9 @@
 The model takes one image (3, height, width) and runs under `jax.vmap` with the axis name "batch". The stride of a
 bottleneck is in its 3x3 convolution, as in torchvision and in what is usually timed as ResNet-50.
 
-`flax_model` and `torch_model` are the same networks in the two other libraries, with the weights of the Equinox model.
+`channels_last` is the same network without Equinox and its vmap: a function of arrays whose channels are last, as Flax
+has them. `flax_model` and `torch_model` are the same networks in the two other libraries. All take the weights of the
+Equinox model.
 """
 
 import dataclasses
@@ -188,7 +190,44 @@ def norm_shapes(architecture: Architecture, image: int) -> list[tuple[int, int, 
     return shapes
 
 
-# The same in Flax and in PyTorch
+# The same with channels last, in Flax and in PyTorch
+
+
+def channels_last(architecture: Architecture, dtype: str, norm):
+    """The network as a function `(parameters, statistics, images [n, height, width, 3]) -> (logits, statistics)`.
+
+    `norm(x, statistics, scale, bias, activation, residual)` returns y and the new statistics of one layer. `parameters`
+    are those of `flax_variables`; `statistics` maps the names of the norms to whatever `norm` takes.
+    """
+
+    def convolve(x, kernel, stride):
+        padding = [(size // 2,) * 2 for size in kernel.shape[:2]]
+        return jax.lax.conv_general_dilated(
+            x, kernel.astype(dtype), (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def apply(parameters, statistics, images):
+        new = {}
+
+        def layer(name, x, stride, activation=None, residual=None):
+            x = convolve(x, parameters[name]["kernel"], stride)
+            name = f"{name}_norm"
+            affine = parameters[name]["scale"], parameters[name]["bias"]
+            y, new[name] = norm(x, statistics[name], *affine, activation, residual)
+            return y
+
+        x = layer("stem", images, 2, "relu")
+        window = ((0, 0), (1, 1), (1, 1), (0, 0))
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), window)
+        for place, sizes in enumerate(architecture.blocks):
+            residual = layer(f"block{place}_shortcut", x, sizes.stride) if sizes.has_shortcut else x
+            last = len(sizes.convolutions) - 1
+            for index, (*_, stride) in enumerate(sizes.convolutions):
+                x = layer(f"block{place}_{index}", x, stride, "relu", residual if index == last else None)
+        head = {name: value.astype(dtype) for name, value in parameters["head"].items()}
+        return jnp.mean(x, (1, 2)) @ head["kernel"] + head["bias"], new
+
+    return apply
 
 
 def flax_model(architecture: Architecture, classes: int, dtype: str):

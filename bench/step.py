@@ -4,7 +4,7 @@ Every contender is the same network with the same weights on the same images. Pa
 `dtype="bfloat16"` images, convolutions and activations are bfloat16. Before anything is timed, two losses are compared
 with those of `equinox.nn.BatchNorm(mode="batch")`: of the initial weights, and of the weights after one step, both with
 statistics that were never updated. With those every BatchNorm normalises by the batch, whatever it does later on, so
-that the same numbers must come out; the second one depends on every gradient.
+that the same numbers must come out, but for rounding (`agreement`); the second one depends on every gradient.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ import bn_fused
 from bn_fused import kernels
 
 from . import resnet
+from .agreement import NOISES, STEP_SHARE, Expected, Losses, disagreement, epsilon, incomparable, tolerance
 from .timing import Interrupted, Samples, Timed, measure
 
 SGD_MOMENTUM = 0.9
@@ -29,20 +30,21 @@ DTYPES = ("float32", "bfloat16")
 RIVALS = ("equinox", "flax", "torch")
 # It is the definition itself, kept slow and plain, to be checked against and not to be timed.
 UNTIMED = ("reference",)
+# At the end of the names of our networks with channels last.
+CHANNELS_LAST = ", nhwc"
 # What the others are compared with.
 BASELINE = "equinox batch"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is trained: a name of `resnet.ARCHITECTURES`, the sizes, and the learning rate of the compared step."""
+    """What is trained: a name of `resnet.ARCHITECTURES`, and the sizes."""
 
     model: str
     batch: int
     image: int
     dtype: str
     classes: int = 1000
-    lr: float = 0.01
 
     @property
     def architecture(self) -> resnet.Architecture:
@@ -76,12 +78,14 @@ class Contender:
 
     - `name`: for the tables.
     - `norm`: for Equinox networks makes its layers, `norm(channels, activation)` given the setting.
+    - `function`: for networks whose channels are last, `norm` of `resnet.channels_last`.
     - `module`: the package of a network in another library.
     - `ours`: whether it is `bn_fused`.
     """
 
     name: str
     norm: Callable[[Setting], Callable] | None = None
+    function: Callable | None = None
     module: str | None = None
     ours: bool = False
 
@@ -101,6 +105,18 @@ def _ours(backend, approach, fused):
             return resnet.Apart(bn_fused.BatchNorm(channels, resnet.AXIS_NAME, approach, backend=backend), activation)
 
         return layer
+
+    return norm
+
+
+def _ours_channels_last(backend, approach, fused):
+    def norm(x, stats, scale, bias, activation, residual):
+        options = dict(approach=approach, channel_axis=-1, backend=backend)
+        if fused:
+            return bn_fused.batch_norm(x, stats, scale, bias, activation=activation, residual=residual, **options)
+        y, stats = bn_fused.batch_norm(x, stats, scale, bias, **options)
+        y = y if residual is None else y + residual
+        return (y if activation is None else jax.nn.relu(y)), stats
 
     return norm
 
@@ -149,20 +165,35 @@ def default_backends(setting: Setting, target: str | None = None) -> list[str]:
     return [*named, "auto"] if len(able) > 1 else named
 
 
+def default_layouts(rivals: Sequence[str]) -> tuple[str, ...]:
+    """Ours with channels first, and with channels last where Flax is there to be compared with."""
+    flax = any(one.module == "flax" and one.missing is None for one in contenders(rivals=rivals))
+    return ("nchw", "nhwc") if flax else ("nchw",)
+
+
 def contenders(
     backends: Sequence[str] = (),
     rivals: Sequence[str] = RIVALS,
     approaches: Sequence[str] = ("batch",),
     fusion: str = "fused",
+    layouts: Sequence[str] = ("nchw",),
 ) -> list[Contender]:
     """The networks that the options ask for; equinox's mode "batch", with which they are compared, is always there.
 
     `backends`: default all but the reference; see `default_backends`. `fusion`: whether residual and relu are given to the layer ("fused"), are
-    operations after it ("plain"), or "both" in turn.
+    operations after it ("plain"), or "both" in turn. `layouts`: "nchw" for our layer in the Equinox network, "nhwc" for
+    our function in the same network with channels last, as Flax's.
     """
     named = list(dict.fromkeys(backends)) or _timed_backends()
     made = [
         Contender(f"{backend} {approach}{', fused' if fused else ''}", _ours(backend, approach, fused), ours=True)
+        if layout == "nchw"
+        else Contender(
+            f"{backend} {approach}{', fused' if fused else ''}{CHANNELS_LAST}",
+            function=_ours_channels_last(backend, approach, fused),
+            ours=True,
+        )
+        for layout in layouts
         for backend in named
         for approach in approaches
         for fused in {"both": (True, False), "fused": (True,), "plain": (False,)}[fusion]
@@ -206,6 +237,8 @@ def program(contender: Contender, setting: Setting) -> Program:
     """The training step of a network in JAX."""
     if contender.module == "flax":
         return _flax_program(setting)
+    if contender.function is not None:
+        return _channels_last_program(setting, contender.function)
     model, state = equinox_model(setting, contender.norm(setting))
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
 
@@ -237,6 +270,19 @@ def _flax_program(setting):
     return Program(training_step(loss_of), carry, channels_last=True)
 
 
+def _channels_last_program(setting, norm):
+    apply = resnet.channels_last(setting.architecture, setting.dtype, norm)
+    parameters, statistics = resnet.flax_variables(_plain_equinox(setting))
+    first = {name: bn_fused.RunningStats.init(value["mean"].size) for name, value in statistics.items()}
+
+    def loss_of(parameters, statistics, images, labels):
+        logits, statistics = apply(parameters, statistics, images)
+        return cross_entropy(logits, labels), statistics
+
+    carry = Carry(parameters, first, jax.tree.map(jnp.zeros_like, parameters))
+    return Program(training_step(loss_of), carry, channels_last=True)
+
+
 def data(setting: Setting) -> tuple[np.ndarray, np.ndarray]:
     """Synthetic images [batch, 3, image, image], float32, and labels [batch]."""
     rng = np.random.default_rng(0)
@@ -263,7 +309,6 @@ class JaxRun:
         images, labels = data(setting)
         images = np.moveaxis(images, 1, -1) if made.channels_last else images
         self.images, self.labels = jnp.asarray(images, setting.dtype), jnp.asarray(labels)
-        self._lr = setting.lr
         # The arrays of a carry are given away in every step, as in training.
         self._first = jax.device_get(made.carry)
         lr = jnp.float32(0)
@@ -272,12 +317,31 @@ class JaxRun:
         self._still = lr
         self._carry = None
 
-    def losses(self) -> tuple[float, float]:
-        """The loss of the initial weights, and of the weights after a step, both with the initial statistics."""
-        carry, before = self._step(jax.device_put(self._first), self.images, self.labels, jnp.float32(self._lr))
+    def losses(self, lr: float, images=None) -> Losses:
+        """Of the initial weights, and of the weights after a step with this learning rate; both with the initial
+        statistics. `images` in place of the setting's."""
+        images = self.images if images is None else images
+        carry, before = self._step(jax.device_put(self._first), images, self.labels, jnp.float32(lr))
         carry = carry._replace(statistics=jax.device_put(self._first.statistics))
-        self._carry, after = self._step(carry, self.images, self.labels, self._still)
-        return float(before), float(after)
+        self._carry, after = self._step(carry, images, self.labels, self._still)
+        return Losses(float(before), float(after))
+
+    def learning_rate(self) -> float:
+        """With it, a step changes the loss by about `STEP_SHARE` of it, as far as it is linear in the weights."""
+        carry, loss = self._step(jax.device_put(self._first), self.images, self.labels, self._still)
+        # Of a first step the velocity is the gradient.
+        squares = sum(float(jnp.vdot(leaf, leaf)) for leaf in jax.tree.leaves(carry.velocity))
+        return STEP_SHARE * float(loss) / squares if squares > 0 else 0.0
+
+    def expected(self, lr: float, losses: Losses, unit: float) -> Expected:
+        """These losses of this network, and how they change with images that differ by one unit of rounding."""
+        rng = np.random.default_rng(1)
+        changes = [(0.0, 0.0)]
+        for _ in range(NOISES):
+            factors = 1 + unit * rng.choice(np.float32([-1, 1]), self.images.shape)
+            images = self.images * jnp.asarray(factors, jnp.float32).astype(self.images.dtype)
+            changes.append([abs(one - other) for one, other in zip(self.losses(lr, images), losses, strict=True)])
+        return Expected(losses, Losses(*map(max, zip(*changes, strict=True))))
 
     def once(self):
         """Start one step; with a learning rate of 0, so that the weights stay where they are however long it is timed."""
@@ -308,7 +372,7 @@ class TorchRun:
         images, labels = data(setting)
         self.images = torch.from_numpy(images).to(self.device, memory_format=order)
         self.labels = torch.from_numpy(labels).long().to(self.device)
-        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=setting.lr, momentum=SGD_MOMENTUM)
+        self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=SGD_MOMENTUM)
 
     def _step(self):
         self.optimiser.zero_grad(set_to_none=True)
@@ -320,12 +384,14 @@ class TorchRun:
         self.optimiser.step()
         return loss.detach()
 
-    def losses(self) -> tuple[float, float]:
+    def losses(self, lr: float) -> Losses:
         """As of `JaxRun`. torch normalises by the batch while it trains: its statistics need not be put back."""
-        before = self._step()
-        for group in self.optimiser.param_groups:
-            group["lr"] = 0.0
-        return float(before), float(self._step())
+        found = []
+        for rate in (lr, 0.0):
+            for group in self.optimiser.param_groups:
+                group["lr"] = rate
+            found.append(float(self._step()))
+        return Losses(*found)
 
     def once(self):
         """One step, waited for."""
@@ -350,12 +416,16 @@ def compiled_memory(compiled) -> int | None:
 # The comparison
 
 
+# Of rows that are timed.
+TIMED = ("ok", "not compared")
+
+
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One network.
 
-    - `status`: "ok"; "failed"; "refused": it cannot run this here; "missing": it is not installed; "untimed": its losses
-        are right, and the run was interrupted before it was timed.
+    - `status`: "ok"; "not compared": it was timed, and no loss can tell whether it is right; "failed"; "refused": it
+        cannot run this here; "missing": it is not installed; "untimed": the run was interrupted before it was timed.
     - `reason`: why it is not ok.
     - `loss`, `loss_after`: of the initial weights, and after one step; see the module's text.
     - `median`, `p10`, `p90`: seconds for a step, of `rounds` rounds; `images_per_second`.
@@ -377,45 +447,6 @@ class Row:
     ratio: float | None = None
     memory: int | None = None
     peak: int | None = None
-
-
-# The unit of rounding of a float32 convolution or matrix product at JAX's default precision: TF32, and bfloat16.
-PRODUCT_EPSILON = {"gpu": 2.0**-10, "tpu": 2.0**-7}
-
-
-class Tolerance(NamedTuple):
-    """By how much two networks with the same weights may differ: relative to a loss, and, for the loss after a step,
-    relative to its change as well."""
-
-    loss: float
-    change: float
-
-
-def tolerance(setting: Setting, platform: str) -> Tolerance:
-    """What rounding explains on a platform.
-
-    The losses are means over the batch, whose errors cancel in part: one unit of rounding of the convolutions, and what
-    float32 sums over the classes and the batch lose. The gradient passes every layer, whose errors add as random ones
-    do, and those of a layer are amplified where its variance is small.
-    """
-    layers = len(resnet.norm_shapes(setting.architecture, setting.image))
-    epsilon = max(float(jnp.finfo(setting.dtype).eps), PRODUCT_EPSILON.get(platform, 0.0))
-    loss = epsilon + 64 * float(jnp.finfo(jnp.float32).eps)
-    return Tolerance(loss, 4 * math.sqrt(layers) * loss)
-
-
-def disagreement(losses: tuple[float, float], expected: tuple[float, float] | None, allowed: Tolerance) -> str:
-    """Why losses are not what they should be, in one line; empty if they are."""
-    if not all(map(math.isfinite, losses)):
-        return f"the losses are {losses[0]:.6g} and, after a step, {losses[1]:.6g}"
-    if expected is None:
-        return f"there is nothing to compare the loss with: {BASELINE} gave none"
-    before, after = expected
-    limits = allowed.loss * abs(before), allowed.loss * abs(after) + allowed.change * abs(after - before)
-    for what, found, wanted, limit in zip(("the loss", "the loss after a step"), losses, expected, limits, strict=True):
-        if abs(found - wanted) > limit:
-            return f"{what} is {found:.6g}, of {BASELINE} {wanted:.6g} (they may differ by {limit:.1e})"
-    return ""
 
 
 def one_line(error: BaseException) -> str:
@@ -471,6 +502,10 @@ class RunInterrupted(KeyboardInterrupt):
 def _build(setting, networks, rows, runs, progress):
     """Build and compare the networks: fills `rows`, and `runs` with those that are to be timed."""
     device = jax.devices()[0]
+    unit = epsilon(setting.dtype, device.platform)
+    sizes = resnet.norm_shapes(setting.architecture, setting.image)
+    allowed = tolerance(setting.dtype, len(sizes), device.platform)
+    lr, expected, why = 0.0, None, ""
     # The baseline first: the others are compared with it.
     order = sorted(networks, key=lambda one: one.name != BASELINE)
     for place, one in enumerate(order):
@@ -481,7 +516,11 @@ def _build(setting, networks, rows, runs, progress):
         before = _peak(device.memory_stats())
         try:
             built = (TorchRun if one.module == "torch" else JaxRun)(one, setting)
-            losses = built.losses()
+            if one.name == BASELINE:
+                lr = built.learning_rate()
+            losses = built.losses(lr)
+            if one.name == BASELINE:
+                expected = built.expected(lr, losses, unit)
             memory = built.memory()
         except bn_fused.BackendError as error:
             rows[one.name] = Row(one.name, "refused", str(error))
@@ -491,13 +530,17 @@ def _build(setting, networks, rows, runs, progress):
             continue
         after = _peak(device.memory_stats())
         risen = before is not None and after is not None and after > before
-        first = rows.get(BASELINE)
-        expected = losses if one.name == BASELINE else None
-        if first is not None and first.status == "ok":
-            expected = (first.loss, first.loss_after)
-        wrong = disagreement(losses, expected, tolerance(setting, device.platform))
+        wrong = disagreement(losses, expected, allowed, BASELINE)
+        if one.name == BASELINE and not wrong:
+            fewest = setting.batch * min(math.prod(size[1:]) for size in sizes)
+            why = incomparable(expected, allowed, fewest)
         rows[one.name] = Row(
-            one.name, "failed" if wrong else "ok", wrong, *losses, memory=memory, peak=after if risen else None
+            one.name,
+            "failed" if wrong else "not compared" if why else "ok",
+            wrong or why,
+            *losses,
+            memory=memory,
+            peak=after if risen else None,
         )
         if not wrong:
             runs[one.name] = built
@@ -505,7 +548,7 @@ def _build(setting, networks, rows, runs, progress):
 
 def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
     found = samples.get(row.name)
-    if found is None and row.status == "ok":
+    if found is None and row.status in TIMED:
         return dataclasses.replace(row, status="untimed", reason="interrupted before it was timed")
     if found is None:
         return row

@@ -68,6 +68,26 @@ def refusal(workload: Workload, backend: str) -> str | None:
     return None
 
 
+def with_backends(workloads: Sequence[Workload], settings: Settings) -> tuple[Settings, dict[str, str]]:
+    """The settings with the backends named that run here, and of the others the reason why they do not.
+
+    A backend that some workloads can run is kept; where it cannot run, its row is refused. Those that were asked for by
+    name all stay.
+    """
+    if settings.backends:
+        return settings, {}
+    able, skipped = [], {}
+    for name in kernels.backend_names():
+        refusals = [refusal(workload, name) for workload in workloads]
+        if name in UNTIMED:
+            continue
+        if all(refusals):
+            skipped[name] = refusals[0]
+        else:
+            able.append(name)
+    return dataclasses.replace(settings, backends=tuple(able)), skipped
+
+
 def plan(workload: Workload, settings: Settings) -> list[Planned]:
     """The layers that run at a workload, ours first; those that cannot run say why."""
     asked = settings.backends or [name for name in kernels.backend_names() if name not in UNTIMED]

@@ -40,7 +40,7 @@ _BITS = {
 }
 _SHAPE = re.compile(r"\b([a-z][a-z0-9]*)\[([^\]]*)\](\{[^{}]*\})?")
 # Memory spaces of a TPU that are not its main memory: VMEM, and CMEM on v4.
-_ON_CHIP = re.compile(r"S\([13]\)")
+ON_CHIP = re.compile(r"S\([13]\)")
 _TILE = re.compile(r"T\(([\d,*]+)\)")
 _COMPUTATION = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s*(?:\(.*\)\s*->.*)?\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$")
@@ -218,7 +218,7 @@ def _arrays(type_text: str) -> Iterator[Array]:
             elements,
             -(-elements * bits // 8),
             -(-padded * bits // 8),
-            _ON_CHIP.search(layout) is not None,
+            ON_CHIP.search(layout) is not None,
         )
 
 

@@ -32,7 +32,8 @@ def explain(
 
     - `shape`: the batch's shape, axis 0 the examples (for the layer: with the mapped axis).
     - `dtype`: the batch's dtype.
-    - `channel_axis`, `activation`, `backend`: as of `batch_norm`.
+    - `channel_axis`, `activation`, `backend`: as of `batch_norm`. The layer's examples have their channels first, so
+        with the mapped axis it is `channel_axis=1` ([N, C, H, W]), and not the default, which is the last axis.
     - `residual`, `mask`: whether there is one.
     - `groups`: how many such batches one call normalises (the size of unnamed vmaps around it).
     - `target`: what it is compiled for: None for JAX's default device, a chip ("h200", "v5e"; see

@@ -70,6 +70,11 @@ class Plan:
     normalise: KernelPlan
     normalise_backward: KernelPlan
 
+    def passes(self, operation):
+        """(reads, writes) of arrays of x's size inside the kernel of an operation."""
+        kernel = getattr(self, operation)
+        return kernel.reads, kernel.writes
+
 
 def ceil_div(size, part):
     """How many parts it takes to cover the size."""

@@ -3,18 +3,21 @@
 What is compiled for a chip needs its compiler; those tests name what to install when they are skipped.
 """
 
+import dataclasses
 import json
 import os
+import pathlib
 import sys
 import time
 
 import pytest
-from bn_fused.bench import audit, audit_report, blocks, deviceless, providers, workloads
+from bn_fused.bench import audit, audit_report, audit_summary, blocks, deviceless, providers, workloads
 from bn_fused.bench.blocks import Setting
 from bn_fused.bench.child import Child, ChildEnded
-from bn_fused.bench.commands.audit import command
+from bn_fused.bench.commands.audit import choose_layers, command
 from click.testing import CliRunner
 
+ROOT = pathlib.Path(__file__).parents[1]
 SETTING = Setting((32, 64, 56, 56))
 SMALL = Setting((256, 128))
 
@@ -33,7 +36,7 @@ def run(*arguments):
 def compiled_row(case, **fields):
     return audit.Row(
         case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
-        inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
+        inside_writes=0.0, padded_inside_reads=0.0, padded_inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
     )  # fmt: skip
 
 
@@ -166,7 +169,9 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
         assert (row.status, row.kernels) == ("compiled", 1), row.reason
         assert (row.operand_reads, row.operand_writes) in ((1, 1), (0, 0), (1, 0), (0, 1))  # 0 where VMEM holds them
         assert row.writes >= (1 if target == "h200" else 0)
-    assert (telling.inside_reads, telling.inside_writes) == (3, 1)
+    # Three reads and a write by the plan, of what lies in memory.
+    assert (telling.inside_reads, telling.inside_writes) == (3 * telling.operand_reads, telling.operand_writes)
+    assert target != "h200" or telling.inside_reads == 3
     assert silent.inside_reads is None
     # 64 x 128 float32, and what the pipeline adds.
     assert telling.on_chip_bytes >= 64 * 128 * 4
@@ -176,7 +181,8 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
     assert refusing.status == "refused" and "it wants more rows" in refusing.reason
     headings, lines = audit_report.columns([telling, silent, refusing])
     cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
-    assert cells["telling"]["inside"] == "3R+1W" and "opaque" in cells["silent"]["inside"]
+    inside = str(audit.Passes(telling.inside_reads, telling.inside_writes))
+    assert cells["telling"]["inside"] == inside and "opaque" in cells["silent"]["inside"]
     assert cells["refusing"]["around"] == "not compiled"
 
 
@@ -250,7 +256,7 @@ VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"5
 @pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
 def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
     text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(1, 1))
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(1, 1)})
     # subtract and transpose: one read and one write each.
     assert (counted["reads"], counted["writes"]) == (2, 2)
     assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
@@ -262,9 +268,36 @@ def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
 
 def test_a_librarys_call_is_no_kernel_of_ours():
     text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, audit.Passes(5, 5))
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(5, 5)})
     assert (counted["reads"], counted["writes"]) == (3, 3)
     assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
+
+
+# The forward's operand comes from memory, in a layout that pads it to twice its size; what it returns stays on the chip.
+# The backward reads that, and an array that XLA has brought onto the chip.
+ON_CHIP = """HloModule m
+
+ENTRY %main (x: f32[64,64], dy: f32[64,64]) -> f32[64,64] {
+  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
+  %dy = f32[64,64]{1,0:T(8,128)} parameter(1)
+  %near = f32[64,64]{1,0:T(8,128)S(1)} copy(%dy)
+  %bn_fused_forward.1 = f32[64,64]{1,0:T(8,128)S(1)} custom-call(%x), custom_call_target="tpu_custom_call"
+  ROOT %NAME = f32[64,64]{1,0:T(8,128)} custom-call(%bn_fused_forward.1, %near), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_what_a_kernel_finds_on_the_chip_or_leaves_there_is_no_pass_through_memory():
+    inside = {"forward": audit.Passes(2, 1), "backward": audit.Passes(4, 1)}
+    counted = audit.count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
+    assert (counted["reads"], counted["writes"], counted["padded_reads"]) == (1, 0, 2)
+    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
+    assert (counted["padded_inside_reads"], counted["padded_inside_writes"]) == (4, 2)
+    row = audit.Row(case_for(), "compiled", **counted)
+    assert row.total == (6, 2)
+    # where a kernel does not say what it computes, all of them share alike: a third of the operands is in memory
+    counted = audit.count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
+    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
 
 
 def test_a_kernel_whose_plan_does_not_tell_is_opaque():
@@ -280,8 +313,9 @@ def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
     class Half:
         passes = {"forward": (2, 1)}
 
-    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == (3, 2)
-    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == (2, 1)
+    both = {"forward": (1, 1), "backward": (2, 1)}
+    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == both
+    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == {"forward": (2, 1)}
     assert audit.planned_passes(Half(), audit.OPERATIONS["fwd+bwd"]) is None
     assert audit.planned_passes(object(), audit.OPERATIONS["fwd"]) is None
 
@@ -572,3 +606,79 @@ def test_an_interruption_ends_the_compiling_process(no_compiler_needed):
     assert alive(process)
     rows.close()
     assert not alive(process)
+
+
+# ------------------------------------------------------------------------------------- saved audits, summed up
+
+
+def with_total(case, reads, writes=1.0):
+    return dataclasses.replace(compiled_row(case), reads=reads, padded_reads=reads, writes=writes, padded_writes=writes)
+
+
+def line_of(text, setting, layer):
+    """The cells of a layer's line in the first table that has the setting."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {setting} "))
+    line = next(line for line in lines[start:] if line.split("|")[2].strip() == layer)
+    return [cell.strip() for cell in line.strip("|").split("|")][2:]
+
+
+def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
+    block = dataclasses.replace(SETTING, block="conv-bn-relu-conv")
+    rows = [
+        with_total(case_for("v4", "jnp"), 2.0), with_total(case_for("v4", "equinox batch"), 4.0),
+        with_total(case_for("v5e", "jnp"), 4.0), with_total(case_for("v5e", "equinox batch"), 4.03),
+        with_total(case_for("v5e", "no norm", setting=block), 0.5), with_total(case_for("v5e", "jnp", setting=block), 1.0),
+        with_total(case_for("v5e", "equinox batch", setting=block), 2.0),
+        audit.Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
+    ]  # fmt: skip
+    text = audit_summary.summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
+    alone, inside = "alone (32,64,56,56) nchw float32", "conv-bn-relu-conv (32,64,56,56) nchw float32"
+    assert line_of(text, alone, "jnp") == ["**3**", "**5**"]
+    # within 2 % of the fewest
+    assert line_of(text, alone, "equinox batch") == ["5", "**5.03**"]
+    assert line_of(text, alone, "pallas_tpu") == ["failed", ""]
+    # what a block moves without a norm is no layer's
+    assert line_of(text, inside, "no norm") == ["", "1.5"] and line_of(text, inside, "jnp") == ["", "**2**"]
+    assert (
+        "- alone: of 2 programs the fewest passes are those of jnp in 2 (1 of them alone), equinox batch in 1" in text
+    )
+    assert "not compiled: v4, pallas_tpu: it hung" in text and "jax 1.2" in text and "# Chips" in text
+
+
+def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(audit, "audit", lambda *_, **__: pytest.fail("it compiled"))
+    paths = []
+    for target in ("v4", "v5e"):
+        rows = [with_total(case_for(target, layer), 2.0) for layer in ("jnp", "equinox batch")]
+        paths.append(tmp_path / f"{target}.json")
+        text = audit.to_json(
+            rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False
+        )
+        paths[-1].write_text(text)
+    sources = [argument for path in paths for argument in ("--from", path)]
+    done = run(*sources, "--summary", tmp_path / "all.md", "--json", tmp_path / "all.json", "--title", "Both")
+    assert done.exit_code == 0, done.output
+    assert "v4: shape" in done.output and "v5e: shape" in done.output
+    text = (tmp_path / "all.md").read_text()
+    assert text.startswith("# Both\n") and "--target v4" in text and "--target v5e" in text
+    assert len(audit.load((tmp_path / "all.json").read_text())) == 4
+    (tmp_path / "other.json").write_text("{}")
+    for path, said in ((tmp_path / "other.json", "audit_schema_version"), (tmp_path / "none.json", "No such file")):
+        done = run("--from", path)
+        assert done.exit_code == 2 and said in done.output.splitlines()[-1] and str(path) in done.output
+
+
+def test_the_document_of_the_tpus_is_that_of_the_recorded_audits(tmp_path):
+    recorded = sorted((ROOT / "bench" / "results" / "audit" / "tpu").glob("*.json"))
+    assert recorded
+    sources = [argument for path in recorded for argument in ("--from", path)]
+    done = run(*sources, "--summary", tmp_path / "made.md", "--title", "What each layer moves on a TPU")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "made.md").read_text() == (ROOT / "docs" / "tpu-audit.md").read_text()
+
+
+def test_one_form_of_a_rival_can_be_asked_for():
+    assert choose_layers(("jnp",), ("equinox batch",)) == ["jnp", "equinox batch"]
+    assert choose_layers(("jnp",), ("equinox",)) == ["jnp", "equinox batch", "equinox ema"]
+    assert choose_layers(("jnp",), ("none",)) == ["jnp"]

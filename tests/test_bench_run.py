@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from bn_fused.bench import check, cli, doctor, performance, records, suite
+from bn_fused.bench import check, cli, doctor, performance, records, report, suite
 from bn_fused.bench.commands import common
 from bn_fused.bench.commands import run as run_command
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
@@ -68,7 +68,9 @@ def test_without_a_command_it_is_the_doctor_and_the_quick_suite(monkeypatch, cap
     assert bn_bench() == 0
     out = capsys.readouterr().out
     assert ran == list(SUITES["quick"])
-    for backend in kernels.backend_names():
+    able, refusals = doctor.backends()
+    assert {"jnp", "reference"} <= set(able) and all(f"{name} does not: {why}" in out for name, why in refusals.items())
+    for backend in able:
         for approach in suite.APPROACHES:
             assert re.search(rf"{backend}\s.*{approach}\s.*ok", out)
 
@@ -131,7 +133,6 @@ def test_a_rival_that_is_not_installed_is_named_with_what_to_install(monkeypatch
         (("run", "--suite", "huge"), "'huge'"),
         (("run", "--workload", "huge"), "'huge'"),
         (("run", "--backend", "cudnn"), "'cudnn'"),
-        
         (("run", "--against", "keras"), "'keras'"),
         (("run", "--pass", "sideways"), "'sideways'"),
         (("run", "--dtype", "int8"), "'int8'"),
@@ -174,6 +175,33 @@ def test_list_names_every_workload_and_a_dry_run_every_layer_and_neither_runs(mo
     assert bn_bench("run", "--suite", "mlp", "--against", "equinox", "--dry-run") == 0
     planned = capsys.readouterr().out
     assert all(name in planned for name in SUITES["mlp"]) and "equinox" in planned and "jnp" in planned
+
+
+def test_a_dry_run_names_devices_and_whether_they_share_statistics(capsys):
+    arguments = ("run", "--shape", "8,4,5,3", "--layout", "NHWC", "--dry-run")
+    assert bn_bench(*arguments) == 0
+    out = capsys.readouterr().out
+    assert f"on 1 of {len(jax.devices())} x cpu" in out and "caches warm" in out and "nhwc" in out
+    assert bn_bench(*arguments, "--devices", "2") == 0
+    assert "each with statistics of its own" in capsys.readouterr().out
+    assert bn_bench(*arguments, "--devices", "2", "--sync") == 0
+    assert "which share their statistics" in capsys.readouterr().out
+
+
+def test_what_was_not_compared_is_named_where_every_check_passed():
+    def row(layer, status, pass_name="fwd"):
+        values = dict(median=1.0, p10=1.0, p90=1.0, of_copy=1.0) if status == "ok" else {}
+        return records.Row(
+            workload="w", shape=(2, 3), dtype="float32", layout="nchw", activation=None, residual=False, layer=layer,
+            approach="batch", pass_name=pass_name, status=status, **values,
+        )  # fmt: skip
+
+    assert report.passed([row("jnp", "ok"), row("equinox", "ok")]) == "every check passed"
+    some = [row("jnp", "ok"), row("flax", "missing"), row("flax", "missing", "bwd"), row("pallas_gpu", "refused")]
+    assert report.passed(some) == "every check passed; not compared: flax (missing), pallas_gpu (refused)"
+    assert report.passed([row("jnp", "ok"), row("jnp", "refused")]).endswith("jnp (refused at some workloads)")
+    assert report.passed([row("jnp", "ok")], ["pallas_gpu"]).endswith("; not compared: pallas_gpu (skipped)")
+    assert report.passed([row("jnp", "refused")]).startswith("nothing was checked")
 
 
 def test_the_options_choose_workloads_and_their_settings():
@@ -327,6 +355,16 @@ def test_compare_shows_rows_that_only_one_run_has(saved, capsys):
     assert capsys.readouterr().out.count("not run") == 1
 
 
+def test_compare_says_that_two_runs_have_no_row_in_common_and_exits_with_2(saved, capsys):
+    run = records.load(saved)
+    others = [row.model_copy(update={"shape": (8, 4, 5, 7)}) for row in run.rows]
+    assert bn_bench("compare", str(saved), altered(saved, rows=tuple(others))) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no row in common" in said and "(8,4,5,3)" in said and "(8,4,5,7)" in said
+    assert bn_bench("compare", altered(saved, rows=()), str(saved)) == 2
+    assert "no rows" in capsys.readouterr().err
+
+
 def test_compare_refuses_different_devices_unless_forced(saved, capsys):
     other = altered(saved, environment={"device": "NVIDIA H200"})
     assert bn_bench("compare", str(saved), other) == 2
@@ -378,6 +416,13 @@ def test_report_records_no_run_that_failed_or_was_interrupted(saved, tmp_path, c
         assert bn_bench("report", "--results", str(tmp_path / "results"), "--add", altered(saved, **changes)) == 2
         assert "is not recorded" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_report_says_in_one_line_that_nothing_is_recorded(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert bn_bench("report", "--results", str(folder)) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and str(folder) in said and "--add" in said
 
 
 def test_report_says_when_the_readme_has_no_place_for_it(saved, tmp_path, capsys):

@@ -91,9 +91,7 @@ def oracle_rows(arrays, coefficients, activation, group, backend="auto"):
         activation=activation,
         residual=of("residual"),
         counting=np.ones(len(x)),
-        rounded_mean=float(np.finfo(precision).eps)
-        if backend == "reference" or precision == np.float64
-        else 0.0,
+        rounded_mean=float(np.finfo(precision).eps) if backend == "reference" or precision == np.float64 else 0.0,
     )
 
 
@@ -115,9 +113,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("groups", "dtype", "activation", "residual", "numbers", "backend"), CASES)
-def test_values_and_all_gradients_agree_with_the_oracle(
-    groups, dtype, activation, residual, numbers, backend
-):
+def test_values_and_all_gradients_agree_with_the_oracle(groups, dtype, activation, residual, numbers, backend):
     with jax.enable_x64(dtype == "float64"):
         arrays, random = operands(groups, dtype, residual)
         wide = computed_in(dtype)
@@ -137,18 +133,14 @@ def test_values_and_all_gradients_agree_with_the_oracle(
         dy = jnp.asarray(dy, dtype)
         # of mean, var, new_running_mean, new_running_var
         others = tuple(jnp.asarray(random.standard_normal(per_channel), wide) for _ in range(4))
-        results, gradients, coefficient_gradients = compiled(activation, backend)(
-            arrays, coefficients, (dy, *others)
-        )
+        results, gradients, coefficient_gradients = compiled(activation, backend)(arrays, coefficients, (dy, *others))
 
         close = functools.partial(assert_close, dtype=wide)
         y, mean, var, new_mean, new_var = results
         assert y.dtype == arrays["x"].dtype and mean.dtype == var.dtype == new_mean.dtype == wide
         close(y, joined(row.y for row in rows), joined(row.y_scale for row in rows), what="y")
         std = joined(np.sqrt(row.var) for row in rows)
-        close(
-            mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean"
-        )
+        close(mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean")
         close(var, joined(row.var for row in rows), joined(row.var_scale for row in rows), what="var")
         close(
             new_mean,
@@ -345,6 +337,16 @@ def test_auto_passes_over_a_backend_that_cannot_run(tpu_only, entrance):
     assert not tpu_only.asked
 
 
+@pytest.mark.parametrize(("target", "by_name"), [("cpu", ""), ("h200", "pallas_gpu"), ("v5e", "pallas_tpu")])
+def test_autos_reason_says_what_jnp_is_and_which_kernels_run_by_name(target, by_name):
+    choice = bn_fused.explain((32, 64, 56, 56), jnp.bfloat16, channel_axis=1, target=target)
+    assert choice.name == "jnp" and choice.reason.startswith("plain jnp, which XLA compiles for")
+    assert (f"(by name runs {by_name})" in choice.reason) if by_name else ("by name" not in choice.reason)
+    # each backend that is not taken, with its reason
+    for name in ("pallas_gpu", "pallas_tpu"):
+        assert choice.reason.count(f"; {name} ") == 1
+
+
 def test_explain_names_backend_reason_and_plan(tpu_only):
     here = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cpu")
     assert isinstance(here, bn_fused.BackendChoice)
@@ -383,9 +385,7 @@ def test_explain_counts_rows_without_the_channel_axis(tpu_only):
 
 
 def test_explain_defaults_to_where_jax_computes():
-    assert bn_fused.explain((4, 3), jnp.float32) == bn_fused.explain(
-        (4, 3), jnp.float32, target=jax.default_backend()
-    )
+    assert bn_fused.explain((4, 3), jnp.float32) == bn_fused.explain((4, 3), jnp.float32, target=jax.default_backend())
 
 
 def test_explain_and_the_function_agree(tpu_only):
@@ -397,9 +397,7 @@ def test_explain_and_the_function_agree(tpu_only):
 
 
 def test_a_backends_name_is_new_and_its_operations_complete():
-    complete = dict.fromkeys(
-        ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
-    )
+    complete = dict.fromkeys(("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward"))
     for name in ("jnp", "reference", "auto"):
         with pytest.raises(ValueError, match=name):
             kernels.register(kernels.Backend(name, complete))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bn_fused.bench import deviceless, resnet, step, step_audit, timing
+from bn_fused.bench import agreement, deviceless, resnet, step, step_audit, timing
 from bn_fused.bench.commands.step import command
 from click.testing import CliRunner
 
@@ -108,6 +108,7 @@ def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
 def test_every_network_agrees_with_equinoxs(dtype):
     approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
     networks = step.contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
+    networks += step.contenders(("jnp",), (), fusion=fusion, layouts=("nhwc",))[:-1]
     rows = step.run(setting(dtype=dtype), networks, seconds=0.01)
     assert [row.name for row in rows] == [one.name for one in networks]
     # Kernels for chips that are not here are named, and keep nobody from running.
@@ -204,9 +205,15 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(calls, statuses, r
         def __init__(self, contender, setting):
             call()
 
-        def losses(self):
+        def losses(self, lr):
             call()
-            return 2.0, 1.0
+            return agreement.Losses(2.0, 1.0)
+
+        def learning_rate(self):
+            return 0.1
+
+        def expected(self, lr, losses, unit):
+            return agreement.Expected(losses, agreement.Losses(0.0, 0.0))
 
         def once(self):
             call()
@@ -227,20 +234,59 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(calls, statuses, r
     assert f"interrupted: {statuses.count('ok')} of 2 rows are finished" in done.output
 
 
+def expected(before=2.0, after=1.0, noise=(0.0, 0.0)):
+    return agreement.Expected(agreement.Losses(before, after), agreement.Losses(*noise))
+
+
 def test_losses_agree_only_within_the_tolerance():
-    allowed = step.Tolerance(1e-3, 1e-2)
-    assert step.disagreement((2.0, 1.0), (2.0, 1.0), allowed) == ""
-    assert step.disagreement((2.0015, 1.010), (2.0, 1.0), allowed) == ""
-    assert step.disagreement((2.003, 1.0), (2.0, 1.0), allowed).startswith("the loss is 2.003")
-    assert step.disagreement((2.0, 1.012), (2.0, 1.0), allowed).startswith("the loss after a step is 1.012")
-    assert "nan" in step.disagreement((math.nan, 1.0), (2.0, 1.0), allowed)
-    assert "nothing to compare" in step.disagreement((2.0, 1.0), None, allowed)
+    allowed = agreement.Tolerance(1e-3, 1e-2)
+
+    def disagreement(before, after, wanted):
+        return agreement.disagreement(agreement.Losses(before, after), wanted, allowed, "the other")
+
+    assert disagreement(2.0, 1.0, expected()) == ""
+    assert disagreement(2.0015, 1.010, expected()) == ""
+    assert disagreement(2.003, 1.0, expected()).startswith("the loss is 2.003, of the other 2")
+    assert disagreement(2.0, 1.012, expected()).startswith("the loss after a step is 1.012")
+    assert "nan" in disagreement(math.nan, 1.0, expected())
+    assert "nothing to compare" in disagreement(2.0, 1.0, None)
+    # what rounding was seen to do counts four times
+    assert disagreement(2.0055, 1.0, expected(noise=(1e-3, 0.0))) == ""
+    assert disagreement(2.0065, 1.0, expected(noise=(1e-3, 0.0))).startswith("the loss is")
+    assert disagreement(2.0, 1.0145, expected(noise=(0.0, 1e-3))) == ""
+
+
+def test_where_rounding_explains_everything_losses_prove_nothing():
+    allowed = agreement.tolerance("float32", 20, "cpu")
+    assert agreement.incomparable(expected(), allowed, 8) == ""
+    assert agreement.incomparable(expected(noise=(5e-3, 5e-3)), allowed, 8) == ""
+    for noise in ((0.02, 0.0), (0.0, 0.2)):
+        assert "2 values" in agreement.incomparable(expected(noise=noise), allowed, 2)
+    assert agreement.incomparable(expected(2.0, 2.0), allowed, 2)
 
 
 def test_the_tolerance_is_float32s_on_a_cpu_and_coarser_where_products_are():
-    float32, gpu, tpu = (step.tolerance(setting(), platform).loss for platform in ("cpu", "gpu", "tpu"))
+    float32, gpu, tpu = (agreement.tolerance("float32", 20, platform).loss for platform in ("cpu", "gpu", "tpu"))
     assert float32 < 1e-5 < gpu < tpu
-    assert step.tolerance(setting(dtype="bfloat16"), "cpu").loss == tpu
+    assert agreement.tolerance("bfloat16", 20, "cpu").loss == tpu
+
+
+def test_a_network_that_rounding_decides_about_is_timed_and_said_to_be_not_compared(monkeypatch):
+    monkeypatch.setattr(step, "incomparable", lambda expected, allowed, values: f"no loss tells, {values} values")
+    done = run(*SMALL, "--backend", "jnp", "--against", "none")
+    assert done.exit_code == 0, done.output
+    # the smallest norm sees 2x2 positions of 4 images
+    assert f"jnp batch, fused, {step.BASELINE}: not compared: no loss tells, 16 values\n" in done.output
+    assert "FAILED" not in done.output and done.output.count("1.00") >= 1
+
+
+def test_the_compared_step_changes_the_loss_by_a_tenth():
+    built = step.JaxRun(step.contenders(rivals=())[-1], setting())
+    losses = built.losses(built.learning_rate())
+    assert losses.after == pytest.approx((1 - agreement.STEP_SHARE) * losses.before, rel=0.05)
+    assert losses == built.losses(built.learning_rate()), "the first weights are kept"
+    noise = built.expected(built.learning_rate(), losses, 2.0**-12).noise
+    assert 0 < noise.before < 0.01 * losses.before
 
 
 # The command
@@ -266,6 +312,13 @@ def test_auto_runs_beside_the_backends_where_several_can_run(broken_backend):
 def test_auto_does_not_run_beside_the_one_backend_that_can():
     assert step.default_backends(setting()) == ["jnp", "pallas_gpu", "pallas_tpu"]
     assert step.default_backends(setting(), "v5e") == ["jnp", "pallas_gpu", "pallas_tpu", "auto"]
+
+
+def test_flax_is_compared_with_a_network_of_its_layout(monkeypatch):
+    for there, layouts in ((True, ("nchw", "nhwc")), (False, ("nchw",))):
+        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name, there=there: there or None)
+        assert step.default_layouts(("equinox", "flax")) == layouts
+        assert step.default_layouts(("equinox",)) == ("nchw",)
 
 
 def test_the_norm_that_a_backend_cannot_run_is_named():

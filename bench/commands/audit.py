@@ -1,5 +1,6 @@
 """`bn-bench audit`: what each layer moves through a chip's memory, compiled for it without having it."""
 
+import pathlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from rich.text import Text
 
 from bn_fused import kernels
 
-from .. import audit, audit_report, deviceless, records
-from ..blocks import BLOCKS, RIVALS, Setting
+from .. import audit, audit_report, audit_summary, deviceless, records
+from ..blocks import BLOCKS, FORMS, RIVALS, Setting
 from ..suite import UNTIMED
 from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
 from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
@@ -20,7 +21,7 @@ from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_consol
 
 def _repeatable(name, destination, choices, default, text):
     return click.option(
-        name, destination, multiple=True, type=click.Choice(tuple(choices)), default=default,
+        name, destination, multiple=True, type=click.Choice(tuple(choices), case_sensitive=False), default=default,
         show_default=bool(default), help=f"{text} Repeatable.",
     )  # fmt: skip
 
@@ -40,7 +41,7 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation.")
 @click.option("--backend", "backends", multiple=True, type=Backend(),
               help="Repeatable; default: all but reference.")  # fmt: skip
-@_repeatable("--against", "rivals", (*RIVALS, "none"), (), "The rivals; default: all that there are.")
+@_repeatable("--against", "rivals", (*RIVALS, *FORMS, "none"), (), "The rivals, or one form of a rival; default: all.")
 @_repeatable("--block", "blocks", BLOCKS, (), "Put the layer inside this network block.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
               help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
@@ -50,9 +51,15 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--details", is_flag=True, help="Print every access to arrays of x's size.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the tables.")
+@click.option("--summary", "summary_file", type=OutputFile(),
+              help="Save one document that says which layer moves the fewest bytes where.")  # fmt: skip
+@click.option("--title", default="What each layer moves", show_default=True, help="Of the summary.")
+@click.option("--from", "sources", multiple=True, type=click.Path(path_type=pathlib.Path),
+              help="Compile nothing: take the rows that --json saved. Repeatable.")  # fmt: skip
 @click.pass_context
 def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, activation, residual, backends, rivals,
-            blocks, time_limit, instructions, details, json_file, markdown_file):  # fmt: skip
+            blocks, time_limit, instructions, details, json_file, markdown_file, summary_file, title,
+            sources):  # fmt: skip
     """Compile each layer for a chip that is not there, and count what it moves through the chip's memory.
 
     Every target is compiled for in a process of its own. A row that could not be compiled says why; what has to be
@@ -63,23 +70,60 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     not take the case, a rival that fails and a compiler that is not installed are no failures beside rows that are
     compiled.
     """
-    workloads = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)] + list(shapes)
-    workloads = list(dict.fromkeys(workloads)) or [WORKLOADS[name] for name in SUITES["quick"]]
-    named = None if activation == "none" else activation
-    settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
-    layers = choose_layers(backends, rivals)
-    pass_names = [name for name in PASSES if name in passes]
-    cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
-    rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
+    if sources:
+        documents = [_read(path) for path in sources]
+        rows = [audit.row_from_json(values) for document in documents for values in document["rows"]]
+        interrupted = any(document["interrupted"] for document in documents)
+        _print_saved(rows, details=details)
+    else:
+        workloads = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)] + list(shapes)
+        workloads = list(dict.fromkeys(workloads)) or [WORKLOADS[name] for name in SUITES["quick"]]
+        named = None if activation == "none" else activation
+        settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
+        layers = choose_layers(backends, rivals)
+        pass_names = [name for name in PASSES if name in passes]
+        cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
+        rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
+        documents = [{"command": shlex.join(["bn-bench", *sys.argv[1:]]), "versions": records.versions()}]
     if json_file is not None:
-        line = shlex.join(["bn-bench", *sys.argv[1:]])
-        json_file.write_text(
-            audit.to_json(rows, command=line, versions=records.versions(), interrupted=interrupted), encoding="utf-8"
-        )
+        command_line = "\n".join(dict.fromkeys(document["command"] for document in documents))
+        text = audit.to_json(rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted)
+        json_file.write_text(text, encoding="utf-8")
     if markdown_file is not None:
-        named_versions = ", ".join(f"{name} {version}" for name, version in records.versions().items())
+        named_versions = ", ".join(f"{name} {version}" for name, version in documents[0]["versions"].items())
         markdown_file.write_text(audit_report.markdown(rows, named_versions), encoding="utf-8")
+    if summary_file is not None:
+        try:
+            text = audit_summary.summary(title, rows, documents)
+        except audit_summary.Unsuitable as error:
+            raise click.UsageError(str(error)) from None
+        summary_file.write_text(text, encoding="utf-8")
     context.exit(INTERRUPTED if interrupted else exit_status(rows))
+
+
+def _read(path):
+    """A saved audit; one line if it cannot be read."""
+    try:
+        return audit.load_document(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise click.UsageError(f"from is {str(path)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise click.UsageError(f"from is {str(path)!r}: {error}") from None
+
+
+def _print_saved(rows, *, details):
+    console = make_console()
+    for group in dict.fromkeys(row.case.group for row in rows):
+        _print_table(console, [row for row in rows if row.case.group == group], details)
+    say(console)
+    console.print(Text(audit_report.NOTE, "dim"))
+
+
+def _print_table(console, rows, details):
+    say(console)
+    show(console, audit_report.table(rows))
+    for note in audit_report.notes(rows, details=details):
+        say(console, note)
 
 
 def choose_settings(
@@ -112,7 +156,7 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
     against = rivals or tuple(RIVALS)
     if "jnp" in rivals:
         ours.append("jnp")
-    theirs = [layer.name for rival in against if rival != "none" for layer in RIVALS[rival]]
+    theirs = [layer.name for rival in against if rival != "none" for layer in RIVALS.get(rival) or FORMS.get(rival, ())]
     return list(dict.fromkeys([*ours, *theirs]))
 
 
@@ -127,10 +171,7 @@ def run_and_print(
     interrupted = False
 
     def print_table():
-        say(console)
-        show(console, audit_report.table(waiting))
-        for note in audit_report.notes(waiting, details=details):
-            say(console, note)
+        _print_table(console, waiting, details)
         waiting.clear()
 
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

@@ -84,7 +84,7 @@ def workload_options(function: Callable) -> Callable:
         click.option("--shape", "shapes", type=Shape(), multiple=True,
                      help="A shape: examples, channels, spatial sizes; repeatable."),
         click.option("--examples", type=click.IntRange(min=1), help="Examples, in place of the workloads' own number."),
-        click.option("--layout", type=click.Choice(LAYOUTS), default="nchw", show_default=True,
+        click.option("--layout", type=click.Choice(LAYOUTS, case_sensitive=False), default="nchw", show_default=True,
                      help="Where the channels are in memory: second or last."),
         click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         click.option("--activation", type=click.Choice(("none", "relu", "silu", "gelu", "leaky_relu")), default="none",

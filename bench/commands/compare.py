@@ -18,7 +18,7 @@ def command(context, first, second, force):
     """Compare two runs that `run --json` saved: FIRST is the one before, SECOND the one after.
 
     Rows whose ranges from p10 to p90 do not meet are marked with *. The exit status is 1 if a check fails in SECOND
-    that did not in FIRST.
+    that did not in FIRST, and 2 if the runs have no row in common.
     """
     try:
         before, after = load(first), load(second)
@@ -32,6 +32,10 @@ def command(context, first, second, force):
     for line in differences(before, after):
         say(console, f"differs: {line}", "yellow")
     found = pairs(before, after)
+    if not any(pair.first and pair.second for pair in found):
+        raise click.UsageError(
+            f"the runs have no row in common: {first} has {_what(before)}; {second} has {_what(after)}"
+        )
     made = report.table("", ("workload", "pass", "layer"), ("ms before", "ms after", "after / before", ""))
     for pair in found:
         row = pair.either
@@ -42,6 +46,23 @@ def command(context, first, second, force):
     for pair in failed(found):
         say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
     context.exit(FAILED if failed(found) else 0)
+
+
+def _what(run):
+    """What a run's rows are of, in few words."""
+    if not run.rows:
+        return "no rows"
+    parts = (
+        list(dict.fromkeys(str(row.at) for row in run.rows)),
+        list(dict.fromkeys(f"{row.layer} {row.approach}" for row in run.rows)),
+        list(dict.fromkeys(row.pass_name for row in run.rows)),
+    )
+    return f"{_several(parts[0])} with {_several(parts[1])} in {_several(parts[2])}"
+
+
+def _several(names):
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _time(row):

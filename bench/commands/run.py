@@ -13,8 +13,9 @@ from rich.text import Text
 import bn_fused
 
 from .. import records, report
+from ..doctor import devices
 from ..providers import RIVALS
-from ..suite import Settings, plan, refusal, run
+from ..suite import Settings, plan, refusal, run, with_backends
 from ..workloads import PASSES, SUITES, WORKLOADS, Workload
 from .common import (
     FAILED,
@@ -143,7 +144,8 @@ def run_and_print(
     """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
     started = records.now()
     environment = records.environment(settings.devices)
-    for line in report.environment_lines(environment) if heading else ():
+    settings, skipped = with_backends(workloads, settings)
+    for line in (*report.environment_lines(environment), *report.skipped_lines(skipped)) if heading else ():
         say(console, line)
     rows: list[records.Row] = []
     interrupted = False
@@ -167,7 +169,7 @@ def run_and_print(
     if interrupted:
         say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
     elif not failures:
-        say(console, "every check passed", "green")
+        say(console, report.passed(rows, skipped), "green")
     return records.Run(
         command=shlex.join(["bn-bench", *sys.argv[1:]]),
         date=started,
@@ -207,6 +209,15 @@ def _list(console: Console) -> None:
 
 
 def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings) -> None:
+    where = f"{settings.devices} of {', '.join(devices())}"
+    if settings.devices > 1:
+        where += ", which share their statistics (--sync)" if settings.sync else ", each with statistics of its own"
+    settings, skipped = with_backends(workloads, settings)
+    caches = "cold" if settings.cold else "warm"
+    say(console, f"on {where}; caches {caches}; {settings.seconds:g} s of samples for each workload")
+    for line in report.skipped_lines(skipped):
+        say(console, line)
+    say(console)
     for workload in workloads:
         made = report.table(str(workload), ("layer", "approach", "runs"), ())
         for layer in plan(workload, settings):

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from .. import deviceless, records, report, resnet, saved, step, step_audit, suite
+from ..workloads import LAYOUTS
 from .common import FAILED, INTERRUPTED, Backend, OutputFile, first_device, make_console, progress_bar, say, show
 from .numbers import Number
 
@@ -34,6 +35,9 @@ SMALLEST_IMAGE = 16
               help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
+@click.option("--layout", "layouts", type=click.Choice(LAYOUTS, case_sensitive=False), multiple=True,
+              help="nchw: our layer in the Equinox network; nhwc: our function in the same network with channels last, as "
+              "Flax's is. Repeatable; default: nchw, and nhwc beside an installed Flax.")  # fmt: skip
 @click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
               help="Time for the samples of all rows, without compilation.")  # fmt: skip
 @click.option("--audit", "target", type=click.Choice(tuple(deviceless.TARGETS)),
@@ -42,11 +46,12 @@ SMALLEST_IMAGE = 16
               help="With --audit: seconds after which a compilation is ended.")  # fmt: skip
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.pass_context
-def command(context, *, approaches, backends, rivals, fusion, seconds, target, time_limit, json_file, **sizes):
+def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, target, time_limit, json_file, **sizes):
     """Time the training step of a ResNet, optimiser included, with bn_fused and with other BatchNorms.
 
-    The networks have the same weights and must give the same loss, before and after a step: a row that differs shows
-    FAILED, is not timed, and makes the exit status 1.
+    The networks have the same weights and must give the same loss, before and after a step: a row that differs by more
+    than rounding explains shows FAILED, is not timed, and makes the exit status 1. Where rounding explains everything
+    (few values to normalise, many layers, bfloat16), rows are timed and marked as not compared.
 
     Exit status: 0; 1 if a row failed, or with --audit nothing was compiled; 2 for input it cannot use; 130 if it was
     interrupted: then the networks that were built and the rounds that were finished are printed and saved.
@@ -56,11 +61,13 @@ def command(context, *, approaches, backends, rivals, fusion, seconds, target, t
     defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
     given = {name: value for name, value in sizes.items() if value is not None}
     setting = step.Setting(**(defaults | given))
+    against = tuple(dict.fromkeys(rivals)) or step.RIVALS
     options = dict(
         backends=tuple(dict.fromkeys(backends)) or tuple(step.default_backends(setting, target)),
-        rivals=tuple(dict.fromkeys(rivals)) or step.RIVALS,
+        rivals=against,
         approaches=tuple(dict.fromkeys(approaches)),
         fusion=fusion,
+        layouts=tuple(dict.fromkeys(layouts)) or step.default_layouts(against),
     )
     networks = step.contenders(**options)
     if device is None:
@@ -72,10 +79,8 @@ def command(context, *, approaches, backends, rivals, fusion, seconds, target, t
             say(console, line)
         say(console, str(setting))
         rows, interrupted = _time(console, setting, networks, seconds)
-    for row in rows:
-        if row.status != "ok":
-            say(console, f"{row.name}: {row.status.upper() if row.status == 'failed' else row.status}: {row.reason}",
-                "bold red" if row.status == "failed" else "")  # fmt: skip
+    for line, style in _reasons(rows):
+        say(console, line, style)
     if json_file is not None:
         settings = dataclasses.asdict(setting) | {name: value for name, value in options.items() if name != "backends"}
         what, where = ("step", device.device_kind) if device is not None else ("step audit", target)
@@ -84,8 +89,16 @@ def command(context, *, approaches, backends, rivals, fusion, seconds, target, t
         finished = sum(row.status != "untimed" for row in rows)
         say(console, f"interrupted: {finished} of {len(networks)} rows are finished", "yellow")
         context.exit(INTERRUPTED)
-    nothing = all(row.status != "ok" for row in rows)
+    nothing = all(row.status not in step.TIMED for row in rows)
     context.exit(FAILED if nothing or any(row.status == "failed" for row in rows) else 0)
+
+
+def _reasons(rows):
+    """Why rows are not ok: each reason once, with the names of its rows, and its style."""
+    for status, reason in dict.fromkeys((row.status, row.reason) for row in rows if row.status != "ok"):
+        names = ", ".join(row.name for row in rows if (row.status, row.reason) == (status, reason))
+        failed = status == "failed"
+        yield f"{names}: {status.upper() if failed else status}: {reason}", "bold red" if failed else ""
 
 
 def _time(console, setting, networks, seconds):
@@ -103,7 +116,7 @@ def _time(console, setting, networks, seconds):
             rows, interrupted = stopped.rows, True
     if rows:
         show(console, time_table(rows))
-        say(console, TIME_NOTE, "dim")
+        say(console, _with_layouts(TIME_NOTE, rows), "dim")
     return rows, interrupted
 
 
@@ -121,10 +134,15 @@ def _audit(console, target, setting, networks, options, time_limit):
             interrupted = True
     if rows:
         show(console, audit_table(rows))
-        say(console, AUDIT_NOTE, "dim")
+        say(console, _with_layouts(AUDIT_NOTE, rows), "dim")
     return rows, interrupted
 
 
+LAYOUT_NOTE = (
+    "Flax's network has channels last, as rows marked nhwc have, the others channels first: compare within a kind. "
+    "Between Equinox's order of a convolution's weights and the compiler's, their gradients, velocities and the weights "
+    "themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with channels last. "
+)
 TIME_NOTE = (
     f"/ equinox: time over that of {step.BASELINE}, the median over paired rounds. loss, after: of the same initial "
     'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
@@ -137,6 +155,13 @@ AUDIT_NOTE = (
     "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate of "
     "the bytes, - where it gives none (NVIDIA). temporary: memory beside arguments and results. launches: kernels, copies and library calls."
 )
+
+
+def _with_layouts(note, rows):
+    last = any(
+        row.name.endswith(step.CHANNELS_LAST) or (row.name == "flax" and row.status != "missing") for row in rows
+    )
+    return f"{note} {LAYOUT_NOTE}" if last else note
 
 
 def _empty(first: str, *others: str) -> Table:
