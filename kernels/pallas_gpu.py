@@ -94,11 +94,6 @@ def refusal(problem, target):
     return None
 
 
-def preference(problem, target):
-    """None: `auto` does not take these kernels before they are measured on a GPU."""
-    del problem, target
-
-
 def plan(problem, target):
     """The `Plan` for a problem, or None if there is none."""
     itemsize = jnp.dtype(problem.dtype).itemsize

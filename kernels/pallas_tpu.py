@@ -71,11 +71,6 @@ def refusal(problem, target):
     return None
 
 
-def preference(problem, target):
-    """None: `auto` does not take these kernels; the module's text has the figures behind that."""
-    del problem, target
-
-
 # ------------------------------------------------------------------------------------------ views
 
 

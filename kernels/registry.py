@@ -1,5 +1,6 @@
 """The backends there are, and which of them computes a given problem for a given target: `choose`."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from dataclasses import dataclass, field
 import jax.numpy as jnp
 
 from . import jnp_backend, pallas_gpu, pallas_tpu, triton_backend
+from .auto import Verdict, verdict
 from .chips import GpuChip, TpuChip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
@@ -62,6 +64,12 @@ def no_refusal(problem, target):
     del problem, target
 
 
+def not_taken(problem, target):
+    """The verdict on a backend that runs by name alone."""
+    del problem, target
+    return Verdict(False, "it does not say where it is the faster one")
+
+
 def no_plan(problem, target):
     """A backend whose tiles and launches XLA decides."""
     del problem, target
@@ -79,7 +87,7 @@ class Backend:
     - `operations`: name to function; each takes the operation's operands by keyword and `spec`, and returns its
       results in the order of the table (a tuple, or the array where there is one).
     - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
-    - `preference(problem, target)`: None where `auto` should not take it, else the reason why it should.
+    - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. It is asked where nothing is refused.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
     - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
     """
@@ -87,19 +95,14 @@ class Backend:
     name: str
     operations: Mapping[str, Callable] = field(hash=False)
     refusal: Callable = no_refusal
-    preference: Callable = no_refusal
+    verdict: Callable = not_taken
     plan: Callable = no_plan
     plan_refusal: Callable = no_plan_refusal
 
 
-def _jnp_preference(problem, target):
-    able = [name for name, one in _BACKENDS.items() if name != "jnp" and one.refusal(problem, target) is None]
-    reason = f"plain jnp, which XLA compiles for {target} and fuses with the operations around it"
-    if not able:
-        return reason
-    return (
-        f"{reason}; `auto` takes a kernel only where figures show that programs gain (by name runs {', '.join(able)})"
-    )
+def _jnp_verdict(problem, target):
+    del problem
+    return Verdict(True, f"plain jnp, which XLA compiles for {target} and fuses with the operations around it")
 
 
 # Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last.
@@ -127,17 +130,24 @@ register(
     Backend(
         "jnp",
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
-        preference=_jnp_preference,
+        verdict=_jnp_verdict,
         plan=jnp_backend.plan,
     )
 )
+
+
+def _verdict_of_the_table(name, problem, target):
+    del problem
+    return verdict(name, target)
+
+
 for _name, _module in (("triton", triton_backend), ("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
     register(
         Backend(
             _name,
             {name: getattr(_module, name) for name in OPERATIONS},
             refusal=_module.refusal,
-            preference=_module.preference,
+            verdict=functools.partial(_verdict_of_the_table, _name),
             plan=_module.plan,
             plan_refusal=getattr(_module, "plan_refusal", no_plan_refusal),
         )
@@ -177,11 +187,11 @@ def choose(problem, target, requested="auto"):
         if refusal is not None:
             passed_over.append(f"{backend.name} cannot run here: {refusal}")
             continue
-        preference = backend.preference(problem, target)
-        if preference is not None:
-            reason = "; ".join([preference, *passed_over])
+        found = backend.verdict(problem, target)
+        if found.taken:
+            reason = "; ".join([found.why, *reversed(passed_over)])
             return BackendChoice(backend.name, reason, backend.plan(problem, target))
-        passed_over.append(f"{backend.name} is not preferred here")
+        passed_over.append(f"{backend.name} runs by name: {found.why}")
     raise AssertionError("the jnp backend takes every problem")
 
 

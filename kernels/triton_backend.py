@@ -94,11 +94,6 @@ def missing():
     return None
 
 
-def preference(problem, target):
-    """None: `auto` does not take these kernels before they are measured on a GPU."""
-    del problem, target
-
-
 def plan(problem, target):
     """The `Plan` for a problem."""
     return make_plan(

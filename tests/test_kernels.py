@@ -266,7 +266,7 @@ def tpu_only():
         "fake_tpu",
         {name: counting(name) for name in OPERATIONS},
         refusal=lambda problem, target: None if target.platform == "tpu" else "it is written for TPUs",
-        preference=lambda problem, target: "a test prefers it",
+        verdict=lambda problem, target: kernels.auto.Verdict(True, "a test prefers it"),
         plan=lambda problem, target: ("plan", problem.rows, problem.channels),
     )
     kernels.register(backend)
@@ -338,10 +338,10 @@ def test_auto_passes_over_a_backend_that_cannot_run(tpu_only, entrance):
 
 
 @pytest.mark.parametrize(("target", "by_name"), [("cpu", ""), ("h200", "pallas_gpu"), ("v5e", "pallas_tpu")])
-def test_autos_reason_says_what_jnp_is_and_which_kernels_run_by_name(target, by_name):
+def test_the_reason_of_auto_says_what_jnp_is_and_which_kernels_run_by_name(target, by_name):
     choice = bn_fused.explain((32, 64, 56, 56), jnp.bfloat16, channel_axis=1, target=target)
     assert choice.name == "jnp" and choice.reason.startswith("plain jnp, which XLA compiles for")
-    assert (f"(by name runs {by_name})" in choice.reason) if by_name else ("by name" not in choice.reason)
+    assert (f"; {by_name} runs by name: " in choice.reason) if by_name else ("by name" not in choice.reason)
     # each backend that is not taken, with its reason
     for name in ("pallas_gpu", "pallas_tpu"):
         assert choice.reason.count(f"; {name} ") == 1
@@ -409,3 +409,27 @@ def test_a_backends_name_is_new_and_its_operations_complete():
 
 def test_backend_error_is_a_value_error():
     assert issubclass(bn_fused.BackendError, ValueError)
+
+
+KERNELS = ("pallas_gpu", "pallas_tpu", "triton")
+
+
+@pytest.mark.parametrize("chip", kernels.CHIPS.values(), ids=lambda chip: chip.name)
+def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_on(chip):
+    target = kernels.registry.Target(chip.platform, chip)
+    for name in KERNELS:
+        written_for = (chip.platform == "tpu") == (name == "pallas_tpu")
+        reached = written_for and not (name == "pallas_gpu" and chip.compute_capability < (9, 0))
+        assert ((name, chip.name) in kernels.auto.VERDICTS) == reached
+        if not reached:
+            problem = kernels.registry.Problem(1, 4096, 128, "float32")
+            assert kernels.registry._BACKENDS[name].refusal(problem, target) is not None
+
+
+def test_auto_takes_what_the_table_says(monkeypatch):
+    taken = kernels.auto.Verdict(True, "1.3 times as fast in a test")
+    monkeypatch.setattr(kernels.auto, "VERDICTS", {("pallas_gpu", "h200"): taken})
+    choice = bn_fused.explain((4096, 128), jnp.float32, target="h200")
+    assert choice.name == "pallas_gpu" and choice.reason.startswith(taken.why)
+    assert bn_fused.explain((4096, 128), jnp.float32, target="h100").name == "jnp"
+    assert bn_fused.explain((4096, 128), jnp.float64, target="h200").name == "jnp"

@@ -1,0 +1,35 @@
+"""Which kernels `auto` takes on which chip: one table, and what each of its lines rests on.
+
+A line changes when figures do: for GPUs the times that `bn-bench run` records under bench/results, for TPUs the bytes
+that whole network blocks move, compiled for each chip (docs/tpu-audit.md). `auto` does not take what has no line.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .chips import CHIPS
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether `auto` takes a backend on a chip, and why."""
+
+    taken: bool
+    why: str
+
+
+UNMEASURED = Verdict(False, "its kernels have not been timed on this chip")
+FUSED_BY_XLA = Verdict(
+    False, "XLA fuses jnp with the operations around it, and blocks of networks then move fewer bytes"
+)
+VERDICTS = MappingProxyType(
+    {("pallas_gpu", name): UNMEASURED for name in ("h100", "h200", "b200")}
+    | {("triton", name): UNMEASURED for name, chip in CHIPS.items() if chip.platform == "cuda"}
+    | {("pallas_tpu", name): FUSED_BY_XLA for name, chip in CHIPS.items() if chip.platform == "tpu"}
+)
+
+
+def verdict(backend, target):
+    """The `Verdict` on a backend that can run on a target."""
+    chip = None if target.chip is None else target.chip.name
+    return VERDICTS.get((backend, chip), Verdict(False, "nothing is known of its speed on this chip"))
