@@ -19,7 +19,7 @@ HOW = (
     "Each setting is a layer alone, or with relu between two convolutions 3x3 or two linear maps that keep the number of "
     'channels, whose own passes are in the figures (the line "no norm" has them alone). "fwd" is a training step, '
     '"fwd+bwd" the step and its gradient with respect to x and all parameters. The fewest passes of a setting on a chip '
-    "are bold, and what is within 2 % of them."
+    "are bold, and what is within 2 % of them. An empty cell was not compiled."
 )
 
 

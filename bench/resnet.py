@@ -225,7 +225,7 @@ def channels_last(architecture: Architecture, dtype: str, norm):
             for index, (*_, stride) in enumerate(sizes.convolutions):
                 x = layer(f"block{place}_{index}", x, stride, "relu", residual if index == last else None)
         head = {name: value.astype(dtype) for name, value in parameters["head"].items()}
-        return jnp.mean(x, (1, 2)) @ head["kernel"] + head["bias"], new
+        return jnp.mean(x, (1, 2)) @ head["kernel"] + head["bias"][None], new
 
     return apply
 
