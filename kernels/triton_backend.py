@@ -17,12 +17,13 @@ running statistics, or from the sums what the gradient needs per channel. Before
 tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
 through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
 
-x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing, and where
-XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
+x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing. Where XLA
+chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
+convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
 Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
 for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
-partitions over several devices; 2^31 rows or more. jax-triton must be installed, in the one version that works with all
+partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one version that works with all
 versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes, and the number of rows has no
 divisor with which several rows are, values are read one by one, several times slower. The running statistics are blended
 inside the launch if they are float32, and with jnp after it otherwise.
@@ -45,9 +46,9 @@ from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
-MOST_ROWS = 1 << 31
+MOST = 1 << 31
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
-TRITON = (3, 6)  # the oldest that it works with
+OLDEST_TRITON = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
 F32 = jnp.float32
 
@@ -74,8 +75,11 @@ def refusal(problem, target):
         return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
     if target.partitioned:
         return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
-    if problem.rows >= MOST_ROWS:
-        return f"it counts rows in 32 bits, and there are {problem.rows}"
+    if max(problem.rows, problem.groups * problem.channels) >= MOST:
+        return (
+            f"it counts rows, and values per channel, in 32 bits, and there are {problem.rows} rows of "
+            f"{problem.groups} times {problem.channels} channels"
+        )
     return missing()
 
 
@@ -89,8 +93,8 @@ def missing():
     if found != JAX_TRITON:
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
     found = importlib.metadata.version("triton")
-    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < TRITON:
-        return f"jax-triton {JAX_TRITON} needs triton {'.'.join(map(str, TRITON))} or later, and {found} is installed"
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        return f"jax-triton {JAX_TRITON} needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, and {found} is installed"
     return None
 
 

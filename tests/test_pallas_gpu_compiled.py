@@ -5,6 +5,7 @@ One process for each chip, because a process compiles for one GPU only.
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import sys
 import pytest
 from bn_fused.bench import deviceless
 from bn_fused.kernels.chips import CHIPS
+from compiled_operations import by_operation, check_traffic
 
 # Groups, rows, channels, dtype, activation, residual.
 EVERY_OPERATION = [
@@ -47,94 +49,8 @@ CASES = {
     "b200": every_case(EVERY_OPERATION[1:], FORWARD_AND_BACKWARD[:1]),
 }
 
-COMPILE = """
-import json, math, pathlib, re, sys
-import jax, jax.numpy as jnp
-import bn_fused
-from bn_fused import kernels
-from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.dispatch import run
-from bn_fused.bench.deviceless import compile_for
-from bn_fused.bench.traffic import passes
-
-target, cases, blocks = json.load(sys.stdin)
-S = jax.ShapeDtypeStruct
-
-def figures(compiled, elements, nbytes):
-    text = compiled.as_text()
-    traffic = passes(text, elements, nbytes)
-    launched = re.findall(r'custom_call_target="mosaic_gpu[^\\n]*', text)
-    return {
-        "reads": traffic.reads, "writes": traffic.writes, "launches": traffic.launches,
-        "copies": traffic.copies_or_transposes, "details": [str(access) for access in traffic.details],
-        "kernels": len(launched),
-    }
-
-def operation_of(name, groups, rows, channels, dtype, activation, residual):
-    kinds = {"x": S((groups, rows, channels), dtype), "channel": S((groups, channels), "float32"),
-             "group": S((groups,), "float32"), "coefficients": S((groups, 6), "float32")}
-    left_out = ("mask",) if residual else ("mask", "residual")
-    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
-    spec = Spec("grc", 1e-5, activation, "pallas_gpu")
-    x = kinds["x"]
-    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
-    found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
-    plan = kernels.registry.choose(
-        kernels.registry.Problem(groups, rows, channels, dtype, activation, residual),
-        kernels.registry.Target("cuda", kernels.chips.CHIPS[target]), "pallas_gpu").plan
-    return found | {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name)}
-
-def block(backend, dtype):
-    "conv, BatchNorm, relu, conv in NCHW, forward and gradients."
-    shape, channels = (32, 64, 56, 56), 64
-    stats = bn_fused.RunningStats.init(channels)
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
-    def forward(x, first, second, weight, bias):
-        y, new = bn_fused.batch_norm(convolve(x, first), stats, weight, bias, approach="batch", channel_axis=1,
-                                     activation="relu", backend=backend)
-        return convolve(y, second), new
-    def both(x, first, second, weight, bias, dy):
-        y, pullback, new = jax.vjp(forward, x, first, second, weight, bias, has_aux=True)
-        return y, new, pullback(dy)
-    kernel, parameter = S((channels, channels, 3, 3), dtype), S((channels,), "float32")
-    x = S(shape, dtype)
-    compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
-    return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
-
-def entrances():
-    "The number of kernels that a training step lowers to, through every way in, and with 64-bit types on."
-    import equinox as eqx
-    rows, channels = 4096, 64
-    x, parameter = S((rows, channels), "float32"), S((channels,), "float32")
-    stats = bn_fused.RunningStats.init(channels)
-    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(channels, "batch", "batch", backend="pallas_gpu")
-    mapped = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    blend = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
-    def raw(x):
-        one = jnp.ones(channels, "float32")
-        return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend="pallas_gpu")[0]
-    ways = {
-        "layer": lambda x: mapped(x, state)[0],
-        "function": lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu")[0],
-        "raw": raw,
-    }
-    found = {name: figures(compile_for(target, way, x), 1, 1)["kernels"] for name, way in ways.items()}
-    many = S((3, rows, channels), "float32")
-    found["ensemble"] = figures(compile_for(target, jax.vmap(ways["function"]), many), 1, 1)["kernels"]
-    inference = lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu", inference=True)[0]
-    found["inference"] = figures(compile_for(target, inference, x), 1, 1)["kernels"]
-    with jax.enable_x64(True):
-        found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
-    return found
-
-found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
-if blocks:
-    found["entrances"] = entrances()
-    found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")}
-                       for dtype in ("float32", "bfloat16")}
-json.dump(found, sys.stdout)
-"""
+PROGRAMS = {"entrances": True, "blocks": ["float32", "bfloat16"]}
+COMPILE = pathlib.Path(__file__).with_name("compiled_operations.py")
 
 
 def compiled_for(target, cases, dump, blocks=False):
@@ -149,8 +65,8 @@ def compiled_for(target, cases, dump, blocks=False):
         "MOSAIC_GPU_DUMP_PTXAS": "1",
     }
     process = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps([target, cases, blocks]),
+        [sys.executable, str(COMPILE)],
+        input=json.dumps(["pallas_gpu", target, cases, PROGRAMS if blocks else {}]),
         capture_output=True,
         text=True,
         timeout=580,
@@ -181,14 +97,6 @@ def chip(request):
     return by_operation(CASES[request.param], found), dumps
 
 
-def by_operation(cases, found):
-    return {
-        (tuple(case), name): figures
-        for (case, _), operations in zip(cases, found["operations"], strict=True)
-        for name, figures in operations.items()
-    }
-
-
 def check_registers(counted, dumps):
     reports = {name: text for name, text in dumps.items() if name.endswith(".ptxas")}
     assert len(reports) >= len(counted)
@@ -207,19 +115,6 @@ def check_shared_memory(dumps, chip):
             asked += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", text))
     assert max(asked) <= chip.shared_memory_per_block
     assert max(asked) > chip.shared_memory_per_block // 2  # the rings are seen
-
-
-def check_traffic(counted):
-    """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
-    for (case, name), figures in counted.items():
-        assert figures["kernels"] == figures["planned_launches"], (case, name)
-        groups, rows, channels, _, activation, residual = case
-        # Without an activation the residual's gradient is dy, which here is copied from an argument to a result.
-        if not (residual and activation is None and name == "backward"):
-            assert figures["copies"] == [], (case, name, figures["details"])
-        if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
-            for passes, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
-                assert planned <= passes < planned + 0.1, (case, name, figures["details"])
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(chip):

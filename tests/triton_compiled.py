@@ -76,7 +76,9 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
         text = made.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
         spills = re.findall(r"\.(?:v|s)gpr_spill_count:\s+(\d+)", text)
-        found["spills"] = sum(map(int, spills)) + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+        found["spills"] = sum(map(int, spills)) + int(
+            re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1)
+        )
         found["loads"] = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
         found["stores"] = re.findall(r"\b(?:global|buffer)_store_(\w+)", text)
         return found
@@ -86,12 +88,14 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
         (vector or "v1") + "." + kind for vector, kind in re.findall(r"ld\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
     ]
     found["copies"] = [
-        int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)
+        int(size, 16)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)
     ]
     found["stores"] = [
         (vector or "v1") + "." + kind for vector, kind in re.findall(r"st\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
     ]
-    found["wide"] = bool(re.search(r"mul\.(?:wide\.[su]32|lo\.s64)|mad\.wide|shl\.b64", text))
+    # Factors of products with 64 bits.
+    found["factors"] = [int(value) for value in re.findall(r"(?:mul|mad)\.wide\.[su]32\s+%rd\d+, %r\d+, (\d+)", text)]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
