@@ -23,10 +23,10 @@ convolutions of float32 on Ampere and Ada it keeps them first, and a transpose i
 
 Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
 for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
-partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one version that works with all
-versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes, and the number of rows has no
-divisor with which several rows are, values are read one by one, several times slower. The running statistics are blended
-inside the launch if they are float32, and with jnp after it otherwise.
+partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one
+version that works with all versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes,
+and the number of rows has no divisor with which several rows are, values are read one by one, several times slower. The
+running statistics are blended inside the launch if they are float32, and with jnp after it otherwise.
 
 Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled.
 """
@@ -42,6 +42,7 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .triton_plan import Plan, check, make_plan, merge_tile
+from .triton_tuning import config_for
 from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -94,7 +95,8 @@ def missing():
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
     found = importlib.metadata.version("triton")
     if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
-        return f"jax-triton {JAX_TRITON} needs triton {'.'.join(map(str, OLDEST_TRITON))} or later, and {found} is installed"
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {found} is installed"
     return None
 
 
@@ -104,20 +106,20 @@ def preference(problem, target):
 
 
 def plan(problem, target):
-    """The `Plan` for a problem."""
+    """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
+    sizes = (problem.groups, problem.rows, problem.channels)
     return make_plan(
-        problem.groups,
-        problem.rows,
-        problem.channels,
+        *sizes,
         jnp.dtype(problem.dtype).itemsize,
         target.chip,
+        config_for(target.chip.device_kind, *sizes, problem.dtype),
         residual=problem.residual,
         derivative=problem.activation is not None,
     )
 
 
 def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
-    """One launch of a kernel; returns its results. A kernel's parameters are inputs, outputs and constants, in order."""
+    """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs."""
     import jax_triton
 
     # The kernels' own loops say how many stages they have.

@@ -1,4 +1,4 @@
-"""How the backend `triton` cuts an array into tiles: the `Config`s there are, and the `Plan` that one makes of an array.
+"""How the backend `triton` cuts an array into tiles: the `Config`s there are, and the `Plan` that one makes of it.
 
 Pure functions of sizes, without JAX or Triton. A `Config` says what of a plan is a matter of speed alone and does not
 depend on the array; `heuristic` chooses one for an array, `search_set` lists those that `bn-bench tune` times.

@@ -58,9 +58,11 @@ def searched(case):
 @pytest.fixture(scope="module")
 def by_triton():
     """What the compilers say of each launch: [backend, architecture, case, operation, launch, figures]."""
-    work = [["cuda", architecture, [BFLOAT16]] for architecture in CUDA]
-    work += [["hip", architecture, [BFLOAT16]] for architecture in HIP]
-    work += [["cuda", 80, [FLOAT32, RAGGED]], ["cuda", 90, [LARGE]]]
+    work = [
+        ["cuda", architecture, [BFLOAT16], OPERATIONS if architecture in (80, 90) else BOTH] for architecture in CUDA
+    ]
+    work += [["hip", architecture, [BFLOAT16], BOTH] for architecture in HIP]
+    work += [["cuda", 80, [FLOAT32, RAGGED], BOTH], ["cuda", 90, [LARGE], BOTH]]
     return child("triton_compiled.py", work)
 
 
@@ -114,7 +116,7 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
         narrow = {"moments": 3, "backward_sums": 2, "normalise_backward": 2}.get(name, 0)
         assert [store for store in figures["stores"] if store != "v4.b32"] == ["v1.b32"] * narrow, what
         seen += 1
-    assert seen > 40
+    assert seen >= len(CUDA) * 4
 
 
 @missing
@@ -138,7 +140,7 @@ def test_addresses_are_computed_in_64_bits(by_triton):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_configuration_of_the_search_set_spills(architecture):
-    found = child("triton_compiled.py", [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)]]])
+    found = child("triton_compiled.py", [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)], BOTH]])
     check_registers(found)
     copies = [figures["copies"] for *_, case, _, _, figures in found if case[-1]["stages"] > 1]
     assert any(copies) and all(size == 16 for sizes in copies for size in sizes)
