@@ -22,7 +22,7 @@ LEAST_BYTES = 192
 # Of a merge's block of threads: 8 neighbouring float32 are the smallest piece of memory that a GPU reads, and the fewer
 # channels a block has, the more blocks share the work.
 MERGE_COLUMNS = 8
-MERGE_TILE = 4096  # values
+MERGE_TILE = 2048  # values: with 4096 there are not enough registers
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,8 @@ def check_registers(found):
         what = (architecture, case, operation, name, figures)
         assert figures["spills"] == 0, what
         assert figures["registers"] * figures["warps"] * (64 if backend == "hip" else 32) <= 65536, what
-        assert figures["shared"] <= 48 * 1024 or case[-1] is not None, what
+        # What every GPU since Ampere gives to a block of threads, where several tiles are in flight.
+        assert figures["shared"] <= (48 if case[-1] is None else 99) * 1024, what
 
 
 @missing
