@@ -6,7 +6,7 @@ import click
 
 import bn_fused
 
-from .commands import audit, compare, doctor, report, run, stability, step
+from .commands import audit, compare, doctor, report, run, stability, step, tune
 from .commands.common import FAILED, INTERRUPTED, UNUSABLE, make_console, say
 from .suite import Settings
 from .workloads import SUITES, WORKLOADS
@@ -24,7 +24,7 @@ def group(context: click.Context) -> None:
         context.exit(check_and_time())
 
 
-for _module in (run, compare, report, audit, stability, step, doctor):
+for _module in (run, compare, report, audit, stability, step, tune, doctor):
     group.add_command(_module.command)
 
 

@@ -5,6 +5,7 @@ back is the optimised program: its HLO text (`traffic` counts passes over memory
 
     python -m bn_fused.bench.deviceless            # the targets, and which can be compiled for here
     python -m bn_fused.bench.deviceless cuda tpu   # pip requirements of the compilers, for the installed JAX
+    python -m bn_fused.bench.deviceless triton     # and of Triton, for the backend of that name
 
 so that `pip install --no-deps $(python -m bn_fused.bench.deviceless cuda)` installs what is needed for GPUs: about
 140 MB, no driver and none of the CUDA libraries (which `--no-deps` leaves out). Compile with `JAX_PLATFORMS=cpu` in the
@@ -23,8 +24,10 @@ import sys
 from types import MappingProxyType
 
 from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
+from bn_fused.kernels.triton_backend import JAX_TRITON, OLDEST_TRITON
 
-CUDA, TPU = "cuda", "tpu"
+CUDA, TPU, TRITON = "cuda", "tpu", "triton"
+INSTALLABLE = (CUDA, TPU, TRITON)
 
 
 class DevicelessUnavailable(RuntimeError):
@@ -85,7 +88,7 @@ def target_named(target: str) -> GpuChip | TpuChip:
 
 
 def requirements(platform: str) -> tuple[str, ...]:
-    """The pip requirements of the compiler for a platform, "cuda" or "tpu", that match the installed JAX."""
+    """The pip requirements of the compiler for "cuda" or "tpu", or of "triton", that match the installed JAX."""
     if platform == CUDA:
         version = importlib.metadata.version("jax")
         return f"jax-cuda13-plugin=={version}", f"jax-cuda13-pjrt=={version}"
@@ -96,7 +99,10 @@ def requirements(platform: str) -> tuple[str, ...]:
             if pin:
                 return (pin.group(1),)
         raise DevicelessUnavailable("the installed jax names no libtpu in its `tpu` extra: install jax[tpu]")
-    raise ValueError(f"platform is {platform!r}; accepted are {CUDA!r}, {TPU!r}")
+    if platform == TRITON:
+        # jax-triton, what it needs beside JAX, and the oldest Triton that it works with: 190 MB.
+        return f"jax-triton=={JAX_TRITON}", "absl-py>=1.4", f"triton=={'.'.join(map(str, OLDEST_TRITON))}.*"
+    raise ValueError(f"platform is {platform!r}; accepted are {', '.join(map(repr, INSTALLABLE))}")
 
 
 def missing(target: str) -> str | None:
@@ -213,13 +219,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "platforms",
         nargs="*",
-        metavar="{cuda,tpu}",
+        metavar="{cuda,tpu,triton}",
         help="the platforms to print requirements for; without any, list the targets",
     )
     platforms = parser.parse_args(arguments).platforms
-    unknown = [platform for platform in platforms if platform not in (CUDA, TPU)]
+    unknown = [platform for platform in platforms if platform not in INSTALLABLE]
     if unknown:
-        parser.error(f"unknown platform {unknown[0]!r}; accepted are cuda, tpu")
+        parser.error(f"unknown platform {unknown[0]!r}; accepted are {', '.join(INSTALLABLE)}")
     for platform in platforms:
         print(*requirements(platform), sep="\n")
     if not platforms:

@@ -17,15 +17,16 @@ running statistics, or from the sums what the gradient needs per channel. Before
 tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
 through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
 
-x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing, and where
-XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
+x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing. Where XLA
+chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
+convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
 Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
 for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
-partitions over several devices; 2^31 rows or more. jax-triton must be installed, in the one version that works with all
-versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes, and the number of rows has no
-divisor with which several rows are, values are read one by one, several times slower. The running statistics are blended
-inside the launch if they are float32, and with jnp after it otherwise.
+partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one
+version that works with all versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes,
+and the number of rows has no divisor with which several rows are, values are read one by one, several times slower. The
+running statistics are blended inside the launch if they are float32, and with jnp after it otherwise.
 
 Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled.
 """
@@ -41,13 +42,14 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .triton_plan import Plan, check, make_plan, merge_tile
+from .triton_tuning import config_for
 from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
-MOST_ROWS = 1 << 31
+MOST = 1 << 31
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
-TRITON = (3, 6)  # the oldest that it works with
+OLDEST_TRITON = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
 F32 = jnp.float32
 
@@ -74,8 +76,11 @@ def refusal(problem, target):
         return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
     if target.partitioned:
         return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
-    if problem.rows >= MOST_ROWS:
-        return f"it counts rows in 32 bits, and there are {problem.rows}"
+    if max(problem.rows, problem.groups * problem.channels) >= MOST:
+        return (
+            f"it counts rows, and values per channel, in 32 bits, and there are {problem.rows} rows of "
+            f"{problem.groups} times {problem.channels} channels"
+        )
     return missing()
 
 
@@ -89,26 +94,27 @@ def missing():
     if found != JAX_TRITON:
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
     found = importlib.metadata.version("triton")
-    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < TRITON:
-        return f"jax-triton {JAX_TRITON} needs triton {'.'.join(map(str, TRITON))} or later, and {found} is installed"
+    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {found} is installed"
     return None
 
 
 def plan(problem, target):
-    """The `Plan` for a problem."""
+    """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
+    sizes = (problem.groups, problem.rows, problem.channels)
     return make_plan(
-        problem.groups,
-        problem.rows,
-        problem.channels,
+        *sizes,
         jnp.dtype(problem.dtype).itemsize,
         target.chip,
+        config_for(target.chip.device_kind, *sizes, problem.dtype),
         residual=problem.residual,
         derivative=problem.activation is not None,
     )
 
 
 def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
-    """One launch of a kernel; returns its results. A kernel's parameters are inputs, outputs and constants, in order."""
+    """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs."""
     import jax_triton
 
     # The kernels' own loops say how many stages they have.

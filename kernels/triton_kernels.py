@@ -1,9 +1,10 @@
 """The passes over rows of the backend `triton`. Import it where they are launched, not before: it imports Triton.
 
-They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows of one block of columns,
-and walks through it tile by tile; each value of a tile has a place of its own in the registers of one thread, where it
-is added up, and only the end of the range is summed across threads. The partial results of the ranges lie in memory
-as [groups, splits, values, width], and are merged by `triton_merges` in a fixed order: two runs give the same bits.
+They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows
+of one block of columns, and walks through it tile by tile; each value of a tile has a place of its own in the registers
+of one thread, where it is added up, and only the end of the range is summed across threads. The partial results of the
+ranges lie in memory as [groups, splits, values, width], and `triton_merges` merges them in a fixed order: two runs give
+the same bits.
 
 Moments are (pivot, delta, squares about the mean), the pivot being the mean of the range's first tile, or 0 where that
 is not finite. What is read beyond the end of a range or a row is replaced by a selection, never by a product: a value

@@ -1,8 +1,8 @@
 """The merges of the backend `triton`, launches of O(channels) between two passes. Importing it imports Triton.
 
-Each block of threads has a few channels, and adds up in a fixed order what the ranges of rows found of them. Moments are
-merged with the formulas of Chan, Golub & LeVeque, The American Statistician 37, 1983, about the first range's pivot. What
-the second pass needs per channel is computed in the same launch.
+Each block of threads has a few channels, and adds up in a fixed order what the ranges of rows found of them. Moments
+are merged about the first range's pivot: Chan, Golub & LeVeque, The American Statistician 37, 1983.
+What the second pass needs per channel is computed in the same launch.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""How the backend `triton` cuts an array into tiles: the `Config`s there are, and the `Plan` that one makes of an array.
+"""How the backend `triton` cuts an array into tiles: the `Config`s there are, and the `Plan` that one makes of it.
 
 Pure functions of sizes, without JAX or Triton. A `Config` says what of a plan is a matter of speed alone and does not
 depend on the array; `heuristic` chooses one for an array, `search_set` lists those that `bn-bench tune` times.
@@ -15,13 +15,14 @@ REVISION = 1
 VECTOR = 16  # bytes: the widest load of a thread
 # More neighbouring rows than that are not folded into one: their columns have to be merged again.
 MOST_FOLDED = 16
-# A block of threads has at least this many tiles where there are enough rows: what it does once (values per channel,
-# the sums across its threads, partial results) is then small beside its rows.
+# A block of threads has at least this many tiles, and bytes of each column, where there are enough rows: what it does
+# once (values per channel, sums across its threads) and its partial results, 12 bytes a column, are small beside that.
 LEAST_TILES = 2
+LEAST_BYTES = 192
 # Of a merge's block of threads: 8 neighbouring float32 are the smallest piece of memory that a GPU reads, and the fewer
 # channels a block has, the more blocks share the work.
 MERGE_COLUMNS = 8
-MERGE_TILE = 4096  # values
+MERGE_TILE = 2048  # values: with 4096 there are not enough registers
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
     tile = config.warps * 32 * max(config.values, 2 * VECTOR // itemsize)
     tile_rows = max(1, min(tile // columns, power_of_two(rows)))
     blocks = groups * -(-width // columns)
-    most = max(1, rows // (LEAST_TILES * tile_rows))
+    most = max(1, rows // max(LEAST_TILES * tile_rows, LEAST_BYTES // itemsize))
     splits = min(max(1, config.blocks_per_core * chip.cores // blocks), most)
     major, minor = chip.compute_capability
     return Plan(

@@ -1,4 +1,4 @@
-"""Arrays of one call as the streaming GPU kernels see them, [groups, rows, channels], and their results as the caller does.
+"""Arrays of one call as streaming GPU kernels see them, [groups, rows, channels], and results as the caller does.
 
 Where the channels lie last in memory the view costs nothing, and where XLA chooses the layout (between convolutions on
 a GPU) it makes them lie last.
@@ -12,7 +12,7 @@ from .layout import CHANNEL, GROUP, ROW, axes_of, count_rows, group_shape
 
 
 class View:
-    """The view of arrays of x's shape in which `fold` neighbouring rows make one: [groups, rows/fold, fold*channels]."""
+    """Arrays of x's shape with `fold` neighbouring rows seen as one: [groups, rows/fold, fold*channels]."""
 
     def __init__(self, x, layout, fold):
         self.order = tuple(axis for letter in (GROUP, ROW, CHANNEL) for axis in axes_of(layout, letter))

@@ -4,6 +4,7 @@ The compiler runs in a process of its own, because a process compiles for one GP
 `bn_fused.bench.deviceless` itself.
 """
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -157,6 +158,15 @@ def test_the_requirements_are_those_of_the_installed_jax():
     (libtpu,) = deviceless.requirements("tpu")
     assert libtpu.startswith("libtpu==")
     assert not set(libtpu) & set(" ;\"'")
+
+
+def test_the_requirements_of_triton_are_those_of_the_extra():
+    (extra,) = (
+        requirement.split(";")[0].strip()
+        for requirement in importlib.metadata.requires("bn_fused")
+        if requirement.startswith("jax-triton") and "triton" in requirement.split(";")[1]
+    )
+    assert deviceless.requirements("triton")[0] == extra
 
 
 def test_the_requirements_print_without_the_bench_extra():

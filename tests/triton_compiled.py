@@ -1,8 +1,8 @@
 """A process that compiles the kernels of `triton` for a GPU with Triton alone: `python triton_compiled.py`.
 
-Reads JSON from standard input: a list of [backend, architecture, cases], a case being [groups, rows, channels, dtype,
-activation, residual, configuration or null]. For each architecture the launches of every operation are those of the
-plan for the chip, or of one that resembles it. Writes what the compilers say of each launch.
+Reads JSON from standard input: a list of [backend, architecture, cases, operations], a case being [groups, rows,
+channels, dtype, activation, residual, configuration or null]. For each architecture the launches of the operations are
+those of the plan for the chip, or for one that resembles it. Writes what the compilers say of each launch.
 """
 
 import json
@@ -21,6 +21,7 @@ from bn_fused.kernels.chips import GpuChip
 from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.triton_plan import Config, make_plan
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
@@ -28,8 +29,8 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
 CORES = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170, "gfx90a": 104, "gfx942": 304}
 
 
-def launches(case, architecture):
-    """(operation, name, kernel, signature, constants, warps) of every launch of every operation of a case."""
+def launches(case, architecture, operations):
+    """(operation, name, kernel, signature, constants, warps) of every launch of a case's operations."""
     groups, rows, channels, dtype, activation, residual, config = case
     capability = divmod(architecture, 10) if isinstance(architecture, int) else (9, 0)
     chip = GpuChip("some", "some", capability, CORES[architecture], 0)
@@ -56,8 +57,9 @@ def launches(case, architecture):
         return [jax.numpy.zeros(spec.shape, spec.dtype) for spec in outputs]
 
     triton_backend.launch = record
-    for operation, table in OPERATIONS.items():
-        operands = {key: kinds[kind] for key, kind in table.operands.items() if key not in left_out}
+    for operation in operations:
+        table = OPERATIONS[operation].operands
+        operands = {key: kinds[kind] for key, kind in table.items() if key not in left_out}
         spec = Spec("grc", 1e-5, activation, "triton", plan)
         function = getattr(triton_backend, operation)
         jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)
@@ -70,13 +72,16 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
     signature = signature | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature, constants, pointers)
     target = GPUTarget(backend, architecture, 64 if backend == "hip" else 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1})
+    options = {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    made = triton.compile(source, target=target, options=options)
     found = {"shared": made.metadata.shared, "warps": warps}
     if backend == "hip":
         text = made.asm["amdgcn"]
         found["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
         spills = re.findall(r"\.(?:v|s)gpr_spill_count:\s+(\d+)", text)
-        found["spills"] = sum(map(int, spills)) + int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1))
+        found["spills"] = sum(map(int, spills)) + int(
+            re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1)
+        )
         found["loads"] = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
         found["stores"] = re.findall(r"\b(?:global|buffer)_store_(\w+)", text)
         return found
@@ -86,28 +91,33 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
         (vector or "v1") + "." + kind for vector, kind in re.findall(r"ld\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
     ]
     found["copies"] = [
-        int(size, 16) for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)
+        int(size, 16)
+        for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)
     ]
     found["stores"] = [
         (vector or "v1") + "." + kind for vector, kind in re.findall(r"st\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
     ]
-    found["wide"] = bool(re.search(r"mul\.(?:wide\.[su]32|lo\.s64)|mad\.wide|shl\.b64", text))
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
+    # Factors of products with 64 bits.
+    found["factors"] = [int(value) for value in re.findall(r"(?:mul|mad)\.wide\.[su]32\s+%rd\d+, %r\d+, (\d+)", text)]
+    # Assembled as JAX does it, without the options that Triton has of its own.
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(text)
         file.flush()
-        tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found["registers"] = int(re.search(r"REG:(\d+)", usage).group(1))
-    found["spills"] = int(re.search(r"STACK:(\d+)", usage).group(1)) + int(re.search(r"LOCAL:(\d+)", usage).group(1))
+        (assembled_for,) = re.findall(r"^\.target (\w+)", text, re.MULTILINE)
+        command = [get_ptxas(architecture).path, "-v", f"-arch={assembled_for}", file.name, "-o", os.devnull]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found["registers"] = int(re.search(r"Used (\d+) registers", usage).group(1))
+    frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", usage)
+    found["spills"] = sum(map(int, frame.groups()))
     return found
 
 
 def main():
     results = []
-    for backend, architecture, cases in json.load(sys.stdin):
+    for backend, architecture, cases, operations in json.load(sys.stdin):
         for case in cases:
             seen = {}
-            for operation, name, *launch in launches(case, architecture):
+            for operation, name, *launch in launches(case, architecture, operations):
                 kernel, _, constants, warps = launch
                 key = kernel.fn.__name__, str(launch[1]), str(sorted(constants.items(), key=str)), warps
                 if key not in seen:

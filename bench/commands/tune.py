@@ -1,0 +1,125 @@
+"""`bn-bench tune`: the best configurations of the backend `triton` on the device at hand."""
+
+import click
+from rich import box
+from rich.table import Table
+
+from bn_fused.kernels import triton_tuning
+from bn_fused.kernels.chips import chip_of
+
+from .. import records, tune
+from ..suite import refusal
+from .common import (
+    FAILED,
+    INTERRUPTED,
+    OutputFile,
+    choose_workloads,
+    first_device,
+    make_console,
+    progress_bar,
+    say,
+    show,
+    workload_options,
+)
+from .numbers import Number
+
+
+@click.command("tune")
+@workload_options
+@click.option("--seconds", type=Number(min=0, min_open=True), default=10.0, show_default=True,
+              help="Time for the samples of each workload, without compilation and checks.")  # fmt: skip
+@click.option("--output", type=OutputFile(".json"),
+              help="Where to write; default: into the package, where it is found without more.")  # fmt: skip
+@click.pass_context
+def command(context, *, seconds, output, layout, activation, residual, **workload_settings):
+    """Time the configurations of the backend triton on JAX's default device, and save the best for each workload.
+
+    What the file has from earlier is kept, but for the workloads timed anew. A file that is not in the package is used
+    if BN_FUSED_TUNING names it, or the folder it is in. Rows and channels alone matter: --layout, --activation and
+    --residual are not taken.
+
+    Exit status: 0; 1 if a workload has no configuration that runs; 2 for input it cannot use; 130 if it was
+    interrupted.
+    """
+    if layout != "nchw" or activation != "none" or residual:
+        raise click.UsageError(
+            "tune takes no --layout, --activation or --residual: configurations do not depend on them"
+        )
+    workloads = choose_workloads(layout=layout, activation=activation, residual=residual, **workload_settings)
+    device = first_device()
+    for workload in workloads:
+        sentence = refusal(workload, "triton")
+        if sentence is not None:
+            raise click.UsageError(sentence)
+    chip = chip_of(device)
+    if output is None:
+        output = default_output(chip.device_kind, context)
+    console = make_console()
+    say(console, f"{chip.device_kind}: {len(workloads)} workloads")
+    entries = earlier(output, chip.device_kind, console)
+    results, interrupted = [], False
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(workloads))
+        try:
+            for result in tune.tune(
+                workloads,
+                chip,
+                lambda workload, plans: tune.time_plans(workload, plans, seconds=seconds, device=device),
+                lambda what: progress.update(task, description=what, completed=len(results)),
+            ):
+                results.append(result)
+        except KeyboardInterrupt:
+            interrupted = True
+    entries |= {result.entry.key: result.entry for result in results if result.entry is not None}
+    if any(result.entry for result in results):
+        output.write_text(
+            triton_tuning.to_json(chip.device_kind, entries.values(), records.versions()), encoding="utf-8"
+        )
+    if results:
+        show(console, table(results))
+    for result in results:
+        for failure in result.failures:
+            say(console, f"{result.workload}: {failure}", "yellow")
+    if any(result.entry for result in results):
+        say(console, f"written to {output}")
+    if interrupted:
+        say(console, f"interrupted: {len(results)} of {len(workloads)} workloads are finished", "yellow")
+        context.exit(INTERRUPTED)
+    context.exit(FAILED if any(result.entry is None for result in results) else 0)
+
+
+def default_output(device_kind, context):
+    """The package's file for a device kind; one line if it cannot be written."""
+    folder = triton_tuning.FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"{folder} cannot be made ({error.strerror}): choose a file with --output") from None
+    return OutputFile(".json").convert(folder / triton_tuning.file_name(device_kind), None, context)
+
+
+def earlier(output, device_kind, console):
+    """What the file has already, {key: entry}; nothing if it cannot be used."""
+    if not output.exists():
+        return {}
+    try:
+        return {entry.key: entry for entry in triton_tuning.read(output, device_kind)}
+    except triton_tuning.Unusable as error:
+        say(console, f"{output} is replaced: {error}", "yellow")
+        return {}
+
+
+def table(results) -> Table:
+    """The best configurations."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    made.add_column("workload", no_wrap=True)
+    for name in ("ms", "/ by rule", "row bytes", "values", "warps", "stages", "blocks", "ran"):
+        made.add_column(name, justify="right", no_wrap=True)
+    for result in results:
+        entry = result.entry
+        cells = ["-"] * 7
+        if entry is not None:
+            ratio = entry.seconds / entry.heuristic_seconds
+            cells = [f"{1e3 * entry.seconds:.4g}", f"{ratio:.2f}", *map(str, vars(entry.config).values())]
+        made.add_row(str(result.workload), *cells, str(result.ran))
+    return made

@@ -1,0 +1,159 @@
+"""A process that compiles operations of a GPU backend for a chip that is not there: `python compiled_operations.py`.
+
+Reads JSON from standard input: [backend, target, cases, programs], a case being [[groups, rows, channels, dtype,
+activation, residual], names of operations], and programs {"entrances": whether to try all of them, "blocks": dtypes}.
+Writes what was counted in the compiled programs.
+"""
+
+import json
+import math
+import re
+import sys
+
+import bn_fused
+import jax
+import jax.numpy as jnp
+from bn_fused import kernels
+from bn_fused.bench.deviceless import compile_for
+from bn_fused.bench.traffic import passes
+from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.dispatch import run
+
+S = jax.ShapeDtypeStruct
+
+
+def by_operation(cases, found):
+    """What was counted, by case and operation."""
+    return {
+        (tuple(case), name): figures
+        for (case, _), operations in zip(cases, found["operations"], strict=True)
+        for name, figures in operations.items()
+    }
+
+
+def check_traffic(counted):
+    """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
+    for (case, name), figures in counted.items():
+        assert figures["kernels"] == figures["planned_launches"], (case, name)
+        groups, rows, channels, _, activation, residual = case
+        # Without an activation the residual's gradient is dy, which here is copied from an argument to a result.
+        if not (residual and activation is None and name == "backward"):
+            assert figures["copies"] == [], (case, name, figures["details"])
+        if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
+            for passes_, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
+                assert planned <= passes_ < planned + 0.1, (case, name, figures["details"])
+
+
+def figures(compiled, elements, nbytes):
+    """What is counted in a compiled program."""
+    text = compiled.as_text()
+    traffic = passes(text, elements, nbytes)
+    return {
+        "reads": traffic.reads,
+        "writes": traffic.writes,
+        "launches": traffic.launches,
+        "copies": traffic.copies_or_transposes,
+        "details": [str(access) for access in traffic.details],
+        "kernels": len(re.findall(r'custom_call_target="(?:mosaic_gpu|triton_kernel_call)', text)),
+    }
+
+
+def operation_of(backend, target, name, groups, rows, channels, dtype, activation, residual):
+    """What is counted in one operation, and what its plan says of it."""
+    kinds = {
+        "x": S((groups, rows, channels), dtype),
+        "channel": S((groups, channels), "float32"),
+        "group": S((groups,), "float32"),
+        "coefficients": S((groups, 6), "float32"),
+    }
+    left_out = ("mask",) if residual else ("mask", "residual")
+    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
+    spec = Spec("grc", 1e-5, activation, backend)
+    x = kinds["x"]
+    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
+    found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
+    plan = kernels.registry.choose(
+        kernels.registry.Problem(groups, rows, channels, dtype, activation, residual),
+        kernels.registry.Target("cuda", kernels.chips.CHIPS[target]),
+        backend,
+    ).plan
+    return found | {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name)}
+
+
+def block(backend, target, dtype):
+    """conv, BatchNorm, relu, conv in NCHW, forward and gradients."""
+    shape, channels = (32, 64, 56, 56), 64
+    stats = bn_fused.RunningStats.init(channels)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+    def forward(x, first, second, weight, bias):
+        y, new = bn_fused.batch_norm(
+            convolve(x, first),
+            stats,
+            weight,
+            bias,
+            approach="batch",
+            channel_axis=1,
+            activation="relu",
+            backend=backend,
+        )
+        return convolve(y, second), new
+
+    def both(x, first, second, weight, bias, dy):
+        y, pullback, new = jax.vjp(forward, x, first, second, weight, bias, has_aux=True)
+        return y, new, pullback(dy)
+
+    kernel, parameter = S((channels, channels, 3, 3), dtype), S((channels,), "float32")
+    x = S(shape, dtype)
+    compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
+    return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
+
+
+def entrances(backend, target):
+    """The number of kernels that a training step lowers to, through every way in, and with 64-bit types on."""
+    import equinox as eqx
+
+    rows, channels = 4096, 64
+    x, many = S((rows, channels), "float32"), S((3, rows, channels), "float32")
+    stats = bn_fused.RunningStats.init(channels)
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(channels, "batch", "batch", backend=backend)
+    mapped = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    blend = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
+
+    def raw(x):
+        one = jnp.ones(channels, "float32")
+        return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend=backend)[0]
+
+    def function(x, inference=False):
+        return bn_fused.batch_norm(x, stats, backend=backend, inference=inference)[0]
+
+    ways = {
+        "layer": (lambda x: mapped(x, state)[0], x),
+        "function": (function, x),
+        "raw": (raw, x),
+        "ensemble": (jax.vmap(function), many),
+        "inference": (lambda x: function(x, inference=True), x),
+    }
+    found = {name: figures(compile_for(target, *way), 1, 1)["kernels"] for name, way in ways.items()}
+    with jax.enable_x64(True):
+        found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
+    return found
+
+
+def main():
+    backend, target, cases, programs = json.load(sys.stdin)
+    found = {
+        "operations": [{name: operation_of(backend, target, name, *case) for name in names} for case, names in cases]
+    }
+    if programs.get("entrances"):
+        found["entrances"] = entrances(backend, target)
+    found["blocks"] = {
+        dtype: {name: block(name, target, dtype) for name in ("jnp", backend)} for dtype in programs.get("blocks", ())
+    }
+    json.dump(found, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The kernels of the backend `triton`, compiled: by Triton for each kind of GPU, and within XLA's programs for two."""
+
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from bn_fused.bench import deviceless
+from bn_fused.kernels import triton_backend
+from bn_fused.kernels.chips import CHIPS
+from bn_fused.kernels.triton_plan import heuristic, search_set
+from compiled_operations import by_operation, check_traffic
+
+HERE = pathlib.Path(__file__).parent
+OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
+BOTH = OPERATIONS[:2]
+INSTALL = "pip install --no-deps $(python -m bn_fused.bench.deviceless triton)"
+missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=f"triton is not installed: {INSTALL}")
+
+
+def child(script, given, timeout=580):
+    """What a process that reads and writes JSON answers."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run(
+        [sys.executable, str(HERE / script)],
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    return json.loads(process.stdout)
+
+
+# --- by Triton alone ------------------------------------------------------------------------------------------
+
+CUDA = (80, 86, 89, 90, 100, 120)
+HIP = ("gfx90a", "gfx942")
+# Groups, rows, channels, dtype, activation, residual, configuration.
+BFLOAT16 = (1, 100352, 64, "bfloat16", "gelu", True, None)
+FLOAT32 = (1, 100352, 256, "float32", "relu", False, None)
+RAGGED = (2, 4096, 65, "float16", "silu", False, None)
+LARGE = (1, 1 << 23, 512, "bfloat16", "relu", False, None)  # 2^32 values
+
+
+def searched(case):
+    """The case with every configuration that `bn-bench tune` tries."""
+    groups, rows, channels, dtype, activation, residual, _ = case
+    itemsize = {"float32": 4}.get(dtype, 2)
+    configs = search_set(groups, rows, channels, itemsize, CHIPS["h200"])
+    return [(*case[:-1], vars(config)) for config in configs]
+
+
+@pytest.fixture(scope="module")
+def by_triton():
+    """What the compilers say of each launch: [backend, architecture, case, operation, launch, figures]."""
+    work = [
+        ["cuda", architecture, [BFLOAT16], OPERATIONS if architecture in (80, 90) else BOTH] for architecture in CUDA
+    ]
+    work += [["hip", architecture, [BFLOAT16], BOTH] for architecture in HIP]
+    work += [["cuda", 80, [FLOAT32, RAGGED], BOTH], ["cuda", 90, [LARGE], BOTH]]
+    return child("triton_compiled.py", work)
+
+
+def check_registers(found):
+    """No spills, and registers for as many blocks of threads on each multiprocessor as the plan starts there."""
+    for backend, architecture, case, operation, name, figures in found:
+        what = (architecture, case, operation, name, figures)
+        assert figures["spills"] == 0, what
+        assert figures["registers"] * figures["warps"] * (64 if backend == "hip" else 32) <= 65536, what
+        # What every GPU since Ampere gives to a block of threads, where several tiles are in flight.
+        assert figures["shared"] <= (48 if case[-1] is None else 99) * 1024, what
+
+
+@missing
+def test_no_kernel_spills_registers(by_triton):
+    assert {(backend, architecture) for backend, architecture, *_ in by_triton} == {
+        *(("cuda", architecture) for architecture in CUDA),
+        *(("hip", architecture) for architecture in HIP),
+    }
+    assert {(operation, name) for *_, operation, name, _ in by_triton} >= {
+        (operation, "normalise") for operation in ("forward", "normalise")
+    }
+    check_registers(by_triton)
+
+
+@missing
+def test_the_blocks_that_the_heuristic_starts_fit_on_a_multiprocessor_together(by_triton):
+    for backend, architecture, case, operation, name, figures in by_triton:
+        if backend == "cuda" and "merge" not in name:
+            config = heuristic(*case[:3], {"float32": 4}.get(case[3], 2), CHIPS["a100"])
+            blocks = 65536 // (figures["registers"] * figures["warps"] * 32)
+            # Two passes of a backward with an activation have one block in six wait for a place.
+            assert blocks >= config.blocks_per_core - 2, (architecture, case, operation, name, figures)
+
+
+@missing
+def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
+    seen = 0
+    for backend, _, case, operation, name, figures in by_triton:
+        if "merge" in name or case == list(RAGGED):
+            continue
+        what = (case, operation, name, figures)
+        if backend == "hip":  # whose 64 threads have 8 bytes each of a tile of half the rows
+            assert name != "moments" or "dwordx4" in figures["loads"], what
+            assert not {"ushort", "short_d16", "ubyte"} & set(figures["loads"] + figures["stores"]), what
+            continue
+        # A value of 16 bits is loaded alone nowhere; of the others that are, there are no more than the values per
+        # channel of a thread's columns and the count of a group. A tile read one by one has 8 for each array.
+        narrow = [load for load in figures["loads"] if load != "v4.b32"]
+        assert set(narrow) <= {"v1.b32"} and len(narrow) < 8 and "v4.b32" in figures["loads"], what
+        # Values per channel leave one by one.
+        narrow = {"moments": 3, "backward_sums": 2, "normalise_backward": 2}.get(name, 0)
+        assert [store for store in figures["stores"] if store != "v4.b32"] == ["v1.b32"] * narrow, what
+        seen += 1
+    assert seen >= len(CUDA) * 4
+
+
+@missing
+def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
+    for _, _, case, operation, name, figures in by_triton:
+        if case == list(RAGGED) and name in ("moments", "normalise"):
+            assert "v4.b32" in figures["loads"], (operation, name, figures)
+
+
+@missing
+def test_addresses_are_computed_in_64_bits(by_triton):
+    """In the kernels for 2^32 values, a row's number is multiplied by the size of a row to a product of 64 bits."""
+    found = [(name, figures) for _, _, case, _, name, figures in by_triton if case == list(LARGE)]
+    assert {name for name, _ in found} > {"moments", "normalise", "backward_sums", "backward_dx"}
+    for name, figures in found:
+        if "merge" not in name:
+            assert {512, 1024} & set(figures["factors"]), (name, figures)  # values or bytes
+
+
+@missing
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_no_configuration_of_the_search_set_spills(architecture):
+    found = child("triton_compiled.py", [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)], BOTH]])
+    check_registers(found)
+    copies = [figures["copies"] for *_, case, _, _, figures in found if case[-1]["stages"] > 1]
+    assert any(copies) and all(size == 16 for sizes in copies for size in sizes)
+
+
+# --- within XLA's programs ------------------------------------------------------------------------------------
+
+EVERY_OPERATION = (1, 100352, 64, "bfloat16", "relu", True)
+FORWARD_AND_BACKWARD = [
+    (3, 65536, 96, "float32", "gelu", False),
+    (2, 4097 * 7, 1000, "float16", "leaky_relu", False),
+    (1, 2048, 65, "float32", "silu", False),
+]
+# Between convolutions of float32 XLA keeps arrays channels-first on an A100, where the kernels need a transpose: the
+# backend's text says so.
+PROGRAMS = {"a100": {"entrances": True, "blocks": ["bfloat16"]}, "h200": {"entrances": False, "blocks": ["float32"]}}
+CASES = {
+    "a100": [(EVERY_OPERATION, OPERATIONS), *((case, BOTH) for case in FORWARD_AND_BACKWARD)],
+    "h200": [(FORWARD_AND_BACKWARD[0], BOTH)],
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def by_xla(request):
+    """What is counted in the programs: see `compiled_operations`."""
+    target = request.param
+    for sentence in (deviceless.missing(target), triton_backend.missing()):
+        if sentence is not None:
+            pytest.skip(sentence)
+    return target, child("compiled_operations.py", ["triton", target, CASES[target], PROGRAMS[target]])
+
+
+def test_launches_and_passes_are_those_of_the_plan_and_nothing_of_the_size_of_x_happens_around_the_kernels(by_xla):
+    target, found = by_xla
+    check_traffic(by_operation(CASES[target], found))
+
+
+def test_between_convolutions_no_copy_or_transpose_is_added(by_xla):
+    target, found = by_xla
+    for dtype in PROGRAMS[target]["blocks"]:
+        blocks = found["blocks"][dtype]
+        ours, theirs = blocks["triton"], blocks["jnp"]
+        assert len(ours["copies"]) <= len(theirs["copies"]), (ours["details"], theirs["details"])
+        assert ours["kernels"] == 6
+        assert ours["reads"] <= theirs["reads"] and ours["writes"] <= theirs["writes"], (ours, theirs)
+
+
+@pytest.mark.parametrize("by_xla", ["a100"], indirect=True)
+def test_every_way_in_lowers_to_the_kernels(by_xla):
+    three = dict.fromkeys(("layer", "function", "raw", "ensemble", "x64"), 3)
+    assert by_xla[1]["entrances"] == three | {"inference": 1}
