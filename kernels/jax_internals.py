@@ -115,8 +115,8 @@ def drop_sharding_and_manual_axes(context):
 
 def barrier_signal(counter):
     """In a Mosaic GPU kernel: add one to a counter in global memory, behind all that the warpgroup has written."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    import jax.experimental.mosaic.gpu as mgpu
+    import jax.experimental.pallas.mosaic_gpu as plgpu
     from jaxlib.mlir.dialects import llvm
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -133,8 +133,8 @@ def barrier_wait(counter, number, seconds):
 
     The kernel ends by a trap if that takes longer than these seconds.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    import jax.experimental.mosaic.gpu as mgpu
+    import jax.experimental.pallas.mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import cf, llvm
 

@@ -279,9 +279,28 @@ def probe_lowering_device(internals):
     assert seen == [(first, None), (second, None), (first, None)]
 
 
+def probe_barrier(internals):
+    """a Mosaic GPU kernel lowers with our own PTX in it, which takes the address of a counter in global memory"""
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    def body(x, y):
+        counters = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+        y[:] = x[:]
+        internals.barrier_signal(counters.at[1])
+        internals.barrier_wait(counters.at[1], 1, seconds=60)
+
+    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    kernel = plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((128,), jnp.float32), compiler_params=parameters)
+    lowered = jax.jit(kernel).trace(jnp.ones(128)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 PROBES = {
     "Primitive": probe_primitive,
     "ad": probe_ad,
+    "barrier_signal": probe_barrier,
+    "barrier_wait": probe_barrier,
     "device_axis_names": probe_device_axis_names,
     "drop_sharding_and_manual_axes": probe_drop_sharding_and_manual_axes,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
