@@ -24,6 +24,7 @@ __all__ = [
     "lowering_device",
     "output_type",
     "register_lowering",
+    "runs_on_several_devices",
     "tell_devices",
     "varying_axes",
     "vary_together",
@@ -76,6 +77,12 @@ def is_partitioned(context):
         return axes.num_devices > 1
     # Inside shard_map: the axes that it leaves to XLA.
     return any(size > 1 and name not in axes.manual_axes for name, size in axes.mesh.shape.items())
+
+
+def runs_on_several_devices(context):
+    """Whether a lowering context is that of a program for several devices, whoever partitions it."""
+    axes = context.module_context.axis_context
+    return (axes.num_devices if hasattr(axes, "num_devices") else axes.mesh.size) > 1
 
 
 def tell_devices(primitive):

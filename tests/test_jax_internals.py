@@ -260,6 +260,22 @@ def probe_is_partitioned(internals):
     assert seen == [False, True, False, False, True]
 
 
+def probe_runs_on_several_devices(internals):
+    """a lowering context knows the number of devices of its program, under plain jit and inside shard_map"""
+    primitive = internals.Primitive("bn_fused_probe_several")
+    primitive.def_abstract_eval(lambda x: x)
+    seen = []
+
+    def rule(context, value):
+        seen.append(internals.runs_on_several_devices(context))
+        return [value]
+
+    internals.register_lowering(primitive, rule)
+    jax.jit(primitive.bind).lower(jnp.ones(4))
+    on_devices(lambda split, whole: primitive.bind(split))
+    assert seen == [False, True]
+
+
 def probe_lowering_device(internals):
     """a lowering context names the devices it lowers for to the primitives that asked for it"""
     primitive = internals.Primitive("bn_fused_probe_device")
@@ -309,6 +325,7 @@ PROBES = {
     "lowering_device": probe_lowering_device,
     "output_type": probe_output_type,
     "register_lowering": probe_lowering,
+    "runs_on_several_devices": probe_runs_on_several_devices,
     "tell_devices": probe_lowering_device,
     "varying_axes": probe_varying_axes,
     "vary_together": probe_vary_together,
