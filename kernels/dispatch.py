@@ -23,6 +23,7 @@ from .jax_internals import (
     lowering_device,
     output_type,
     register_lowering,
+    runs_on_several_devices,
     tell_devices,
     vary_together,
 )
@@ -124,7 +125,7 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
     device = lowering_device(context, platform)
     chip = None if device is None else chip_of(device)
-    target = Target(platform, chip, is_partitioned(context))
+    target = Target(platform, chip, is_partitioned(context), runs_on_several_devices(context))
     problem = problem_of(spec, operands["x"], names)
     choice = choose(problem, target, spec.backend)
     if spec.plan is None:

@@ -24,6 +24,7 @@ __all__ = [
     "lowering_device",
     "output_type",
     "register_lowering",
+    "runs_on_several_devices",
     "tell_devices",
     "varying_axes",
     "vary_together",
@@ -78,6 +79,12 @@ def is_partitioned(context):
     return any(size > 1 and name not in axes.manual_axes for name, size in axes.mesh.shape.items())
 
 
+def runs_on_several_devices(context):
+    """Whether a lowering context is that of a program for several devices, whoever partitions it."""
+    axes = context.module_context.axis_context
+    return (axes.num_devices if hasattr(axes, "num_devices") else axes.mesh.size) > 1
+
+
 def tell_devices(primitive):
     """Have JAX say in a primitive's lowering contexts for which devices it lowers; see `lowering_device`."""
     prim_requires_devices_during_lowering.add(primitive)
@@ -115,8 +122,8 @@ def drop_sharding_and_manual_axes(context):
 
 def barrier_signal(counter):
     """In a Mosaic GPU kernel: add one to a counter in global memory, behind all that the warpgroup has written."""
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    import jax.experimental.mosaic.gpu as mgpu
+    import jax.experimental.pallas.mosaic_gpu as plgpu
     from jaxlib.mlir.dialects import llvm
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -133,8 +140,8 @@ def barrier_wait(counter, number, seconds):
 
     The kernel ends by a trap if that takes longer than these seconds.
     """
-    from jax.experimental.mosaic import gpu as mgpu
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+    import jax.experimental.mosaic.gpu as mgpu
+    import jax.experimental.pallas.mosaic_gpu as plgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import cf, llvm
 

@@ -105,6 +105,7 @@ def plan(problem, target):
         target.chip,
         residual=problem.residual,
         derivative=problem.activation is not None,
+        clusters_only=target.several_devices,
     )
 
 
@@ -116,7 +117,13 @@ def plan_refusal(plan, problem, target):
         return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
     backward = 2 + (problem.residual and problem.activation is not None)
     for kept, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
-        sentence = None if kept is None else not_co_resident(kept, chip, itemsize, inputs, sums)
+        if kept is None:
+            continue
+        if target.several_devices and not kept.cluster:
+            return (
+                "blocks that wait for each other without being a cluster can deadlock with collectives between devices"
+            )
+        sentence = not_co_resident(kept, chip, itemsize, inputs, sums)
         if sentence is not None:
             return sentence
     return None

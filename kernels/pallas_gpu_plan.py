@@ -242,7 +242,7 @@ def splits_of(rows, blocks, warpgroups, cores):
     return max(range(1, min(most, 8) + 1), key=lambda splits: (occupied(splits) > 0.9, occupied(splits), -splits))
 
 
-def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative=False):
+def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative=False, clusters_only=False):
     """The plan for x [groups, rows, channels] on a chip, or None if there is none (see `fold_of`)."""
     found = fold_of(rows, channels, itemsize)
     if found is None:
@@ -261,8 +261,8 @@ def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative
         ring_bytes=chip.shared_memory_per_block - RESERVED,
         residual=residual,
         derivative=derivative,
-        forward=make_resident(*sizes, 1 + residual, MOMENTS),
-        backward=make_resident(*sizes, 2 + (residual and derivative), SUMS),
+        forward=make_resident(*sizes, 1 + residual, MOMENTS, clusters_only),
+        backward=make_resident(*sizes, 2 + (residual and derivative), SUMS, clusters_only),
     )
 
 
@@ -360,9 +360,9 @@ def tiles_of(rows, workers, most_rows):
     return min(fitting)[1:] if fitting else None
 
 
-def make_resident(groups, rows, channels, itemsize, chip, inputs, sums):
+def make_resident(groups, rows, channels, itemsize, chip, inputs, sums, clusters_only=False):
     """The `Resident` for a kernel that keeps `inputs` arrays [groups, rows, channels] and merges `sums` values per
-    column; None where it does not pay or does not fit.
+    column; None where it does not pay or does not fit. With `clusters_only`, of blocks that are clusters.
 
     Of the ways to fold rows and of blocks of 128 and 256 columns, those with the fewest slabs, and then the wider ones
     unless their merge, of more and longer parts, is more than a quarter of what a block keeps.
@@ -377,7 +377,8 @@ def make_resident(groups, rows, channels, itemsize, chip, inputs, sums):
         blocks = -(-width // columns)
         if columns > width or blocks * columns > MOST_OVERLAP * width:
             continue
-        resident = _resident(groups, rows // fold, blocks, itemsize, chip, inputs, sums, fold, columns)
+        sizes = groups, rows // fold, blocks, itemsize, chip, inputs, sums, fold, columns
+        resident = _resident(*sizes, clusters_only)
         if resident is not None:
             splits = resident.members // (blocks if fold > 1 else 1)
             kept = rows // fold / splits * itemsize * inputs
@@ -385,14 +386,15 @@ def make_resident(groups, rows, channels, itemsize, chip, inputs, sums):
     return min(candidates, key=lambda candidate: candidate[:4])[4] if candidates else None
 
 
-def _resident(groups, rows, blocks, itemsize, chip, inputs, sums, fold, columns):
+def _resident(groups, rows, blocks, itemsize, chip, inputs, sums, fold, columns, clusters_only):
     unit_blocks = blocks if fold > 1 else 1
     units = groups * blocks // unit_blocks
     warpgroups = next((number for number in (MOST_WARPGROUPS, 2) if rows >= number * UNROLL), 1)
     most_rows = kept_bytes(chip, columns, warpgroups, sums) // (warpgroups * inputs * columns * itemsize)
     # All blocks of a unit read the parts of all of them: in sum no more than each one keeps.
     cheap = math.isqrt(max(rows * itemsize * inputs // (fold * sums * 4), 1))
-    most = min(chip.cores // unit_blocks, rows // warpgroups, cheap)
+    together = LARGEST_CLUSTER if clusters_only else chip.cores
+    most = min(together // unit_blocks, rows // warpgroups, cheap)
     fewest = next((splits for splits in range(1, most + 1) if tiles_of(rows, warpgroups * splits, most_rows)), None)
     if fewest is None:
         return None

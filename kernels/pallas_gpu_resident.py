@@ -15,17 +15,19 @@ Waiting for each other is sound only if all blocks of a unit are on the chip tog
 not at all, by the hardware. Where a unit needs more blocks than a cluster has, no more blocks are launched than there
 are multiprocessors, each of which takes one: `pallas_gpu_plan.not_co_resident` refuses everything else before it is
 lowered, with the number of multiprocessors that the device itself reports if that is less than the chip's table says
-(a slice of a GPU: MIG; a share under MPS). What is left to go wrong at run time:
+(a slice of a GPU: MIG; a share under MPS). In a program for several devices only clusters are taken: a collective that
+runs beside such a kernel holds multiprocessors until it has met those of the other devices, which may be waiting for
+multiprocessors in the same way. What is left to go wrong at run time:
 
 - A program that was compiled for a whole chip and is run, from a file, on a part of one.
 - Two of these kernels at the same time on one device, each of which holds multiprocessors that the other one needs.
   JAX runs the programs of a process one after another on a device, and XLA the kernels of a program in one stream; two
   processes that share a device with MPS, or XLA with `--xla_gpu_command_buffer_scheduling_mode=CONCURRENT`, do not.
-  (Other kernels that hold multiprocessors for a while, such as a collective's, only delay it.)
+  (Other kernels, which end by themselves, only delay it.)
 
 Therefore no block waits longer than `PATIENCE_SECONDS`: it then ends the kernel by a trap, with an assertion's message
-on the process's standard error. That is an error in place of a hang, but the CUDA context, and so the process's use of the
-device, ends with it. Nothing of a half-run kernel is ever returned. `plan=` with `forward=None, backward=None` streams.
+on the process's standard error. That is an error in place of a hang, but the CUDA context, and so the process's use of
+the device, ends with it. Nothing of a half-run kernel is ever returned. `plan=` with `forward=None, backward=None` streams.
 
 The counters of the barrier are zeroed by XLA before each launch, and belong to that launch: launches that are repeated,
 in loops or of other programs, never see each other's. Each unit has its own counter and uses it once: it counts up to

@@ -26,12 +26,14 @@ class BackendError(ValueError):
 class Target:
     """What an operation is lowered for.
 
-    A platform of `PLATFORMS`; the chip, where it is known; whether XLA partitions the arrays over several devices.
+    A platform of `PLATFORMS`; the chip, where it is known; whether XLA partitions the arrays over several devices;
+    whether the program runs on several devices at all (inside `shard_map` it is not XLA that partitions).
     """
 
     platform: str
     chip: GpuChip | TpuChip | None = None
     partitioned: bool = False
+    several_devices: bool = False
 
     def __str__(self):
         return self.platform if self.chip is None else f"{self.platform} ({self.chip.name})"

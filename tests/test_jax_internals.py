@@ -260,6 +260,22 @@ def probe_is_partitioned(internals):
     assert seen == [False, True, False, False, True]
 
 
+def probe_runs_on_several_devices(internals):
+    """a lowering context knows the number of devices of its program, under plain jit and inside shard_map"""
+    primitive = internals.Primitive("bn_fused_probe_several")
+    primitive.def_abstract_eval(lambda x: x)
+    seen = []
+
+    def rule(context, value):
+        seen.append(internals.runs_on_several_devices(context))
+        return [value]
+
+    internals.register_lowering(primitive, rule)
+    jax.jit(primitive.bind).lower(jnp.ones(4))
+    on_devices(lambda split, whole: primitive.bind(split))
+    assert seen == [False, True]
+
+
 def probe_lowering_device(internals):
     """a lowering context names the devices it lowers for to the primitives that asked for it"""
     primitive = internals.Primitive("bn_fused_probe_device")
@@ -279,9 +295,28 @@ def probe_lowering_device(internals):
     assert seen == [(first, None), (second, None), (first, None)]
 
 
+def probe_barrier(internals):
+    """a Mosaic GPU kernel lowers with our own PTX in it, which takes the address of a counter in global memory"""
+    import jax.experimental.pallas as pl
+    import jax.experimental.pallas.mosaic_gpu as plgpu
+
+    def body(x, y):
+        counters = pl.get_global(plgpu.SemaphoreType.REGULAR((2,)))
+        y[:] = x[:]
+        internals.barrier_signal(counters.at[1])
+        internals.barrier_wait(counters.at[1], 1, seconds=60)
+
+    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    kernel = plgpu.kernel(body, out_type=jax.ShapeDtypeStruct((128,), jnp.float32), compiler_params=parameters)
+    lowered = jax.jit(kernel).trace(jnp.ones(128)).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
 PROBES = {
     "Primitive": probe_primitive,
     "ad": probe_ad,
+    "barrier_signal": probe_barrier,
+    "barrier_wait": probe_barrier,
     "device_axis_names": probe_device_axis_names,
     "drop_sharding_and_manual_axes": probe_drop_sharding_and_manual_axes,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
@@ -290,6 +325,7 @@ PROBES = {
     "lowering_device": probe_lowering_device,
     "output_type": probe_output_type,
     "register_lowering": probe_lowering,
+    "runs_on_several_devices": probe_runs_on_several_devices,
     "tell_devices": probe_lowering_device,
     "varying_axes": probe_varying_axes,
     "vary_together": probe_vary_together,

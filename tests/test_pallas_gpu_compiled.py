@@ -14,37 +14,45 @@ from bn_fused.bench import deviceless
 from bn_fused.kernels.chips import CHIPS
 
 # Groups, rows, channels, dtype, activation, residual.
-EVERY_OPERATION = [
-    (1, 100352, 64, "bfloat16", "relu", False),
-    (3, 65536, 96, "float32", "gelu", True),
-]
+STREAMED = [(3, 65536, 96, "float32", "gelu", True)]
 FORWARD_AND_BACKWARD = [
-    (1, 6272, 2048, "bfloat16", "relu", True),
-    (2, 4097 * 7, 1000, "float16", "leaky_relu", False),
-    (1, 2048, 65, "float32", "silu", False),
-    (1, 1, 128, "bfloat16", None, True),
-    (1, 1 << 23, 512, "bfloat16", "relu", False),  # 2^32 elements
+    (1, 6272, 2048, "bfloat16", "relu", True),  # slab after slab
+    (1, 2048, 65, "float32", "silu", False),  # resident, of folded rows
+    (1, 1 << 23, 512, "bfloat16", "relu", False),  # 2^32 elements, streamed
 ]
 MORE = [
+    (1, 100352, 64, "bfloat16", "relu", False),
+    (2, 4097 * 7, 1000, "float16", "leaky_relu", False),
+    (1, 1, 128, "bfloat16", None, True),
     (1, 100352, 256, "float32", None, False),
-    (1, 4096, 3, "float32", "silu", False),
-    (1, 4096, 17, "bfloat16", None, True),
     (1, 49, 8192, "float32", "silu", True),
     (1, 8, 128, "float32", None, False),
     (5, 1003, 136, "float16", "gelu", True),
+    (1, 49 * 1024, 1 << 16, "bfloat16", "relu", False),  # more than 2^31 elements, slab after slab
+]
+# Channels that are a multiple of nothing, under every operation.
+ODD = [
+    (1, 4096, 3, "float32", "silu", False),
+    (1, 4096, 17, "bfloat16", None, True),
+    (2, 12544, 64, "float16", "relu", True),
+    (1, 4096, 65, "bfloat16", "gelu", True),
+    (1, 4096, 96, "float16", "leaky_relu", False),
+    (1, 784, 1000, "bfloat16", "silu", True),
 ]
 OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
-BOTH = OPERATIONS[:2]
+BOTH, OTHERS = OPERATIONS[:2], OPERATIONS[2:]
 
 
 def every_case(*lists):
-    return [(case, OPERATIONS if case in EVERY_OPERATION else BOTH) for cases in lists for case in cases]
+    return [
+        (case, OPERATIONS if case in ODD else OTHERS if case in STREAMED else BOTH) for cases in lists for case in cases
+    ]
 
 
 # The B200's code differs from the H200's in little but its number of cores.
 CASES = {
-    "h200": every_case(EVERY_OPERATION, FORWARD_AND_BACKWARD),
-    "b200": every_case(EVERY_OPERATION[1:], FORWARD_AND_BACKWARD[:1]),
+    "h200": every_case(STREAMED, FORWARD_AND_BACKWARD),
+    "b200": every_case(FORWARD_AND_BACKWARD[:1]),
 }
 
 COMPILE = """
@@ -117,17 +125,14 @@ def entrances():
         return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend="pallas_gpu", plan=plan)[0]
     ways = {
         "layer": lambda x: mapped(x, state)[0],
-        "function": lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu")[0],
-        "raw": raw,
+        "plan": lambda x: raw(x, streaming),
     }
-    found = {name: figures(compile_for(target, way, x), 1, 1)["kernels"] for name, way in ways.items()}
-    many = S((3, rows, channels), "float32")
-    found["ensemble"] = figures(compile_for(target, jax.vmap(ways["function"]), many), 1, 1)["kernels"]
-    inference = lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu", inference=True)[0]
-    found["inference"] = figures(compile_for(target, inference, x), 1, 1)["kernels"]
     plan = bn_fused.explain((rows, channels), "float32", target=target, backend="pallas_gpu").plan
     streaming = dataclasses.replace(plan, forward=None, backward=None)
-    found["plan"] = figures(compile_for(target, lambda x: raw(x, streaming), x), 1, 1)["kernels"]
+    found = {name: figures(compile_for(target, way, x), 1, 1)["kernels"] for name, way in ways.items()}
+    many = S((3, rows, channels), "float32")
+    function = lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu")[0]
+    found["ensemble"] = figures(compile_for(target, jax.vmap(function), many), 1, 1)["kernels"]
     waiting = dataclasses.replace(plan, forward=dataclasses.replace(plan.forward, members=200, cluster=False))
     try:
         compile_for(target, lambda x: raw(x, waiting), x)
@@ -138,15 +143,14 @@ def entrances():
     return found
 
 found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
-if blocks:
+if "bfloat16" in blocks:
     found["entrances"] = entrances()
-    found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")}
-                       for dtype in ("float32", "bfloat16")}
+found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")} for dtype in blocks}
 json.dump(found, sys.stdout)
 """
 
 
-def compiled_for(target, cases, dump, blocks=False):
+def compiled_for(target, cases, dump, blocks=()):
     missing = deviceless.missing(target)
     if missing is not None:
         pytest.skip(missing)
@@ -171,7 +175,7 @@ def compiled_for(target, cases, dump, blocks=False):
 
 @pytest.fixture(scope="module")
 def h200(tmp_path_factory):
-    return compiled_for("h200", CASES["h200"], tmp_path_factory.mktemp("h200"), blocks=True)
+    return compiled_for("h200", CASES["h200"], tmp_path_factory.mktemp("h200"), blocks=["bfloat16"])
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +183,7 @@ def b200(tmp_path_factory):
     return compiled_for("b200", CASES["b200"], tmp_path_factory.mktemp("b200"))
 
 
-# The tests that ask for a chip's fixture by its name go to the worker that has it.
-ON_EACH_CHIP = [pytest.param(name, marks=pytest.mark.xdist_group(f"test_pallas_gpu_compiled {name}")) for name in CASES]
-
-
-@pytest.fixture(params=ON_EACH_CHIP)
+@pytest.fixture(params=CASES)
 def chip(request):
     """What was counted, by case and operation, and the dumps of the kernels."""
     found, dumps = request.getfixturevalue(request.param)
@@ -208,14 +208,14 @@ def check_registers(counted, dumps):
         assert registers <= (64 if "merge" in name else 128), (name, text)
 
 
-def check_shared_memory(dumps, chip):
+def check_shared_memory(dumps, chip, least=0.5):
     """A block that asks for more would only fail when it is launched."""
     asked = []
     for name, text in dumps.items():
         if name.endswith(".mlir-passes.log"):
             asked += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", text))
     assert max(asked) <= chip.shared_memory_per_block
-    assert max(asked) > chip.shared_memory_per_block // 2  # the rings are seen
+    assert max(asked) > chip.shared_memory_per_block * least  # the rings are seen
 
 
 def check_traffic(counted):
@@ -223,19 +223,19 @@ def check_traffic(counted):
     for (case, name), figures in counted.items():
         assert figures["kernels"] == figures["planned_launches"], (case, name)
         groups, rows, channels, _, activation, residual = case
-        # Without an activation the residual's gradient is dy, which here is copied from an argument to a result.
-        if not (residual and activation is None and name == "backward"):
-            assert figures["copies"] == [], (case, name, figures["details"])
+        # Without an activation the residual's gradient is dy, which a program that returns it has to copy.
+        returned = int(residual and activation is None and name in ("backward", "normalise_backward"))
+        assert len(figures["copies"]) <= returned, (case, name, figures["details"])
         if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
             for passes, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
-                assert planned <= passes < planned + 0.1, (case, name, figures["details"])
+                assert planned <= passes - len(figures["copies"]) < planned + 0.1, (case, name, figures["details"])
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(chip):
     check_registers(*chip)
 
 
-@pytest.mark.parametrize("target", ON_EACH_CHIP)
+@pytest.mark.parametrize("target", CASES)
 def test_every_block_fits_into_shared_memory(target, request):
     check_shared_memory(request.getfixturevalue(target)[1], CHIPS[target])
 
@@ -246,12 +246,12 @@ def test_launches_and_passes_are_those_of_the_plan_and_nothing_of_the_size_of_x_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["h200", "b200"])
-def test_more_shapes_compile_in_the_same_way(target, tmp_path):
-    cases = every_case(EVERY_OPERATION, FORWARD_AND_BACKWARD, MORE)
-    found, dumps = compiled_for(target, cases, tmp_path)
-    counted = by_operation(cases, found)
+@pytest.mark.parametrize("more", [[case] for case in MORE + ODD], ids=lambda more: "-".join(map(str, more[0])))
+def test_more_shapes_compile_in_the_same_way(target, more, tmp_path):
+    found, dumps = compiled_for(target, every_case(more), tmp_path)
+    counted = by_operation(every_case(more), found)
     check_registers(counted, dumps)
-    check_shared_memory(dumps, CHIPS[target])
+    check_shared_memory(dumps, CHIPS[target], least=0)
     check_traffic(counted)
 
 
@@ -273,7 +273,7 @@ def test_a_value_that_is_not_a_number_passes_the_relu(h200):
 def test_a_tile_is_filled_again_only_behind_the_fence_and_the_barrier_of_its_warpgroup(h200):
     """What the interpreter cannot see: it has one thread for the 128 of a warpgroup."""
     _, dumps = h200
-    refilled = 0
+    filled_again = []
     for name, text in dumps.items():
         if not name.endswith(".ptx") or "merge" in name:
             continue
@@ -282,17 +282,17 @@ def test_a_tile_is_filled_again_only_behind_the_fence_and_the_barrier_of_its_war
         assert "ld.local" not in found and "st.local" not in found, name
         last_copy = len(found) - 1 - found[::-1].index("cp.async.bulk.tensor")
         before = [word for word in found[:last_copy] if word != "cp.async.bulk.tensor"]
-        if before:  # else all rows are one tile, as for the array of one row
+        if "ld.shared" in before:  # else everything fits into the tiles at once
             assert before[-2:] == ["fence.proxy.async", "bar.sync"], (name, before)
-            refilled += 1
-    assert refilled > 20, refilled
+            filled_again.append(name)
+    assert sum("resident" in name for name in filled_again) >= 2 and len(filled_again) >= 6, filled_again
 
 
 def test_blocks_wait_for_each_other_between_their_partial_results_and_the_merge(chip):
     """All threads' stores, the barrier of the warpgroup, the release; the acquire, the barrier, all threads' loads."""
     counted, dumps = chip
     kernels = [text for name, text in dumps.items() if name.endswith(".ptx") and "resident" in name]
-    assert len(kernels) == sum(figures["kind"] != "streaming" for figures in counted.values()) > 2
+    assert len(kernels) >= sum(figures["kind"] != "streaming" for figures in counted.values()) >= 2
     for text in kernels:
         order = r"st\.global|ld\.global(?:\.nc)?|bar\.sync|red\.release\.gpu|ld\.acquire\.gpu|__assertfail(?=,)"
         found = re.findall(order, text.split(".entry", 1)[1])
@@ -307,19 +307,28 @@ def test_blocks_wait_for_each_other_between_their_partial_results_and_the_merge(
         assert "__assertfail" in found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_between_convolutions_no_copy_or_transpose_is_added(h200, dtype):
-    blocks = h200[0]["blocks"][dtype]
+def check_block(blocks, kernels):
     ours, theirs = blocks["pallas_gpu"], blocks["jnp"]
     assert len(ours["copies"]) <= len(theirs["copies"]), (ours["details"], theirs["details"])
-    assert ours["kernels"] == {"float32": 6, "bfloat16": 4}[dtype]  # a forward of 13 MB stays on chip
+    assert ours["kernels"] == kernels
     assert ours["reads"] <= theirs["reads"] and ours["writes"] <= theirs["writes"], (ours, theirs)
 
 
+def test_between_convolutions_no_copy_or_transpose_is_added(h200):
+    """Forward and gradients; the forward of 13 MB stays on chip."""
+    check_block(h200[0]["blocks"]["bfloat16"], kernels=4)
+
+
+@pytest.mark.slow
+def test_between_convolutions_nothing_is_added_in_float32(tmp_path):
+    found, _ = compiled_for("h200", [], tmp_path, blocks=["float32"])
+    check_block(found["blocks"]["float32"], kernels=6)
+
+
 def test_every_way_in_lowers_to_the_kernels(h200):
-    found = h200[0]["entrances"] | {"refused": None}
-    one = dict.fromkeys(("layer", "function", "raw", "ensemble", "x64", "inference"), 1)
-    assert found == one | {"plan": 3, "refused": None}
+    found = {way: number for way, number in h200[0]["entrances"].items() if way != "refused"}
+    one = dict.fromkeys(("layer", "ensemble", "x64"), 1)
+    assert found == one | {"plan": 3}
 
 
 def test_a_plan_whose_blocks_could_wait_for_ever_is_refused_before_it_is_lowered(h200):

@@ -279,6 +279,19 @@ def test_a_plan_of_a_whole_chip_is_refused_on_a_part_of_one():
         check_plan(here, whole.plan, LARGE, target)
 
 
+@pytest.mark.parametrize(("rows", "channels", "kept"), [(25088, 512, False), (1568, 2048, True), (4096, 64, True)])
+def test_on_several_devices_only_clusters_wait(rows, channels, kept):
+    """A collective beside the kernel could hold the multiprocessors that its other blocks need."""
+    problem, target = Problem(1, rows, channels, "bfloat16"), dataclasses.replace(H200, several_devices=True)
+    alone, here = own_plan(problem, H200), own_plan(problem, target)
+    assert alone.plan.forward is not None and (here.plan.forward is not None) == kept
+    for resident in (here.plan.forward, here.plan.backward):
+        assert resident is None or (resident.cluster and resident.members <= LARGEST_CLUSTER)
+    if not kept:
+        with pytest.raises(BackendError, match="collectives between devices"):
+            check_plan(here, alone.plan, problem, target)
+
+
 def test_a_device_that_reports_more_than_the_table_is_not_believed():
     assert chip_of(device(CHIPS["h200"].device_kind, core_count=1000)) is CHIPS["h200"]
 

@@ -1,6 +1,7 @@
 """Numbers of the backend `pallas_gpu` in Mosaic GPU's interpreter, against float64; races and reuse of memory."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +55,7 @@ CASES = {
         coefficients=BLEND,
     ),
     "resident, folded, several blocks": Case(
-        24, 72, kept(members=4, fold=2, warpgroups=1, tiles=2, tile_rows=4), activation="leaky_relu",
+        40, 65, kept(members=6, fold=4, warpgroups=1, tiles=2, tile_rows=3), activation="leaky_relu",
         coefficients=BLEND, parameters="bfloat16",
     ),
     "slabs and races": Case(
@@ -68,6 +69,42 @@ CASES = {
 }  # fmt: skip
 
 
+# The default ones have each path once.
+DEFAULT = (
+    "folded",
+    "groups and races",
+    "resident, far from zero",
+    "resident, folded, several blocks",
+    "slabs and races",
+)
+
+# Channels that are a multiple of nothing, under every operation; and each activation with and without a residual.
+ODD = {
+    channels: Case(
+        rows * fold, channels, kept(members=members, fold=fold, warpgroups=1, tiles=2, tile_rows=2, slabs=slabs),
+        dtype=dtype, activation=activation, coefficients=BLEND, parameters=dtype, operations=ALL,
+    )
+    for channels, fold, rows, members, slabs, dtype, activation in (
+        (3, 128, 4, 3, 1, "float32", "silu"),
+        (17, 16, 8, 6, 1, "bfloat16", "relu"),
+        (64, 2, 7, 2, 1, "float16", None),
+        (65, 4, 4, 3, 1, "float32", "gelu"),
+        (96, 4, 4, 3, 1, "bfloat16", "leaky_relu"),
+        (1000, 1, 8, 2, 8, "float16", "relu"),
+    )
+}  # fmt: skip
+GRID = [
+    Case(
+        11, 128, kept(members=2, warpgroups=1, tiles=3, tile_rows=2), dtype=dtype, parameters="bfloat16",
+        activation=activation, residual=residual, coefficients=BLEND, operations=ALL,
+    )
+    for activation, dtype in itertools.product(
+        (None, "relu", "silu", "gelu", "leaky_relu"), ("float32", "bfloat16", "float16")
+    )
+    for residual in (False, True)
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["far from zero", "folded", "groups and races"])
 def test_the_cases_use_their_tiles_more_than_once(name):
     case = CASES[name]
@@ -77,9 +114,25 @@ def test_the_cases_use_their_tiles_more_than_once(name):
 
 
 @missing
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in CASES]
+)
 def test_all_results_agree_with_float64(name, tmp_path):
     check(CASES[name], tmp_path)
+
+
+@missing
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", ODD)
+def test_channels_that_are_a_multiple_of_nothing(channels, tmp_path):
+    check(ODD[channels], tmp_path)
+
+
+@missing
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID, ids=lambda case: f"{case.activation}-{case.dtype}-{case.residual}")
+def test_every_activation_with_and_without_a_residual(case, tmp_path):
+    check(case, tmp_path)
 
 
 @missing
@@ -91,7 +144,7 @@ def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
 
 
 @missing
-@pytest.mark.parametrize("kind", ["streaming", "resident"])
+@pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "resident"])
 def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
     tiles = plan() if kind == "streaming" else kept(members=3, warpgroups=1, tiles=2, tile_rows=3)
     case = Case(13, 128, tiles, operations=())
@@ -115,6 +168,7 @@ def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
 
 
 @missing
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["two columns a thread", "resident, folded"])
 def test_two_runs_give_the_same_bits(name, tmp_path):
     case = CASES[name]
