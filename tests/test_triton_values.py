@@ -115,6 +115,9 @@ def computed(tmp_path_factory):
         near = operands(case) | {"x": operands(case)["x"] - case.centre}
         given[f"{name}, finite"] = case, near
         given[f"{name}, not finite"] = case, spoilt({key: value.copy() for key, value in near.items()})
+    # A state that is not finite, of which the approach `batch` takes nothing for its results.
+    state = {"running_mean": np.full((1, 17), np.inf, np.float32), "running_var": np.full((1, 17), np.nan, np.float32)}
+    given["state"] = dataclasses.replace(CASES["far from zero"], operations=()), given["far from zero"][1] | state
     given["folded, again"] = dataclasses.replace(CASES["folded"], operations=("backward",)), given["folded"][1]
     results = interpreted(given, tmp_path_factory.mktemp("interpreted"))
     return {name: (arrays, results[name]) for name, (_, arrays) in given.items()}
@@ -152,6 +155,13 @@ def test_what_is_not_finite_stays_in_its_channel(name, computed):
     assert np.isnan(var[3]) and np.isnan(var[4]) and np.isnan(var[5]) and var[6] == np.inf
     assert np.isfinite(mean[6])
     assert np.isnan(results["forward.y"][0][:, 3:6]).all()
+
+
+def test_a_state_that_is_not_finite_is_kept_out_of_what_does_not_depend_on_it(computed):
+    (_, expected), (_, results) = computed["far from zero"], computed["state"]
+    for name in ("y", "pivot", "delta", "var"):
+        np.testing.assert_array_equal(results[f"forward.{name}"], expected[f"forward.{name}"], err_msg=name)
+    assert np.isinf(results["forward.new_running_mean"]).all() and np.isnan(results["forward.new_running_var"]).all()
 
 
 def test_two_runs_give_the_same_bits(computed):
