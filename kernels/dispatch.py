@@ -22,12 +22,14 @@ from .jax_internals import (
     lower_fun,
     lowering_device,
     output_type,
+    partitioned_mesh,
     register_lowering,
     tell_devices,
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
-from .registry import PLATFORMS, Target, choose, operation_of, problem_of
+from .partition import partitioned
+from .registry import PLATFORMS, Target, choose, is_partitionable, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 
@@ -124,8 +126,15 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
     device = lowering_device(context, platform)
     chip = None if device is None else chip_of(device)
-    target = Target(platform, chip, is_partitioned(context))
-    choice = choose(problem_of(spec, operands["x"], names), target, spec.backend)
+    problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
+    # Where the kernels can be given each device's part, they are chosen as on one device.
+    by_parts = split and partitioned_mesh(context) is not None
+    choice = choose(problem, Target(platform, chip, split and not by_parts), spec.backend)
+    if by_parts and not is_partitionable(choice):
+        function = partitioned(run, operation, spec, names, choice.name)
+        return lower_fun(function, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+    if by_parts:
+        choice = choose(problem, Target(platform, chip, split), spec.backend)
     if spec.plan is None:
         spec = replace(spec, plan=choice.plan)
     elif type(spec.plan) is not type(choice.plan):

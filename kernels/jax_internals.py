@@ -6,6 +6,7 @@ that name and not by a failure somewhere inside a transform.
 
 import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
+from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
 from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
 from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
@@ -13,7 +14,9 @@ from jax.interpreters.mlir import lower_fun, register_lowering  # lowering throu
 
 __all__ = [
     "Primitive",
+    "SdyShardingRule",
     "ad",
+    "custom_partitioning",
     "device_axis_names",
     "drop_sharding_and_manual_axes",
     "fancy_primitive_batchers",
@@ -21,6 +24,7 @@ __all__ = [
     "lower_fun",
     "lowering_device",
     "output_type",
+    "partitioned_mesh",
     "register_lowering",
     "tell_devices",
     "varying_axes",
@@ -74,6 +78,20 @@ def is_partitioned(context):
         return axes.num_devices > 1
     # Inside shard_map: the axes that it leaves to XLA.
     return any(size > 1 and name not in axes.manual_axes for name, size in axes.mesh.shape.items())
+
+
+def partitioned_mesh(context):
+    """The mesh over which XLA partitions a program in terms that `custom_partitioning` can decode; else None.
+
+    There is none inside of a shard_map that leaves axes to XLA, where the arrays lie on no mesh with named axes (or
+    on several), and under `jax.export`, whose programs cannot hold a process's callbacks.
+    """
+    module = context.module_context
+    axes = module.axis_context
+    devices, mesh = getattr(axes, "device_assignment", None), getattr(axes, "abstract_mesh", None)
+    if module.lowering_parameters.for_export or not devices or mesh is None or mesh.empty:
+        return None
+    return mesh
 
 
 def tell_devices(primitive):

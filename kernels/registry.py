@@ -24,7 +24,8 @@ class BackendError(ValueError):
 class Target:
     """What an operation is lowered for.
 
-    A platform of `PLATFORMS`; the chip, where it is known; whether XLA partitions the arrays over several devices.
+    A platform of `PLATFORMS`; the chip, where it is known; whether XLA is left to partition the code over several
+    devices (False for what runs on each device's part of the arrays, see `partition`).
     """
 
     platform: str
@@ -76,6 +77,7 @@ class Backend:
     - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
     - `preference(problem, target)`: None where `auto` should not take it, else the reason why it should.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
+    - `partitionable`: whether XLA itself can partition its code over devices; if not, `partition` does.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Backend:
     refusal: Callable = no_refusal
     preference: Callable = no_refusal
     plan: Callable = no_plan
+    partitionable: bool = False
 
 
 def _jnp_preference(problem, target):
@@ -117,6 +120,7 @@ register(
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
         preference=_jnp_preference,
         plan=jnp_backend.plan,
+        partitionable=True,
     )
 )
 for _name, _module in (("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
@@ -175,6 +179,11 @@ def choose(problem, target, requested="auto"):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
+
+
+def is_partitionable(choice):
+    """Whether XLA can partition a chosen backend's code over devices without gathering x."""
+    return _BACKENDS[choice.name].partitionable
 
 
 def problem_of(spec: Spec, x, present):
