@@ -122,6 +122,22 @@ def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
 fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 
+def _run_choice(choice, operation, spec, operands):
+    """The list of an operation's results, computed by a chosen backend."""
+    if spec.plan is None:
+        spec = replace(spec, plan=choice.plan)
+    elif type(spec.plan) is not type(choice.plan):
+        raise TypeError(f"plan is {spec.plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
+    results = operation_of(choice, operation)(**operands, spec=spec)
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+def _run_chosen(target, operation, spec, /, **operands):
+    """`run` for a known target, without a primitive in between."""
+    choice = choose(problem_of(spec, operands["x"], operands), target, spec.backend)
+    return _run_choice(choice, operation, spec, operands)
+
+
 def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
     device = lowering_device(context, platform)
@@ -131,18 +147,14 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     by_parts = split and partitioned_mesh(context) is not None
     choice = choose(problem, Target(platform, chip, split and not by_parts), spec.backend)
     if by_parts and not is_partitionable(choice):
-        function = partitioned(run, operation, spec, names, choice.name)
+        run_part = functools.partial(_run_chosen, Target(platform, chip))
+        function = partitioned(run, run_part, operation, spec, names, choice.name)
         return lower_fun(function, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
     if by_parts:
         choice = choose(problem, Target(platform, chip, split), spec.backend)
-    if spec.plan is None:
-        spec = replace(spec, plan=choice.plan)
-    elif type(spec.plan) is not type(choice.plan):
-        raise TypeError(f"plan is {spec.plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
 
     def compute(*arrays):
-        results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)
-        return list(results) if isinstance(results, (tuple, list)) else [results]
+        return _run_choice(choice, operation, spec, dict(zip(names, arrays, strict=True)))
 
     return lower_fun(compute, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
 

@@ -38,10 +38,11 @@ from .layout import CHANNEL, GROUP, ROW, axes_of, channel_shape, count_rows, gro
 from .merging import merge_moments
 
 
-def partitioned(run, operation, spec, names, backend):
+def partitioned(run, run_part, operation, spec, names, backend):
     """A function of an operation's operands (in the order of `names`) that XLA partitions as described above.
 
-    `run` computes an operation on arrays that no one partitions further; `backend` is the name of the one chosen.
+    `run(operation, spec, **operands)` computes an operation on whole arrays, `run_part` on a device's part. `backend`
+    is the name of the one chosen.
     """
     kinds = [OPERATIONS[operation].operands[name] for name in names]
     result_kinds = list(OPERATIONS[operation].result_kinds(names).values())
@@ -67,7 +68,9 @@ def partitioned(run, operation, spec, names, backend):
 
         def on_a_part(*values):
             operands = dict(zip(names, values[:-1], strict=True))
-            return tuple(_compute(run, operation, spec, operands, rows))
+            # A part lies on one device: no mesh that the program is traced under says anything about it.
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+                return tuple(_compute(run_part, operation, spec, operands, rows))
 
         identity = NamedSharding(mesh, PartitionSpec(None))
         return mesh, on_a_part, result_shardings, (*operand_shardings, identity)

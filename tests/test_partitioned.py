@@ -244,18 +244,12 @@ def test_transforms_around_a_partitioned_kernel(how, opaque, x64):
         if how == "jvp":
             return jax.jvp(lambda x: one(x, residual), (x,), (x**2,))
         if how == "virtual":
-            named = jax.vmap(
-                lambda x: bn_fused.batch_norm(
-                    x, stats, weight, bias, channel_axis=0, axis_name="b", virtual_batch_size=2, backend=backend
-                )[0],
-                axis_name="b",
-            )
-            return jax.grad(lambda x: jnp.sum(named(x) ** 3))(x)
+            settings = {"virtual_batch_size": 2, "backend": "jnp" if backend == "reference" else backend}
+            function = functools.partial(bn_fused.batch_norm, channel_axis=1, **settings)
+            return jax.grad(lambda x: jnp.sum(function(x, stats, weight, bias)[0] ** 3))(x)
         return jax.grad(lambda x: jnp.sum(one(x, residual) ** 2))(x)
 
-    expected = jax.jit(lambda x, residual: call(x, residual, "reference" if how != "virtual" else "jnp"))(
-        expected_x, residual
-    )
+    expected = jax.jit(functools.partial(call, backend="reference"))(expected_x, residual)
     run = functools.partial(call, backend="opaque")
     if how == "shard_map":
         # A device's part is then a batch of its own.
@@ -271,7 +265,7 @@ def test_transforms_around_a_partitioned_kernel(how, opaque, x64):
 
 
 def test_a_tpu_kernel_is_refused_by_a_sentence_where_it_cannot_be_given_parts():
-    target = kernels.registry.Target("tpu", kernels.chips.chip_named("v5e"), partitioned=True)
+    target = kernels.registry.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
     problem = kernels.registry.Problem(1, 1024, 128, "float32")
     with pytest.raises(kernels.registry.BackendError, match="does not let a kernel run on each one's part"):
         kernels.registry.choose(problem, target, "pallas_tpu")
