@@ -10,9 +10,10 @@ from jax import export
 
 from . import approaches, reference
 from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
-from .devices import merge_moments, split_names, total_size
+from .devices import split_names, total_size
 from .kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
 from .kernels.layout import CHANNEL, ROW
+from .kernels.merging import merge_moments
 from .kernels.registry import REFERENCE
 from .named_axes import NOTHING, Averaged, named_sum
 from .primitives import forward, moments, normalise
@@ -163,7 +164,8 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     if mask is not None:
         count = jnp.sum(mask, dtype=local["var"].dtype)
     count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
-    mean, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
+    pivot, delta, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
+    mean = pivot + delta
     new = blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
     y = _normalise(call, x, mean, new.offset, new.norm_var, weight, bias, residual, mask)
     return y, new.new_running_mean, new.new_running_var

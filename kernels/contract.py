@@ -176,7 +176,8 @@ def accumulation_dtype(dtype):
 
 
 def _product(coefficient, value):
-    coefficient = jnp.broadcast_to(coefficient[..., None], value.shape)
+    # Not broadcast_to: the product has value's sharding too, on meshes with explicit axes.
+    coefficient = coefficient[..., None] * jnp.ones_like(value)
     return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
 
 

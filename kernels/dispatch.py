@@ -22,13 +22,15 @@ from .jax_internals import (
     lower_fun,
     lowering_device,
     output_type,
+    partitioned_mesh,
     register_lowering,
     runs_on_several_devices,
     tell_devices,
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
-from .registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
+from .partition import partitioned
+from .registry import PLATFORMS, Target, check_plan, choose, is_partitionable, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 
@@ -121,21 +123,41 @@ def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
 fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 
-def _dispatch_lower(context, *values, names, spec, operation, platform):
-    operands = dict(zip(names, context.avals_in, strict=True))
-    device = lowering_device(context, platform)
-    chip = None if device is None else chip_of(device)
-    target = Target(platform, chip, is_partitioned(context), runs_on_several_devices(context))
-    problem = problem_of(spec, operands["x"], names)
-    choice = choose(problem, target, spec.backend)
+def _run_choice(choice, problem, target, operation, spec, operands):
+    """The list of an operation's results, computed by a chosen backend."""
     if spec.plan is None:
         spec = replace(spec, plan=choice.plan)
     else:
         check_plan(choice, spec.plan, problem, target)
+    results = operation_of(choice, operation)(**operands, spec=spec)
+    return list(results) if isinstance(results, (tuple, list)) else [results]
+
+
+def _run_chosen(target, operation, spec, /, **operands):
+    """`run` for a known target, without a primitive in between."""
+    problem = problem_of(spec, operands["x"], operands)
+    return _run_choice(choose(problem, target, spec.backend), problem, target, operation, spec, operands)
+
+
+def _dispatch_lower(context, *values, names, spec, operation, platform):
+    operands = dict(zip(names, context.avals_in, strict=True))
+    device = lowering_device(context, platform)
+    chip = None if device is None else chip_of(device)
+    problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
+    # Where the kernels can be given each device's part, they are chosen as on one device.
+    by_parts = split and partitioned_mesh(context) is not None
+    target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
+    choice = choose(problem, target, spec.backend)
+    if by_parts and not is_partitionable(choice):
+        run_part = functools.partial(_run_chosen, target)
+        function = partitioned(run, run_part, operation, spec, names, choice.name)
+        return lower_fun(function, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+    if by_parts:
+        target = replace(target, partitioned=True)
+        choice = choose(problem, target, spec.backend)
 
     def compute(*arrays):
-        results = operation_of(choice, operation)(**dict(zip(names, arrays, strict=True)), spec=spec)
-        return list(results) if isinstance(results, (tuple, list)) else [results]
+        return _run_choice(choice, problem, target, operation, spec, dict(zip(names, arrays, strict=True)))
 
     return lower_fun(compute, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
 

@@ -6,6 +6,7 @@ that name and not by a failure somewhere inside a transform.
 
 import jax
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
+from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
 from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
 from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
@@ -13,9 +14,11 @@ from jax.interpreters.mlir import lower_fun, register_lowering  # lowering throu
 
 __all__ = [
     "Primitive",
+    "SdyShardingRule",
     "ad",
     "barrier_signal",
     "barrier_wait",
+    "custom_partitioning",
     "device_axis_names",
     "drop_sharding_and_manual_axes",
     "fancy_primitive_batchers",
@@ -23,6 +26,7 @@ __all__ = [
     "lower_fun",
     "lowering_device",
     "output_type",
+    "partitioned_mesh",
     "register_lowering",
     "runs_on_several_devices",
     "tell_devices",
@@ -83,6 +87,18 @@ def runs_on_several_devices(context):
     """Whether a lowering context is that of a program for several devices, whoever partitions it."""
     axes = context.module_context.axis_context
     return (axes.num_devices if hasattr(axes, "num_devices") else axes.mesh.size) > 1
+def partitioned_mesh(context):
+    """The mesh over which XLA partitions a program in terms that `custom_partitioning` can decode; else None.
+
+    There is none inside of a shard_map that leaves axes to XLA, where the arrays lie on no mesh with named axes (or
+    on several), and under `jax.export`, whose programs cannot hold a process's callbacks.
+    """
+    module = context.module_context
+    axes = module.axis_context
+    devices, mesh = getattr(axes, "device_assignment", None), getattr(axes, "abstract_mesh", None)
+    if module.lowering_parameters.for_export or not devices or mesh is None or mesh.empty:
+        return None
+    return mesh
 
 
 def tell_devices(primitive):

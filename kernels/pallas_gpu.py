@@ -81,7 +81,10 @@ def refusal(problem, target):
     if major not in CAPABILITIES:
         return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
     if target.partitioned:
-        return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
+        return (
+            "XLA partitions the arrays over several devices here in a way that does not let a kernel run on each one's part "
+            "(inside a partly manual shard_map, without a mesh, under jax.export)"
+        )
     if problem.rows >= MOST_ROWS:
         return f"it counts rows in 32 bits, and there are {problem.rows}"
     if plan(problem, target) is None:

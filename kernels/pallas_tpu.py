@@ -67,7 +67,10 @@ def refusal(problem, target):
     if problem.mask:
         return "there is a mask, which its kernels do not read"
     if target.partitioned:
-        return "XLA partitions x over several devices, and would gather it whole on each for an opaque kernel"
+        return (
+            "XLA partitions x over several devices here in a way that does not let a kernel run on each one's part "
+            "(inside a partly manual shard_map, without a mesh, under jax.export)"
+        )
     return None
 
 

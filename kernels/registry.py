@@ -26,8 +26,9 @@ class BackendError(ValueError):
 class Target:
     """What an operation is lowered for.
 
-    A platform of `PLATFORMS`; the chip, where it is known; whether XLA partitions the arrays over several devices;
-    whether the program runs on several devices at all (inside `shard_map` it is not XLA that partitions).
+    A platform of `PLATFORMS`; the chip, where it is known; whether XLA is left to partition the code over several
+    devices (False for what runs on each device's part of the arrays, see `partition`); whether the program runs on
+    several devices at all.
     """
 
     platform: str
@@ -92,6 +93,7 @@ class Backend:
     - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. It is asked where nothing is refused.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
     - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
+    - `partitionable`: whether XLA itself can partition its code over devices; if not, `partition` does.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Backend:
     verdict: Callable = not_taken
     plan: Callable = no_plan
     plan_refusal: Callable = no_plan_refusal
+    partitionable: bool = False
 
 
 def _jnp_verdict(problem, target):
@@ -134,6 +137,7 @@ register(
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
         verdict=_jnp_verdict,
         plan=jnp_backend.plan,
+        partitionable=True,
     )
 )
 
@@ -212,6 +216,11 @@ def check_plan(choice, plan, problem, target):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
+
+
+def is_partitionable(choice):
+    """Whether XLA can partition a chosen backend's code over devices without gathering x."""
+    return _BACKENDS[choice.name].partitionable
 
 
 def problem_of(spec: Spec, x, present):

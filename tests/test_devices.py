@@ -550,7 +550,7 @@ def test_jit_over_sharded_arrays_exchanges_nothing_of_the_size_of_x():
 @pytest.mark.parametrize("path", ["packed", "two_sums"])
 def test_a_mean_of_ten_thousand_standard_deviations_keeps_its_variance_across_devices(path, monkeypatch):
     if path == "two_sums":  # what more than 64 devices do
-        monkeypatch.setattr(bn_fused.devices, "PACKED_DEVICES", 1)
+        monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 1)
     mean = 1e4
     x = float32_data(mean)
     state = bn_fused.RunningStats(P(), P(), P(), P())
@@ -569,7 +569,7 @@ def test_a_mean_of_ten_thousand_standard_deviations_keeps_its_variance_across_de
 @pytest.mark.parametrize("path", ["packed", "two_sums"])
 @CHECK_VMA
 def test_more_devices_than_are_packed_give_the_same(path, check_vma, monkeypatch):
-    monkeypatch.setattr(bn_fused.devices, "PACKED_DEVICES", 64 if path == "packed" else 2)
+    monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 2)
     program, one_device, inputs = make("ema-all")
     check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
 
@@ -577,7 +577,7 @@ def test_more_devices_than_are_packed_give_the_same(path, check_vma, monkeypatch
 @pytest.mark.parametrize("path", ["packed", "two_sums"])
 @pytest.mark.parametrize("approach", ["batch", "ema", "ema_compatibility"])
 def test_what_is_masked_contributes_exactly_nothing_even_if_it_is_nan(approach, path, monkeypatch):
-    monkeypatch.setattr(bn_fused.devices, "PACKED_DEVICES", 64 if path == "packed" else 1)
+    monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 1)
     x = float32_data()
     mask = np.ones((EXAMPLES, 16), bool)
     mask[LOCAL : 2 * LOCAL] = False  # a whole device
