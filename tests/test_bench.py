@@ -70,7 +70,10 @@ def test_the_oracles_batch_statistics_are_unbiased_from_the_first_step():
 
 @pytest.mark.parametrize("backend", kernels.backend_names())
 @pytest.mark.parametrize("approach", suite.APPROACHES)
-def test_every_installed_backend_passes_the_check_of_every_approach(backend, approach):
+def test_every_backend_that_runs_here_passes_the_check_of_every_approach(backend, approach):
+    refusal = suite.refusal(check.CHECKED, backend)
+    if refusal is not None:
+        pytest.skip(refusal)
     assert check.check_approach(backend, approach).reason == ""
 
 
