@@ -29,7 +29,7 @@ from .jax_internals import (
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
-from .partition import partitioned
+from .partition import ASKING_PLATFORMS, partitioned
 from .registry import PLATFORMS, Target, check_plan, choose, is_partitionable, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
@@ -145,7 +145,7 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     chip = None if device is None else chip_of(device)
     problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
     # Where the kernels can be given each device's part, they are chosen as on one device.
-    by_parts = split and partitioned_mesh(context) is not None
+    by_parts = split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None
     target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
     choice = choose(problem, target, spec.backend)
     if by_parts and not is_partitionable(choice):

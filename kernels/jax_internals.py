@@ -87,6 +87,8 @@ def runs_on_several_devices(context):
     """Whether a lowering context is that of a program for several devices, whoever partitions it."""
     axes = context.module_context.axis_context
     return (axes.num_devices if hasattr(axes, "num_devices") else axes.mesh.size) > 1
+
+
 def partitioned_mesh(context):
     """The mesh over which XLA partitions a program in terms that `custom_partitioning` can decode; else None.
 

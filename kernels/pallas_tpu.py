@@ -68,8 +68,8 @@ def refusal(problem, target):
         return "there is a mask, which its kernels do not read"
     if target.partitioned:
         return (
-            "XLA partitions x over several devices here in a way that does not let a kernel run on each one's part "
-            "(inside a partly manual shard_map, without a mesh, under jax.export)"
+            "XLA partitions x over several devices, and libtpu does not let a kernel run on each one's part: name the "
+            "devices in a shard_map for that"
         )
     return None
 

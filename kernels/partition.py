@@ -10,7 +10,7 @@ asks how x lies on the devices, keeps it so, and compiles the operation for a de
     the others          local
 
 Values per channel lie as x's channels do, y and dx as x does. Where no rows are shared nothing is exchanged, and
-the operation is a single launch as on one device.
+the operation is a single launch as on one device. On TPUs, whose compiler does not ask, kernels are refused.
 """
 
 import hashlib
@@ -37,6 +37,10 @@ from .jax_internals import SdyShardingRule, custom_partitioning
 from .layout import CHANNEL, GROUP, ROW, axes_of, channel_shape, count_rows, group_shape, sum_rows
 from .merging import merge_moments
 
+# Those whose compiler asks how to partition an operation. libtpu does not: "Custom emitter for CustomSPMDPartitioning
+# not found".
+ASKING_PLATFORMS = ("cpu", "cuda", "rocm")
+
 
 def partitioned(run, run_part, operation, spec, names, backend):
     """A function of an operation's operands (in the order of `names`) that XLA partitions as described above.
@@ -46,7 +50,7 @@ def partitioned(run, run_part, operation, spec, names, backend):
     """
     kinds = [OPERATIONS[operation].operands[name] for name in names]
     result_kinds = list(OPERATIONS[operation].result_kinds(names).values())
-    first = kinds.index(LIKE_X)
+    first, wide = kinds.index(LIKE_X), jax.config.jax_enable_x64
 
     def shardings(mesh, arguments):
         x = arguments[first]
@@ -68,8 +72,9 @@ def partitioned(run, run_part, operation, spec, names, backend):
 
         def on_a_part(*values):
             operands = dict(zip(names, values[:-1], strict=True))
-            # A part lies on one device: no mesh that the program is traced under says anything about it.
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            # XLA may ask from a thread of its own, which has not this one's settings; and a part lies on one device,
+            # no mesh that the program is traced under says anything about it.
+            with jax.enable_x64(wide), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
                 return tuple(_compute(run_part, operation, spec, operands, rows))
 
         identity = NamedSharding(mesh, PartitionSpec(None))

@@ -223,9 +223,7 @@ class Rows:
         d1, d2 = -w * r * s1, -w * r**2 * s2 / 2
         ct_mean, ct_var = dmean + c.mean_gain * dnew_mean, dvar + c.var_gain * dnew_var
         counting = self.counting[:, None]
-        dx = dz * w * r + counting * (
-            (c.batch * d1 + ct_mean) / n + (x - mu) * 2 * (c.batch * d2 + ct_var) / n
-        )
+        dx = dz * w * r + counting * ((c.batch * d1 + ct_mean) / n + (x - mu) * 2 * (c.batch * d2 + ct_var) / n)
         gradients = RowsGradients(
             x=dx,
             weight=s2,
@@ -256,8 +254,7 @@ class Rows:
         rm, rv = abs(self.running_mean), abs(self.running_var)
         scales = RowsGradients(
             x=dz_s * abs(w) * r
-            + counting
-            * ((abs(c.batch) * d1_s + ct_mean_s) / n + away * 2 * (abs(c.batch) * d2_s + ct_var_s) / n),
+            + counting * ((abs(c.batch) * d1_s + ct_mean_s) / n + away * 2 * (abs(c.batch) * d2_s + ct_var_s) / n),
             weight=s2_s,
             bias=s1_s,
             residual=dz_s,
@@ -347,9 +344,7 @@ class Result:
 
     @property
     def state_scale(self):
-        return State(
-            self.rows.new_running_mean_scale, self.rows.new_running_var_scale, abs(self.state.zero_frac), 0
-        )
+        return State(self.rows.new_running_mean_scale, self.rows.new_running_var_scale, abs(self.state.zero_frac), 0)
 
     def backward(self, dy, dmean, dvar, dzero_frac):
         """Gradients and their scales for cotangents of y and of the new state's mean, var and zero_frac."""

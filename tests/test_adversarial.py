@@ -141,9 +141,7 @@ def test_denormals_are_normalised_to_almost_nothing():
     x = (1e-40 * normal((16, 2, 9))).astype(np.float32)
     assert np.any(x != 0)
     y, new, (dx, *_) = step()(x, normal(x.shape, 1))
-    expected = oracle.batch_norm(
-        oracle.Definition(channel_axis=1, debias="samples"), x, oracle.State.initial(2)
-    )
+    expected = oracle.batch_norm(oracle.Definition(channel_axis=1, debias="samples"), x, oracle.State.initial(2))
     np.testing.assert_allclose(y, expected.y, rtol=0, atol=tol(np.float32))
     assert np.all(np.asarray(new.var) <= 1e-38) and np.all(np.isfinite(np.asarray(dx)))
 

@@ -312,11 +312,46 @@ def probe_barrier(internals):
     assert "mosaic_gpu" in lowered.as_text()
 
 
+def probe_custom_partitioning(internals):
+    """XLA asks how to partition a function, with the shardings on a mesh that the lowering context knows"""
+    primitive = internals.Primitive("bn_fused_probe_parts")
+    primitive.def_abstract_eval(lambda x: x)
+    internals.tell_devices(primitive)
+    seen, meshes = [], []
+
+    def partition(mesh, arguments, results):
+        sharding = arguments[0].sharding
+        seen.append(sharding.spec[0])
+        return mesh, lambda x: x - jax.lax.psum(jnp.sum(x), sharding.spec[0]), sharding, (sharding,)
+
+    @internals.custom_partitioning
+    def centred(x):
+        return x - jnp.sum(x)
+
+    rule = internals.SdyShardingRule((("i",),), (("i",),))
+    centred.def_partition(partition, infer_sharding_from_operands=lambda *_: _[1][0].sharding, sharding_rule=rule)
+
+    def lower(context, value):
+        meshes.append(internals.partitioned_mesh(context))
+        return internals.lower_fun(centred, multiple_results=False)(context, value)
+
+    internals.register_lowering(primitive, lower)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    sharded = jax.device_put(jnp.arange(4.0), jax.sharding.NamedSharding(mesh, P("d")))
+    np.testing.assert_array_equal(jax.jit(lambda x: primitive.bind(x))(sharded), np.arange(4.0) - 6)
+    assert seen == ["d"] and meshes[0].shape == {"d": 2}
+    jax.jit(lambda x: primitive.bind(x)).lower(jnp.ones(4))
+    jax.export.export(jax.jit(lambda x: primitive.bind(x)))(jnp.ones(4))
+    assert meshes[1:] == [None, None]
+
+
 PROBES = {
     "Primitive": probe_primitive,
+    "SdyShardingRule": probe_custom_partitioning,
     "ad": probe_ad,
     "barrier_signal": probe_barrier,
     "barrier_wait": probe_barrier,
+    "custom_partitioning": probe_custom_partitioning,
     "device_axis_names": probe_device_axis_names,
     "drop_sharding_and_manual_axes": probe_drop_sharding_and_manual_axes,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
@@ -324,6 +359,7 @@ PROBES = {
     "lower_fun": probe_lowering,
     "lowering_device": probe_lowering_device,
     "output_type": probe_output_type,
+    "partitioned_mesh": probe_custom_partitioning,
     "register_lowering": probe_lowering,
     "runs_on_several_devices": probe_runs_on_several_devices,
     "tell_devices": probe_lowering_device,

@@ -86,9 +86,7 @@ def layer_step(approach, weight, bias, debias, axis_name="batch"):
         channelwise_affine=weight is not None,
         backend="reference",
     )
-    layer = eqx.tree_at(
-        lambda tree: (tree.weight, tree.bias), layer, (weight, bias), is_leaf=lambda v: v is None
-    )
+    layer = eqx.tree_at(lambda tree: (tree.weight, tree.bias), layer, (weight, bias), is_leaf=lambda v: v is None)
 
     def step(x, stats):
         # A State may be updated once; the initial one is used again at every step.
@@ -97,9 +95,7 @@ def layer_step(approach, weight, bias, debias, axis_name="batch"):
         before = before.set(layer.zero_frac_index, stats.zero_frac).set(layer.count_index, stats.count)
         y, after = jax.vmap(layer, axis_name=axis_name, in_axes=(0, None), out_axes=(0, None))(x, before)
         mean, var = after.get(layer.state_index)
-        return y, bn_fused.RunningStats(
-            mean, var, after.get(layer.zero_frac_index), after.get(layer.count_index)
-        )
+        return y, bn_fused.RunningStats(mean, var, after.get(layer.zero_frac_index), after.get(layer.count_index))
 
     return step
 
@@ -173,9 +169,7 @@ def test_reference_gives_the_bits_of_the_inference_formula(approach, dtype, jitt
     with jax.enable_x64(dtype == np.float64):
         wrap = jax.jit if jitted else lambda function: function
         (x, other), weight, bias = inputs(SHAPES["maps"], dtype, True, steps=2)
-        _, stats = function_step(approach, weight, bias, "axis")(
-            x, bn_fused.RunningStats.init(CHANNELS, dtype)
-        )
+        _, stats = function_step(approach, weight, bias, "axis")(x, bn_fused.RunningStats.init(CHANNELS, dtype))
 
         @wrap
         def ours(x, stats):
@@ -196,9 +190,7 @@ def test_references_gradients_are_those_of_the_definition(approach, dtype):
     with jax.enable_x64(dtype == np.float64):
         xs, weight, bias = inputs(SHAPES["maps"], dtype, True, steps=2)
         dy = jnp.asarray(np.random.default_rng(3).standard_normal(SHAPES["maps"]), dtype)
-        _, stats = function_step(approach, weight, bias, "axis")(
-            xs[0], bn_fused.RunningStats.init(CHANNELS, dtype)
-        )
+        _, stats = function_step(approach, weight, bias, "axis")(xs[0], bn_fused.RunningStats.init(CHANNELS, dtype))
 
         def gradients(make):
             @jax.jit

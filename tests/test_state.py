@@ -145,9 +145,7 @@ def test_a_step_returns_the_type_of_the_state_it_was_given(x_dtype):
 def test_a_float32_state_serves_float64_inputs_and_stays_float32(x64):
     x = data(dtype=np.float64)
     y, stats = bn_fused.batch_norm(x, bn_fused.RunningStats.init(CHANNELS), channel_axis=1, debias="none")
-    assert (
-        y.dtype == jnp.float64 and stats.mean.dtype == stats.var.dtype == stats.zero_frac.dtype == jnp.float32
-    )
+    assert y.dtype == jnp.float64 and stats.mean.dtype == stats.var.dtype == stats.zero_frac.dtype == jnp.float32
     expected = oracle.batch_norm(
         oracle.Definition(debias="none", channel_axis=1), np.asarray(x), oracle.State.initial(CHANNELS)
     )
@@ -281,9 +279,7 @@ def test_a_state_cast_later_is_computed_in_float32_kept_in_its_type_and_warned_a
     assert len(caught) == 1
     assert y.dtype == jnp.float32 and all(leaf.dtype == dtype for leaf in new[:3])
     definition = oracle.Definition(approach=approach, channel_axis=1, debias="none", momentum=0.9)
-    expected = oracle.batch_norm(
-        definition, x, oracle.State(*(np.asarray(leaf, np.float64) for leaf in stats))
-    )
+    expected = oracle.batch_norm(definition, x, oracle.State(*(np.asarray(leaf, np.float64) for leaf in stats)))
     assert_close(y, expected.y, expected.y_scale, what="y")
     for name in ("mean", "var", "zero_frac"):
         scale = getattr(expected.state_scale, name)
@@ -360,9 +356,7 @@ def test_the_arguments_stand_in_the_documented_order():
     assert names(bn_fused.BatchNorm.__init__, keyword) == options
     assert names(bn_fused.BatchNorm.__call__, keyword) == ["residual", "mask", "key", "inference"]
     defaults = {p.name: p.default for p in inspect.signature(bn_fused.BatchNorm).parameters.values()}
-    expected = dict(
-        approach=None, eps=1e-5, channelwise_affine=True, momentum=0.99, warmup_period=1, inference=False
-    )
+    expected = dict(approach=None, eps=1e-5, channelwise_affine=True, momentum=0.99, warmup_period=1, inference=False)
     assert {name: defaults[name] for name in expected} == expected
 
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -408,9 +402,7 @@ def test_the_annotations_of_a_call_are_true():
 def test_the_warm_up_moves_from_batch_to_running_statistics():
     """First step of a long warm-up: as `batch`; when it is over: as the running statistics of that step."""
     x = data()
-    stats = bn_fused.RunningStats(
-        jnp.ones(CHANNELS), 4 * jnp.ones(CHANNELS), jnp.array(0.0), jnp.array(0, jnp.int32)
-    )
+    stats = bn_fused.RunningStats(jnp.ones(CHANNELS), 4 * jnp.ones(CHANNELS), jnp.array(0.0), jnp.array(0, jnp.int32))
     options = dict(channel_axis=1, debias="none", momentum=0.9)
     as_batch, _ = bn_fused.batch_norm(x, stats, approach="batch", **options)
     early, new = bn_fused.batch_norm(x, stats, approach="ema", warmup_period=10**6, **options)

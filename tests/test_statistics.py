@@ -80,9 +80,7 @@ def test_inference_statistics_are_right_from_the_first_step(approach, debias, fa
         # Against the same weighted mean of the batches' own moments: one rounding of the state a step, of
         # which each later step forgets a hundredth; and 1 - m, off by eps/2 in float32, is summed as often.
         rounding = tol(np.float32, n=min(steps, 1 / (1 - MOMENTUM))) / (1 - zero_frac)
-        np.testing.assert_allclose(
-            mean, weights @ batch_means[:steps], rtol=0, atol=rounding * (MEAN + VAR**0.5)
-        )
+        np.testing.assert_allclose(mean, weights @ batch_means[:steps], rtol=0, atol=rounding * (MEAN + VAR**0.5))
         np.testing.assert_allclose(var, factor * weights @ batch_vars[:steps], rtol=rounding)
 
         # Against theory: the mean of all channels is within five standard deviations of the estimator.
@@ -111,8 +109,6 @@ def test_running_state_follows_the_oracle_for_a_hundred_steps():
             if step:
                 before = oracle.State(means[step - 1], vars_[step - 1], zero_fracs[step - 1], 1)
             after = oracle.batch_norm(definition, batches()[step], before)
-            np.testing.assert_allclose(
-                means[step], after.state.mean, rtol=0, atol=tol(np.float32) * (MEAN + 3)
-            )
+            np.testing.assert_allclose(means[step], after.state.mean, rtol=0, atol=tol(np.float32) * (MEAN + 3))
             np.testing.assert_allclose(vars_[step], after.state.var, rtol=tol(np.float32))
             np.testing.assert_allclose(zero_fracs[step], after.state.zero_frac, rtol=tol(np.float32))

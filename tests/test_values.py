@@ -84,9 +84,7 @@ class Case:
         precision = computed_in(self.dtype).type
         # For float64 the oracle has no more digits than what it checks: it rounds the mean itself.
         rounded = self.backend == "reference" or self.dtype == "float64"
-        return oracle.Definition(
-            **settings, channel_axis=self.channel_axis, precision=precision, rounded_mean=rounded
-        )
+        return oracle.Definition(**settings, channel_axis=self.channel_axis, precision=precision, rounded_mean=rounded)
 
 
 def function_step(case, inputs):
@@ -315,9 +313,7 @@ def test_a_virtual_batch_has_statistics_of_its_own_and_the_state_moves_by_their_
     y, new, dx = run(x)
     definition = oracle.Definition(**settings, rounded_mean=backend == "reference")
     parts = [oracle.batch_norm(definition, part, given) for part in np.split(np.asarray(x), 3)]
-    assert_close(
-        y, np.concatenate([part.y for part in parts]), np.concatenate([part.y_scale for part in parts])
-    )
+    assert_close(y, np.concatenate([part.y for part in parts]), np.concatenate([part.y_scale for part in parts]))
     for name in ("mean", "var"):
         wanted = np.mean([getattr(part.state, name) for part in parts], 0)
         scale = np.mean([getattr(part.state_scale, name) for part in parts], 0)
@@ -325,10 +321,7 @@ def test_a_virtual_batch_has_statistics_of_its_own_and_the_state_moves_by_their_
     assert_close(new.zero_frac, parts[0].state.zero_frac, what="zero_frac")
     assert new.count == parts[0].state.count
     zeros = np.zeros(3)
-    both = [
-        part.backward(d, zeros, zeros, 0.0)
-        for part, d in zip(parts, np.split(np.asarray(dy), 3), strict=True)
-    ]
+    both = [part.backward(d, zeros, zeros, 0.0) for part, d in zip(parts, np.split(np.asarray(dy), 3), strict=True)]
     wanted, scale = (np.concatenate([one.x for one in ones]) for ones in zip(*both, strict=True))
     assert_close(dx, wanted, scale, what="gradient of x")
 
@@ -423,8 +416,7 @@ def test_the_oracles_gradients_are_the_numerical_derivatives_of_its_values(appro
     def weighted_sum(point):
         result = at(point)
         return sum(
-            np.sum(ct * value)
-            for ct, value in zip(cotangents.values(), (result.y, *result.state[:3]), strict=True)
+            np.sum(ct * value) for ct, value in zip(cotangents.values(), (result.y, *result.state[:3]), strict=True)
         )
 
     gradients, _ = at(point).backward(**cotangents)

@@ -38,9 +38,7 @@ def assert_close(actual, expected, scale=None, *, dtype=np.float32, stored=None,
     stored = jnp.dtype(actual.dtype if stored is None else stored)
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape, f"{what} has shape {actual.shape}, expected {expected.shape}"
-    scale = (
-        np.abs(expected) if scale is None else np.broadcast_to(np.asarray(scale, np.float64), expected.shape)
-    )
+    scale = np.abs(expected) if scale is None else np.broadcast_to(np.asarray(scale, np.float64), expected.shape)
     finite = np.isfinite(expected)
     patterns = (np.where(np.isfinite(array), 0.0, array) for array in (actual, expected))
     assert np.array_equal(*patterns, equal_nan=True), (
@@ -74,6 +72,4 @@ def assert_same_bits(actual, expected, what="value"):
     bits = f"u{actual.dtype.itemsize}"
     different = np.count_nonzero(actual.view(bits) != expected.view(bits))
     gap = np.max(np.abs(actual.astype(np.float64) - expected.astype(np.float64)))
-    raise AssertionError(
-        f"{what}: {different} of {actual.size} values differ in their bits, by up to {gap:.3g}"
-    )
+    raise AssertionError(f"{what}: {different} of {actual.size} values differ in their bits, by up to {gap:.3g}")
