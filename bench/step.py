@@ -10,9 +10,7 @@ that the same numbers must come out; the second one depends on every gradient.
 import dataclasses
 import importlib.util
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -23,10 +21,8 @@ import numpy as np
 import bn_fused
 from bn_fused import kernels
 
-from . import deviceless, resnet
-from .child import Child, ChildEnded, answer_requests
-from .timing import Samples, Timed, measure
-from .traffic import passes
+from . import resnet
+from .timing import Interrupted, Samples, Timed, measure
 
 SGD_MOMENTUM = 0.9
 DTYPES = ("float32", "bfloat16")
@@ -122,6 +118,37 @@ def _equinox(mode):
     return norm
 
 
+def _timed_backends():
+    return [name for name in kernels.backend_names() if name not in UNTIMED]
+
+
+def refusal(backend: str, setting: Setting, target: str | None = None) -> str | None:
+    """Why a backend cannot run the norms of a network, of the first that it cannot; None if it can.
+
+    `target` is a chip's name, None for JAX's default device.
+    """
+    for index, shape in enumerate(resnet.norm_shapes(setting.architecture, setting.image)):
+        try:
+            bn_fused.explain(
+                (setting.batch, *shape),
+                setting.dtype,
+                channel_axis=1,
+                activation="relu",
+                target=target,
+                backend=backend,
+            )
+        except bn_fused.BackendError as error:
+            return f"norm {index}, {shape[0]} channels of {shape[1]}x{shape[2]}: {error}" if index else str(error)
+    return None
+
+
+def default_backends(setting: Setting, target: str | None = None) -> list[str]:
+    """All backends but the reference, those too that cannot run the network; and "auto" where it has a choice."""
+    named = _timed_backends()
+    able = [name for name in named if refusal(name, setting, target) is None]
+    return [*named, "auto"] if len(able) > 1 else named
+
+
 def contenders(
     backends: Sequence[str] = (),
     rivals: Sequence[str] = RIVALS,
@@ -130,12 +157,10 @@ def contenders(
 ) -> list[Contender]:
     """The networks that the options ask for; equinox's mode "batch", with which they are compared, is always there.
 
-    `backends`: default all but the reference. `fusion`: whether residual and relu are given to the layer ("fused"), are
+    `backends`: default all but the reference; see `default_backends`. `fusion`: whether residual and relu are given to the layer ("fused"), are
     operations after it ("plain"), or "both" in turn.
     """
-    named = list(dict.fromkeys(backends)) or [name for name in kernels.backend_names() if name not in UNTIMED]
-    if not backends and len(named) > 1:
-        named.append("auto")
+    named = list(dict.fromkeys(backends)) or _timed_backends()
     made = [
         Contender(f"{backend} {approach}{', fused' if fused else ''}", _ours(backend, approach, fused), ours=True)
         for backend in named
@@ -329,7 +354,8 @@ def compiled_memory(compiled) -> int | None:
 class Row:
     """One network.
 
-    - `status`: "ok"; "failed"; "refused": it cannot run this here; "missing": it is not installed.
+    - `status`: "ok"; "failed"; "refused": it cannot run this here; "missing": it is not installed; "untimed": its losses
+        are right, and the run was interrupted before it was timed.
     - `reason`: why it is not ok.
     - `loss`, `loss_after`: of the initial weights, and after one step; see the module's text.
     - `median`, `p10`, `p90`: seconds for a step, of `rounds` rounds; `images_per_second`.
@@ -392,7 +418,8 @@ def disagreement(losses: tuple[float, float], expected: tuple[float, float] | No
     return ""
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first}"[:300]
 
@@ -411,11 +438,39 @@ def run(
     """Build, compare and time the networks; the rows in their order.
 
     `seconds` is the time for the samples of all. A network that fails or disagrees is not timed. `progress` is called
-    with what is done and the share of the work.
+    with what is done and the share of the work. Raises `RunInterrupted` in place of KeyboardInterrupt.
     """
-    device = jax.devices()[0]
     rows: dict[str, Row] = {}
     runs: dict[str, JaxRun | TorchRun] = {}
+    samples, interrupted = {}, False
+    try:
+        _build(setting, networks, rows, runs, progress)
+        samples = measure(
+            {name: Timed(one.once) for name, one in runs.items()},
+            seconds=seconds,
+            progress=lambda share: progress("timing", 0.7 + 0.3 * share),
+        )
+    except Interrupted as stopped:
+        samples, interrupted = stopped.samples, True
+    except KeyboardInterrupt:
+        interrupted = True
+    finished = [_timed(rows[one.name], samples, setting) for one in networks if one.name in rows]
+    if interrupted:
+        raise RunInterrupted(finished)
+    return finished
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """Ctrl-C during `run`. `rows` are those of the networks that were built, with the times of the whole rounds."""
+
+    def __init__(self, rows: list[Row]):
+        super().__init__()
+        self.rows = rows
+
+
+def _build(setting, networks, rows, runs, progress):
+    """Build and compare the networks: fills `rows`, and `runs` with those that are to be timed."""
+    device = jax.devices()[0]
     # The baseline first: the others are compared with it.
     order = sorted(networks, key=lambda one: one.name != BASELINE)
     for place, one in enumerate(order):
@@ -432,7 +487,7 @@ def run(
             rows[one.name] = Row(one.name, "refused", str(error))
             continue
         except Exception as error:  # a kernel may fail in any way; it must show, whatever it raised
-            rows[one.name] = Row(one.name, "failed", _line(error))
+            rows[one.name] = Row(one.name, "failed", one_line(error))
             continue
         after = _peak(device.memory_stats())
         risen = before is not None and after is not None and after > before
@@ -446,16 +501,12 @@ def run(
         )
         if not wrong:
             runs[one.name] = built
-    samples = measure(
-        {name: Timed(one.once) for name, one in runs.items()},
-        seconds=seconds,
-        progress=lambda share: progress("timing", 0.7 + 0.3 * share),
-    )
-    return [_timed(rows[one.name], samples, setting) for one in networks]
 
 
 def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
     found = samples.get(row.name)
+    if found is None and row.status == "ok":
+        return dataclasses.replace(row, status="untimed", reason="interrupted before it was timed")
     if found is None:
         return row
     return dataclasses.replace(
@@ -467,116 +518,3 @@ def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
         images_per_second=setting.batch / found.median,
         ratio=found.ratio_to(samples[BASELINE]) if BASELINE in samples else None,
     )
-
-
-# Compiled for a chip that is not there
-
-
-@dataclasses.dataclass(frozen=True)
-class AuditRow:
-    """The step of one network, compiled for a chip.
-
-    - `status`, `reason`: as of `Row`, "ok" if it was compiled.
-    - `read`, `written`: bytes moved through the chip's memory by all kernels, counted in the program (`traffic`).
-    - `passes`: those bytes over the bytes of all that the norms take: what the step costs in passes over the
-        activations. Convolutions and the optimiser are in it, the same for all.
-    - `accessed`: XLA's own estimate of the bytes.
-    - `temporary`: bytes of temporary memory. `launches`: kernels, copies and library calls.
-    """
-
-    name: str
-    status: str
-    reason: str = ""
-    read: int | None = None
-    written: int | None = None
-    passes: float | None = None
-    accessed: int | None = None
-    temporary: int | None = None
-    launches: int | None = None
-
-
-def norm_bytes(setting: Setting) -> int:
-    """The bytes of all that the norms of a network take."""
-    elements = sum(math.prod(shape) for shape in resnet.norm_shapes(setting.architecture, setting.image))
-    return setting.batch * elements * jnp.dtype(setting.dtype).itemsize
-
-
-def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
-    """Compile one network's step for a target, in this process."""
-    try:
-        made = program(one, setting)
-        shape = (setting.batch, 3, setting.image, setting.image)
-        shape = (shape[0], *shape[2:], 3) if made.channels_last else shape
-        images, labels = jax.ShapeDtypeStruct(shape, setting.dtype), jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
-        lr = jax.ShapeDtypeStruct((), jnp.float32)
-        compiled = deviceless.compile_for(target, made.step, made.carry, images, labels, lr)
-    except bn_fused.BackendError as error:
-        return AuditRow(one.name, "refused", str(error))
-    except deviceless.DevicelessUnavailable as error:
-        return AuditRow(one.name, "missing", str(error))
-    except Exception as error:  # a compiler may fail in any way
-        return AuditRow(one.name, "failed", _line(error))
-    # In units of one byte, with nothing left out.
-    traffic = passes(compiled.as_text(), 1, 1, smallest=0)
-    analysis = compiled.memory_analysis()
-    cost = compiled.cost_analysis() or {}
-    accessed = cost.get("bytes accessed")
-    return AuditRow(
-        one.name,
-        "ok",
-        read=int(traffic.reads),
-        written=int(traffic.writes),
-        passes=(traffic.reads + traffic.writes) / norm_bytes(setting),
-        accessed=None if accessed is None else int(accessed),
-        temporary=None if analysis is None else int(analysis.temp_size_in_bytes),
-        launches=traffic.launches,
-    )
-
-
-def audit(
-    target: str,
-    setting: Setting,
-    networks: Sequence[Contender],
-    options: Mapping,
-    *,
-    time_limit: float,
-    before: Callable[[str], None] = lambda name: None,
-) -> Iterator[AuditRow]:
-    """Compile every network for a target; yields the rows as they are done.
-
-    In a process of its own, because a process compiles for one GPU only; a new one after a compiler that ended it or
-    ran past `time_limit` seconds. `options` are the arguments with which `contenders` made the networks.
-    """
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "bn_fused.bench.step"]
-    child = None
-    try:
-        for one in networks:
-            before(one.name)
-            if one.missing is not None:
-                yield AuditRow(one.name, "missing", one.missing)
-            elif one.module == "torch":
-                yield AuditRow(one.name, "refused", "torch is not compiled by XLA")
-            else:
-                child = child or Child(command, environment)
-                request = {
-                    "target": target, "setting": dataclasses.asdict(setting), "options": dict(options), "name": one.name
-                }  # fmt: skip
-                try:
-                    yield AuditRow(**child.ask(request, time_limit))
-                except ChildEnded as error:
-                    child = None
-                    yield AuditRow(one.name, "failed", str(error))
-    finally:
-        if child is not None:
-            child.close()
-
-
-def _answer(request):
-    setting = Setting(**request["setting"])
-    one = next(one for one in contenders(**request["options"]) if one.name == request["name"])
-    return dataclasses.asdict(audit_one(request["target"], one, setting))
-
-
-if __name__ == "__main__":
-    answer_requests(_answer)

@@ -59,6 +59,14 @@ class Samples:
         return float(np.median(self.seconds / other.seconds))
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C while `measure` was at work. `samples` are those of the rounds in which every function ran, if any did."""
+
+    def __init__(self, samples: Mapping[Any, Samples]):
+        super().__init__()
+        self.samples = samples
+
+
 def measure(
     functions: Mapping[Any, Timed],
     *,
@@ -69,15 +77,28 @@ def measure(
     """Time functions in interleaved rounds for about `seconds` in all, and at least `MIN_ROUNDS` rounds.
 
     Each function runs twice beforehand, so that compilation and first touches of memory are not in the samples.
-    `progress` is called with the share of the time that has passed.
+    `progress` is called with the share of the time that has passed. Raises `Interrupted` in place of KeyboardInterrupt.
     """
+    samples: dict[Any, list[float]] = {name: [] for name in functions}
+    try:
+        _measure(functions, samples, seconds, clock, progress)
+    except KeyboardInterrupt:
+        rounds = min(map(len, samples.values()), default=0)
+        # A round that was cut short is not paired.
+        raise Interrupted(
+            {name: Samples(np.asarray(values[:rounds])) for name, values in samples.items()} if rounds else {}
+        ) from None
+    return {name: Samples(np.asarray(values)) for name, values in samples.items()}
+
+
+def _measure(functions, samples, seconds, clock, progress):
+    """Add to the samples."""
     repeats = {}
     for name, timed in functions.items():
         timed.wait(timed.start())
         start = clock()
         timed.wait(timed.start())
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(clock() - start, 1e-9)))
-    samples: dict[Any, list[float]] = {name: [] for name in functions}
     names = list(functions)
     begin = clock()
     for rounds in range(MAX_ROUNDS):
@@ -92,4 +113,3 @@ def measure(
             timed.wait(result)
             samples[name].append((clock() - start) / (repeats[name] * timed.calls))
         progress(min(1.0, (clock() - begin) / seconds))
-    return {name: Samples(np.asarray(values)) for name, values in samples.items()}

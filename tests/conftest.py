@@ -27,6 +27,17 @@ hypothesis.settings.load_profile("repeatable")
 COMPILED = collections.Counter()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tests that share what is made once in a module (a compiled program, a wheel) go to the same worker of xdist."""
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs
+        shared = next((name for name in sorted(definitions) if definitions[name][-1].scope == "module"), None)
+        if shared is not None:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {parameters.get(shared, shared)}"))
+
+
 @pytest.fixture
 def x64():
     """The test runs with JAX's 64-bit types."""

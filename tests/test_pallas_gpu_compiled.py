@@ -185,7 +185,11 @@ def b200(tmp_path_factory):
     return compiled_for("b200", CASES["b200"], tmp_path_factory.mktemp("b200"))
 
 
-@pytest.fixture(params=CASES)
+# The tests that ask for a chip's fixture by its name go to the worker that has it.
+ON_EACH_CHIP = [pytest.param(name, marks=pytest.mark.xdist_group(f"test_pallas_gpu_compiled {name}")) for name in CASES]
+
+
+@pytest.fixture(params=ON_EACH_CHIP)
 def chip(request):
     """What was counted, by case and operation, and the dumps of the kernels."""
     found, dumps = request.getfixturevalue(request.param)
@@ -237,7 +241,7 @@ def test_no_kernel_spills_registers_or_uses_local_memory(chip):
     check_registers(*chip)
 
 
-@pytest.mark.parametrize("target", CASES)
+@pytest.mark.parametrize("target", ON_EACH_CHIP)
 def test_every_block_fits_into_shared_memory(target, request):
     check_shared_memory(request.getfixturevalue(target)[1], CHIPS[target])
 

@@ -123,7 +123,7 @@ def test_ci_runs_the_commands_of_the_readme_as_they_stand_there():
     for command in commands:
         assert f"\n{command} || exit 1\n" in ci
     deviceless = (
-        "\n.venv/bin/pip install -q --no-deps $(.venv/bin/python -m bn_fused.bench.deviceless cuda)\n"
+        "\n.venv/bin/pip install -q --no-deps $(.venv/bin/python -m bn_fused.bench.deviceless cuda tpu)\n"
     )
     assert deviceless in readme
     assert deviceless in ci

@@ -6,7 +6,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from .. import deviceless, records, report, resnet, saved, step, suite
+from .. import deviceless, records, report, resnet, saved, step, step_audit, suite
 from .common import FAILED, INTERRUPTED, Backend, OutputFile, first_device, make_console, progress_bar, say, show
 from .numbers import Number
 
@@ -49,20 +49,20 @@ def command(context, *, approaches, backends, rivals, fusion, seconds, target, t
     FAILED, is not timed, and makes the exit status 1.
 
     Exit status: 0; 1 if a row failed, or with --audit nothing was compiled; 2 for input it cannot use; 130 if it was
-    interrupted.
+    interrupted: then the networks that were built and the rounds that were finished are printed and saved.
     """
-    options = dict(
-        backends=tuple(dict.fromkeys(backends)),
-        rivals=tuple(dict.fromkeys(rivals)) or step.RIVALS,
-        approaches=tuple(dict.fromkeys(approaches)),
-        fusion=fusion,
-    )
-    networks = step.contenders(**options)
     console = make_console()
     device = None if target else first_device()
     defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
     given = {name: value for name, value in sizes.items() if value is not None}
     setting = step.Setting(**(defaults | given))
+    options = dict(
+        backends=tuple(dict.fromkeys(backends)) or tuple(step.default_backends(setting, target)),
+        rivals=tuple(dict.fromkeys(rivals)) or step.RIVALS,
+        approaches=tuple(dict.fromkeys(approaches)),
+        fusion=fusion,
+    )
+    networks = step.contenders(**options)
     if device is None:
         say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
         say(console, f"{setting}, compiled for {target}")
@@ -81,7 +81,8 @@ def command(context, *, approaches, backends, rivals, fusion, seconds, target, t
         what, where = ("step", device.device_kind) if device is not None else ("step audit", target)
         json_file.write_text(saved.to_json(what, where, settings, rows, interrupted=interrupted), encoding="utf-8")
     if interrupted:
-        say(console, f"interrupted: {len(rows)} of {len(networks)} rows are finished", "yellow")
+        finished = sum(row.status != "untimed" for row in rows)
+        say(console, f"interrupted: {finished} of {len(networks)} rows are finished", "yellow")
         context.exit(INTERRUPTED)
     nothing = all(row.status != "ok" for row in rows)
     context.exit(FAILED if nothing or any(row.status == "failed" for row in rows) else 0)
@@ -98,8 +99,8 @@ def _time(console, setting, networks, seconds):
                 seconds=seconds,
                 progress=lambda what, share: progress.update(task, description=what, completed=share),
             )
-        except KeyboardInterrupt:
-            interrupted = True  # times of interrupted rounds are not paired: there is nothing to show
+        except step.RunInterrupted as stopped:
+            rows, interrupted = stopped.rows, True
     if rows:
         show(console, time_table(rows))
         say(console, TIME_NOTE, "dim")
@@ -111,7 +112,7 @@ def _audit(console, target, setting, networks, options, time_limit):
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(networks))
         try:
-            for row in step.audit(
+            for row in step_audit.audit(
                 target, setting, networks, options, time_limit=time_limit,
                 before=lambda name: progress.update(task, description=f"compiling {name}", completed=len(rows)),
             ):  # fmt: skip
