@@ -28,7 +28,9 @@ MORE = [
     (1, 49, 8192, "float32", "silu", True),
     (1, 8, 128, "float32", None, False),
     (5, 1003, 136, "float16", "gelu", True),
-    (1, 49 * 1024, 1 << 16, "bfloat16", "relu", False),  # more than 2^31 elements, slab after slab
+    # More than 2^31 elements, slab after slab; in one group and in many.
+    (1, 49 * 1024, 1 << 16, "bfloat16", "relu", False),
+    (4100, 1000, 1024, "bfloat16", None, False),
 ]
 # Channels that are a multiple of nothing, under every operation.
 ODD = [
@@ -257,6 +259,20 @@ def test_more_shapes_compile_in_the_same_way(target, more, tmp_path):
     check_registers(counted, dumps)
     check_shared_memory(dumps, CHIPS[target], least=0)
     check_traffic(counted)
+    for groups, rows, channels, *_ in more:
+        if groups * rows * channels > 1 << 31:
+            kernels = [text for name, text in dumps.items() if name.endswith(".ptx") and "resident" in name]
+            assert kernels
+            for text in kernels:
+                check_wide_addresses(text, channels * 2)
+                if groups > 1:
+                    check_wide_addresses(text, rows * channels * 2)
+
+
+def check_wide_addresses(text, stride):
+    """A number of rows or groups is multiplied by their bytes to an address of 64 bits, and not to one of 32."""
+    assert re.search(rf"mul\.(wide\.[su]32|lo\.s64)\s+%rd\d+, %rd?\d+, {stride};", text)
+    assert not re.search(rf"mul\.lo\.s32\s+%r\d+, %r\d+, {stride};", text)
 
 
 def test_addresses_are_computed_in_64_bits(h200):
