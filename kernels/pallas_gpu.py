@@ -82,7 +82,7 @@ def refusal(problem, target):
         return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
     if target.partitioned:
         return (
-            "XLA partitions the arrays over several devices here in a way that does not let a kernel run on each one's part "
+            "XLA partitions the arrays over several devices in a way that does not let a kernel run on each one's part "
             "(inside a partly manual shard_map, without a mesh, under jax.export)"
         )
     if problem.rows >= MOST_ROWS:
