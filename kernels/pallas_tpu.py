@@ -22,25 +22,10 @@ in another way is copied before and after (two reads and two writes more: images
 their width is a multiple of 8). Channels are padded to a multiple of 128; with fewer than 128 XLA keeps x in other
 layouts, and its copies around the kernel cost several times what the kernel does.
 
-`auto` does not take these kernels. What whole programs move, in reads and writes of x counted in their compiled HLO,
-what lies in VMEM not counted (bfloat16, relu, v5e; of the others the first row was
-compiled and is the same, but for 0.3 and 1.8 reads more of the kernels on v4, which has less VMEM):
-
-                                                            forward         with gradients
-                                                            jnp   kernels   jnp    kernels
-    alone, (65536, 1024)                                    3     2         7.3    5.3
-    alone, images (256, 28, 28, 256)                        3     2         6      5
-    alone, images (256, 32, 32, 256)                        3     6
-    dense, here, dense, (65536, 1024)                       5     6         16     17
-    dense, here, dense, (4096, 1024)                        2.5   2.5       6.3    5.3
-    convolution, here, convolution, (32, 28, 28, 256)       2.1   2.2       5.3    4.4
-    the same in float32                                     2.1   2.2       6.3    10.4
-    convolution, here, convolution, (128, 28, 28, 128)      2     2         6      12
-    convolution, here, convolution, (128, 56, 56, 64)       3     10        8      26
-
-XLA computes sums in the kernel of the convolution or the matrix product before, and the normalisation in that of the
-one after; and it keeps in VMEM what the kernels' own VMEM drives out. The kernels win where nothing is around them,
-and a backend is not told what is.
+`auto` does not take these kernels. docs/tpu-audit.md has what whole programs move, compiled for each generation: alone,
+the kernels move fewer bytes than `jnp`; between convolutions or matrix products XLA computes the sums in the kernel of
+the operation before, and the normalisation in that of the one after, and keeps in VMEM what the kernels' own VMEM drives
+out. There `jnp` moves as little or less, and with few channels much less. A backend is not told what is around it.
 
 Not taken, and refused by name: float64 and float16 (which were not compiled), masks, arrays that XLA partitions
 over several devices, and a TPU that is not in the table of chips.
