@@ -5,6 +5,10 @@ traced has the shape of a device's part.
 """
 
 import functools
+import json
+import os
+import subprocess
+import sys
 
 import bn_fused
 import jax
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bn_fused import kernels
+from bn_fused.bench import deviceless
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_devices import collectives
@@ -278,3 +283,46 @@ def test_a_tpu_kernel_is_refused_by_a_sentence_where_it_cannot_be_given_parts():
     problem = kernels.registry.Problem(1, 1024, 128, "float32")
     with pytest.raises(kernels.registry.BackendError, match="name the devices in a shard_map"):
         kernels.registry.choose(problem, target, "pallas_tpu")
+
+
+ON_FOUR_GPUS = """
+import json, re, sys
+import jax, jax.numpy as jnp, numpy as np
+import bn_fused
+from bn_fused import kernels
+from bn_fused.bench import deviceless
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+devices = topologies.get_topology_desc(platform="cuda", topology_name="h200", topology="1x1x4",
+                                       target_config=deviceless.gpu_description(kernels.CHIPS["h200"])).devices
+mesh = Mesh(np.array(devices), ("data",))
+stats = bn_fused.RunningStats.init(256)
+def step(x, dy):
+    y, pullback, new = jax.vjp(lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu"), x, has_aux=True)
+    return y, pullback(dy)[0], new
+x = jax.ShapeDtypeStruct((4 * 4096, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+text = jax.jit(step).trace(x, x).lower(lowering_platforms=("cuda",)).compile().as_text()
+json.dump({
+    "kernels": len(re.findall(r'custom_call_target="mosaic_gpu', text)),
+    "all_reduces": len(re.findall(r" all-reduce(?:-start)?\\(", text)),
+    "gathers": len(re.findall(r"all-gather|all-to-all|collective-permute", text)),
+}, sys.stdout)
+"""
+
+
+def test_the_kernels_for_gpus_run_on_four_of_them_with_one_all_reduce_each_way():
+    missing = deviceless.missing("h200")
+    if missing is not None:
+        pytest.skip(missing)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    process = subprocess.run(
+        [sys.executable, "-c", ON_FOUR_GPUS],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment | {"JAX_PLATFORMS": "cpu"},
+    )
+    assert process.returncode == 0, process.stderr[-4000:]
+    # moments and their merge, normalise; normalise_backward and the merge of its sums, moments_backward
+    assert json.loads(process.stdout) == {"kernels": 6, "all_reduces": 2, "gathers": 0}
