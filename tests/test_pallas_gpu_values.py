@@ -139,7 +139,8 @@ def test_every_activation_with_and_without_a_residual(case, tmp_path):
 def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
     """The cases with `races` would find a barrier that is missing."""
     case = CASES["slabs and races"]
-    with pytest.raises(AssertionError, match="has a race"):
+    # The interpreter of JAX 0.12 raises the first one that it sees; before, they are counted in the end.
+    with pytest.raises(AssertionError, match="has a race|RACE DETECTED"):
         computed(dataclasses.replace(case, operations=()), operands(case), tmp_path, waits=False)
 
 
