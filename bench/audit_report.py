@@ -6,7 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .audit import Passes, Row, ideal
+from .audit_rows import Passes, Row, ideal
 from .blocks import Setting
 from .providers import NO_NORM
 from .workloads import PASSES

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from .audit import Row
+from .audit_rows import Row
 from .blocks import Setting
 from .providers import NO_NORM
 from .workloads import PASSES

@@ -13,7 +13,8 @@ import bn_fused
 
 from . import deviceless, resnet
 from .child import Child, ChildEnded, answer_requests
-from .step import Contender, Setting, contenders, one_line, program
+from .step import one_line
+from .step_networks import Contender, Setting, contenders, program
 from .traffic import passes
 
 

@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from bn_fused.bench import audit, audit_report, audit_summary, blocks, deviceless, providers, workloads
+from bn_fused.bench import audit, audit_report, audit_rows, audit_summary, blocks, deviceless, providers, workloads
 from bn_fused.bench.blocks import Setting
 from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import choose_layers, command
@@ -34,14 +34,14 @@ def run(*arguments):
 
 
 def compiled_row(case, **fields):
-    return audit.Row(
+    return audit_rows.Row(
         case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
         inside_writes=0.0, padded_inside_reads=0.0, padded_inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
     )  # fmt: skip
 
 
 def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
-    return audit.Case(target, "shape", setting, layer, pass_name)
+    return audit_rows.Case(target, "shape", setting, layer, pass_name)
 
 
 # ------------------------------------------------------------------------------------- compiled for chips
@@ -57,7 +57,7 @@ def audited(tmp_path_factory):
         "--json", path,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    rows = audit.load(path.read_text(encoding="utf-8"))
+    rows = audit_rows.load(path.read_text(encoding="utf-8"))
     return {(row.case.target, row.case.layer, row.case.pass_name): row for row in rows}, done.output
 
 
@@ -71,7 +71,7 @@ def test_equinox_reads_x_three_times_forward_and_eight_times_in_all(audited):
 def test_the_jnp_backend_makes_the_passes_of_the_streaming_ideal(audited):
     for name in ("fwd", "fwd+bwd"):
         row = audited[0]["h200", "jnp", name]
-        assert (row.reads, row.writes) == audit.ideal(SETTING, name)["streaming"], row.details
+        assert (row.reads, row.writes) == audit_rows.ideal(SETTING, name)["streaming"], row.details
         assert row.auto and row.copies == ()
 
 
@@ -181,7 +181,7 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
     assert refusing.status == "refused" and "it wants more rows" in refusing.reason
     headings, lines = audit_report.columns([telling, silent, refusing])
     cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
-    inside = str(audit.Passes(telling.inside_reads, telling.inside_writes))
+    inside = str(audit_rows.Passes(telling.inside_reads, telling.inside_writes))
     assert cells["telling"]["inside"] == inside and "opaque" in cells["silent"]["inside"]
     assert cells["refusing"]["around"] == "not compiled"
 
@@ -203,7 +203,7 @@ def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
     assert done.exit_code == 0, done.output
     rows = {
         (row.case.setting.layout, row.case.layer, row.case.pass_name): row
-        for row in audit.load((tmp_path / "block.json").read_text(encoding="utf-8"))
+        for row in audit_rows.load((tmp_path / "block.json").read_text(encoding="utf-8"))
     }
     assert len(rows) == 8 and all(row.status == "compiled" for row in rows.values())
     for layout in ("nchw", "nhwc"):
@@ -256,7 +256,7 @@ VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"5
 @pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
 def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
     text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(1, 1)})
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit_rows.Passes(1, 1)})
     # subtract and transpose: one read and one write each.
     assert (counted["reads"], counted["writes"]) == (2, 2)
     assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
@@ -268,7 +268,7 @@ def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
 
 def test_a_librarys_call_is_no_kernel_of_ours():
     text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit.Passes(5, 5)})
+    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit_rows.Passes(5, 5)})
     assert (counted["reads"], counted["writes"]) == (3, 3)
     assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
 
@@ -288,12 +288,12 @@ ENTRY %main (x: f32[64,64], dy: f32[64,64]) -> f32[64,64] {
 
 
 def test_what_a_kernel_finds_on_the_chip_or_leaves_there_is_no_pass_through_memory():
-    inside = {"forward": audit.Passes(2, 1), "backward": audit.Passes(4, 1)}
+    inside = {"forward": audit_rows.Passes(2, 1), "backward": audit_rows.Passes(4, 1)}
     counted = audit.count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
     assert (counted["reads"], counted["writes"], counted["padded_reads"]) == (1, 0, 2)
     assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
     assert (counted["padded_inside_reads"], counted["padded_inside_writes"]) == (4, 2)
-    row = audit.Row(case_for(), "compiled", **counted)
+    row = audit_rows.Row(case_for(), "compiled", **counted)
     assert row.total == (6, 2)
     # where a kernel does not say what it computes, all of them share alike: a third of the operands is in memory
     counted = audit.count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
@@ -338,7 +338,7 @@ def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
 def test_the_ideal_counts_every_array_that_has_to_move(options, streaming, resident):
     setting = Setting((8, 4, 3, 3), **options)
     for name, figures in streaming.items():
-        assert audit.ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
+        assert audit_rows.ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
 
 
 def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_path):
@@ -528,7 +528,7 @@ def answers(monkeypatch):
 def test_the_exit_status_is_1_if_ours_failed_or_nothing_was_compiled(statuses, exit_code, answers):
     def answer(case):
         status = statuses.get(case.layer)
-        return compiled_row(case) if status is None else audit.Row(case, status, "the reason why")
+        return compiled_row(case) if status is None else audit_rows.Row(case, status, "the reason why")
 
     answers(answer)
     done = run("--shape", "8,4", "--backend", "jnp", "--against", "equinox")
@@ -551,7 +551,7 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(answers, tmp_path)
     assert done.exit_code == 130
     assert "interrupted: 2 of 6 rows are finished" in done.output and "equinox batch" in done.output
     text = (tmp_path / "audit.json").read_text(encoding="utf-8")
-    assert [row.case for row in audit.load(text)] == asked
+    assert [row.case for row in audit_rows.load(text)] == asked
     assert json.loads(text)["interrupted"] is True
 
 
@@ -562,7 +562,7 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
         made.append(
             compiled_row(case, copies=("t",), kept_bytes=7, details=("t (transpose): 1R + 1W",))
             if case.layer == "jnp"
-            else audit.Row(case, "refused", "why")
+            else audit_rows.Row(case, "refused", "why")
         )
         return made[-1]
 
@@ -572,7 +572,7 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
         "--backend", "jnp", "--against", "equinox", "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md",
     )  # fmt: skip
     assert done.exit_code == 0
-    assert audit.load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
+    assert audit_rows.load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
     assert made[0].case.setting == Setting((8, 4, 2, 2), "bfloat16", "nhwc", "relu", True)
     lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
     assert "### h200: shape (8,4,2,2) bfloat16 nhwc relu residual" in lines
@@ -584,7 +584,7 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"audit_schema_version": 99, "rows": []}'])
 def test_another_versions_file_is_refused_in_a_line(text):
     with pytest.raises(ValueError, match="not JSON|reads version 1") as refused:
-        audit.load(text)
+        audit_rows.load(text)
     assert "\n" not in str(refused.value)
 
 
@@ -630,7 +630,7 @@ def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
         with_total(case_for("v5e", "jnp"), 4.0), with_total(case_for("v5e", "equinox batch"), 4.03),
         with_total(case_for("v5e", "no norm", setting=block), 0.5), with_total(case_for("v5e", "jnp", setting=block), 1.0),
         with_total(case_for("v5e", "equinox batch", setting=block), 2.0),
-        audit.Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
+        audit_rows.Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
     ]  # fmt: skip
     text = audit_summary.summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
     alone, inside = "alone (32,64,56,56) nchw float32", "conv-bn-relu-conv (32,64,56,56) nchw float32"
@@ -652,7 +652,7 @@ def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeyp
     for target in ("v4", "v5e"):
         rows = [with_total(case_for(target, layer), 2.0) for layer in ("jnp", "equinox batch")]
         paths.append(tmp_path / f"{target}.json")
-        text = audit.to_json(
+        text = audit_rows.to_json(
             rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False
         )
         paths[-1].write_text(text)
@@ -662,7 +662,7 @@ def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeyp
     assert "v4: shape" in done.output and "v5e: shape" in done.output
     text = (tmp_path / "all.md").read_text()
     assert text.startswith("# Both\n") and "--target v4" in text and "--target v5e" in text
-    assert len(audit.load((tmp_path / "all.json").read_text())) == 4
+    assert len(audit_rows.load((tmp_path / "all.json").read_text())) == 4
     (tmp_path / "other.json").write_text("{}")
     for path, said in ((tmp_path / "other.json", "audit_schema_version"), (tmp_path / "none.json", "No such file")):
         done = run("--from", path)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from bn_fused import kernels
 
-from .. import audit, audit_report, audit_summary, deviceless, records
+from .. import audit, audit_report, audit_rows, audit_summary, deviceless, records
 from ..blocks import BLOCKS, FORMS, RIVALS, Setting
 from ..suite import UNTIMED
 from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
@@ -87,7 +87,9 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
         documents = [{"command": shlex.join(["bn-bench", *sys.argv[1:]]), "versions": records.versions()}]
     if json_file is not None:
         command_line = "\n".join(dict.fromkeys(document["command"] for document in documents))
-        text = audit.to_json(rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted)
+        text = audit_rows.to_json(
+            rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted
+        )
         json_file.write_text(text, encoding="utf-8")
     if markdown_file is not None:
         named_versions = ", ".join(f"{name} {version}" for name, version in documents[0]["versions"].items())
@@ -104,7 +106,7 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
 def _read(path):
     """A saved audit; one line if it cannot be read."""
     try:
-        return audit.load_document(path.read_text(encoding="utf-8"))
+        return audit_rows.load_document(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.UsageError(f"from is {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
@@ -161,13 +163,13 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
 
 
 def run_and_print(
-    cases: Sequence[audit.Case], *, time_limit: float, instructions: bool, details: bool
-) -> tuple[list[audit.Row], bool]:
+    cases: Sequence[audit_rows.Case], *, time_limit: float, instructions: bool, details: bool
+) -> tuple[list[audit_rows.Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
     console = make_console()
     say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
-    rows: list[audit.Row] = []
-    waiting: list[audit.Row] = []
+    rows: list[audit_rows.Row] = []
+    waiting: list[audit_rows.Row] = []
     interrupted = False
 
     def print_table():
@@ -202,7 +204,7 @@ def run_and_print(
     return rows, interrupted
 
 
-def exit_status(rows: Sequence[audit.Row]) -> int:
+def exit_status(rows: Sequence[audit_rows.Row]) -> int:
     """0, or 1 if a program of ours failed to compile or none was compiled at all."""
     failed = any(row.status == "failed" and row.case.ours for row in rows)
     return FAILED if failed or not any(row.status == "compiled" for row in rows) else 0

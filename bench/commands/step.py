@@ -6,7 +6,7 @@ import click
 from rich import box
 from rich.table import Table
 
-from .. import deviceless, records, report, resnet, saved, step, step_audit, suite
+from .. import deviceless, records, report, resnet, saved, step, step_audit, step_networks, suite
 from ..workloads import LAYOUTS
 from .common import FAILED, INTERRUPTED, Backend, OutputFile, first_device, make_console, progress_bar, say, show
 from .numbers import Number
@@ -24,14 +24,14 @@ SMALLEST_IMAGE = 16
 @click.option("--batch", type=click.IntRange(min=2), help="Images in a batch; default: 8 on a CPU, else 128.")
 @click.option("--image", type=click.IntRange(min=SMALLEST_IMAGE),
               help="Height and width of an image; default: 32 on a CPU, else 224.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(step.DTYPES),
+@click.option("--dtype", type=click.Choice(step_networks.DTYPES),
               help="Of images and activations; default: float32 on a CPU, else bfloat16.")  # fmt: skip
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
 @click.option("--approach", "approaches", type=click.Choice(suite.APPROACHES), multiple=True, default=("batch",),
               show_default=True, help="Of bn_fused; repeatable.")  # fmt: skip
 @click.option("--backend", "backends", type=Backend("auto"), multiple=True,
               help="Repeatable; default: all that can run but the reference.")  # fmt: skip
-@click.option("--against", "rivals", type=click.Choice((*step.RIVALS, "none")), multiple=True,
+@click.option("--against", "rivals", type=click.Choice((*step_networks.RIVALS, "none")), multiple=True,
               help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
@@ -60,16 +60,16 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
     device = None if target else first_device()
     defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
     given = {name: value for name, value in sizes.items() if value is not None}
-    setting = step.Setting(**(defaults | given))
-    against = tuple(dict.fromkeys(rivals)) or step.RIVALS
+    setting = step_networks.Setting(**(defaults | given))
+    against = tuple(dict.fromkeys(rivals)) or step_networks.RIVALS
     options = dict(
-        backends=tuple(dict.fromkeys(backends)) or tuple(step.default_backends(setting, target)),
+        backends=tuple(dict.fromkeys(backends)) or tuple(step_networks.default_backends(setting, target)),
         rivals=against,
         approaches=tuple(dict.fromkeys(approaches)),
         fusion=fusion,
-        layouts=tuple(dict.fromkeys(layouts)) or step.default_layouts(against),
+        layouts=tuple(dict.fromkeys(layouts)) or step_networks.default_layouts(against),
     )
-    networks = step.contenders(**options)
+    networks = step_networks.contenders(**options)
     if device is None:
         say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
         say(console, f"{setting}, compiled for {target}")
@@ -144,7 +144,7 @@ LAYOUT_NOTE = (
     "themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with channels last. "
 )
 TIME_NOTE = (
-    f"/ equinox: time over that of {step.BASELINE}, the median over paired rounds. loss, after: of the same initial "
+    f"/ equinox: time over that of {step_networks.BASELINE}, the median over paired rounds. loss, after: of the same initial "
     'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
     "memory: what the compiled step holds at once, arrays included; peak: what the device had in use at most in the "
     "row's first step, - where an earlier row needed more or the device does not tell. While it is timed the learning "
@@ -159,7 +159,8 @@ AUDIT_NOTE = (
 
 def _with_layouts(note, rows):
     last = any(
-        row.name.endswith(step.CHANNELS_LAST) or (row.name == "flax" and row.status != "missing") for row in rows
+        row.name.endswith(step_networks.CHANNELS_LAST) or (row.name == "flax" and row.status != "missing")
+        for row in rows
     )
     return f"{note} {LAYOUT_NOTE}" if last else note
 
