@@ -3,7 +3,6 @@
 One process for each chip, because a process compiles for one GPU only.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import pytest
 from bn_fused.bench import deviceless
 from bn_fused.kernels.chips import CHIPS
+from compiled_operations import answer, by_operation, check_block, check_traffic
 
 # Groups, rows, channels, dtype, activation, residual.
 STREAMED = [(3, 65536, 96, "float32", "gelu", True)]
@@ -57,127 +57,22 @@ CASES = {
     "b200": every_case(FORWARD_AND_BACKWARD[:1]),
 }
 
-COMPILE = """
-import dataclasses, json, math, pathlib, re, sys
-import jax, jax.numpy as jnp
-import bn_fused
-from bn_fused import kernels
-from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.dispatch import run
-from bn_fused.bench.deviceless import compile_for
-from bn_fused.bench.traffic import passes
 
-target, cases, blocks = json.load(sys.stdin)
-S = jax.ShapeDtypeStruct
-
-def figures(compiled, elements, nbytes):
-    text = compiled.as_text()
-    traffic = passes(text, elements, nbytes)
-    launched = re.findall(r'custom_call_target="mosaic_gpu[^\\n]*', text)
-    return {
-        "reads": traffic.reads, "writes": traffic.writes, "launches": traffic.launches,
-        "copies": traffic.copies_or_transposes, "details": [str(access) for access in traffic.details],
-        "kernels": len(launched),
-    }
-
-def operation_of(name, groups, rows, channels, dtype, activation, residual):
-    kinds = {"x": S((groups, rows, channels), dtype), "channel": S((groups, channels), "float32"),
-             "group": S((groups,), "float32"), "coefficients": S((groups, 6), "float32")}
-    left_out = ("mask",) if residual else ("mask", "residual")
-    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
-    spec = Spec("grc", 1e-5, activation, "pallas_gpu")
-    x = kinds["x"]
-    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
-    found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
-    plan = kernels.registry.choose(
-        kernels.registry.Problem(groups, rows, channels, dtype, activation, residual),
-        kernels.registry.Target("cuda", kernels.chips.CHIPS[target]), "pallas_gpu").plan
-    return found | {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name),
-                    "kind": plan.kind(name)}
-
-def block(backend, dtype):
-    "conv, BatchNorm, relu, conv in NCHW, forward and gradients."
-    shape, channels = (32, 64, 56, 56), 64
-    stats = bn_fused.RunningStats.init(channels)
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
-    def forward(x, first, second, weight, bias):
-        y, new = bn_fused.batch_norm(convolve(x, first), stats, weight, bias, approach="batch", channel_axis=1,
-                                     activation="relu", backend=backend)
-        return convolve(y, second), new
-    def both(x, first, second, weight, bias, dy):
-        y, pullback, new = jax.vjp(forward, x, first, second, weight, bias, has_aux=True)
-        return y, new, pullback(dy)
-    kernel, parameter = S((channels, channels, 3, 3), dtype), S((channels,), "float32")
-    x = S(shape, dtype)
-    compiled = compile_for(target, both, x, kernel, kernel, parameter, parameter, x)
-    return figures(compiled, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize)
-
-def entrances():
-    "The number of kernels that a training step lowers to, through every way in, and with 64-bit types on."
-    import equinox as eqx
-    rows, channels = 4096, 64
-    x, parameter = S((rows, channels), "float32"), S((channels,), "float32")
-    stats = bn_fused.RunningStats.init(channels)
-    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(channels, "batch", "batch", backend="pallas_gpu")
-    mapped = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    blend = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
-    def raw(x, plan=None):
-        one = jnp.ones(channels, "float32")
-        return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend="pallas_gpu", plan=plan)[0]
-    ways = {
-        "layer": lambda x: mapped(x, state)[0],
-        "plan": lambda x: raw(x, streaming),
-    }
-    plan = bn_fused.explain((rows, channels), "float32", target=target, backend="pallas_gpu").plan
-    streaming = dataclasses.replace(plan, forward=None, backward=None)
-    found = {name: figures(compile_for(target, way, x), 1, 1)["kernels"] for name, way in ways.items()}
-    many = S((3, rows, channels), "float32")
-    function = lambda x: bn_fused.batch_norm(x, stats, backend="pallas_gpu")[0]
-    found["ensemble"] = figures(compile_for(target, jax.vmap(function), many), 1, 1)["kernels"]
-    waiting = dataclasses.replace(plan, forward=dataclasses.replace(plan.forward, members=200, cluster=False))
-    try:
-        compile_for(target, lambda x: raw(x, waiting), x)
-    except bn_fused.BackendError as error:
-        found["refused"] = str(error)
-    with jax.enable_x64(True):
-        found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
-    return found
-
-found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
-if "bfloat16" in blocks:
-    found["entrances"] = entrances()
-found["blocks"] = {dtype: {backend: block(backend, dtype) for backend in ("jnp", "pallas_gpu")} for dtype in blocks}
-json.dump(found, sys.stdout)
-"""
-
-
-def compiled_for(target, cases, dump, blocks=()):
+def compiled_for(target, cases, dump, **programs):
+    """What was counted in the programs (see `compiled_operations`), and the dumps of the kernels."""
     missing = deviceless.missing(target)
     if missing is not None:
         pytest.skip(missing)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    environment |= {
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_TO": str(dump),
-        "MOSAIC_GPU_DUMP_PTX": "1",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps([target, cases, blocks]),
-        capture_output=True,
-        text=True,
-        timeout=580,
-        env=environment,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout), {path.name: path.read_text() for path in dump.iterdir()}
+    dumped = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
+    found = answer("compiled_operations.py", ["pallas_gpu", target, cases, programs], dumped)
+    return found, {path.name: path.read_text() for path in dump.iterdir()}
 
 
 @pytest.fixture(scope="module")
 def h200(tmp_path_factory):
-    return compiled_for("h200", CASES["h200"], tmp_path_factory.mktemp("h200"), blocks=["bfloat16"])
+    return compiled_for(
+        "h200", CASES["h200"], tmp_path_factory.mktemp("h200"), entrances=True, plans=True, blocks=["bfloat16"]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -194,14 +89,6 @@ def chip(request):
     """What was counted, by case and operation, and the dumps of the kernels."""
     found, dumps = request.getfixturevalue(request.param)
     return by_operation(CASES[request.param], found), dumps
-
-
-def by_operation(cases, found):
-    return {
-        (tuple(case), name): figures
-        for (case, _), operations in zip(cases, found["operations"], strict=True)
-        for name, figures in operations.items()
-    }
 
 
 def check_registers(counted, dumps):
@@ -222,19 +109,6 @@ def check_shared_memory(dumps, chip, least=0.5):
             asked += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", text))
     assert max(asked) <= chip.shared_memory_per_block
     assert max(asked) > chip.shared_memory_per_block * least  # the rings are seen
-
-
-def check_traffic(counted):
-    """The program reads and writes the operands and results of its kernels, the plan's passes, and partial sums."""
-    for (case, name), figures in counted.items():
-        assert figures["kernels"] == figures["planned_launches"], (case, name)
-        groups, rows, channels, _, activation, residual = case
-        # Without an activation the residual's gradient is dy, which a program that returns it has to copy.
-        returned = int(residual and activation is None and name in ("backward", "normalise_backward"))
-        assert len(figures["copies"]) <= returned, (case, name, figures["details"])
-        if groups * rows * channels >= 1 << 22:  # else the partial sums of the blocks are not small beside x
-            for passes, planned in zip((figures["reads"], figures["writes"]), figures["planned_passes"], strict=True):
-                assert planned <= passes - len(figures["copies"]) < planned + 0.1, (case, name, figures["details"])
 
 
 def test_no_kernel_spills_registers_or_uses_local_memory(chip):
@@ -327,32 +201,28 @@ def test_blocks_wait_for_each_other_between_their_partial_results_and_the_merge(
         assert "__assertfail" in found
 
 
-def check_block(blocks, kernels):
-    ours, theirs = blocks["pallas_gpu"], blocks["jnp"]
-    assert len(ours["copies"]) <= len(theirs["copies"]), (ours["details"], theirs["details"])
-    assert ours["kernels"] == kernels
-    assert ours["reads"] <= theirs["reads"] and ours["writes"] <= theirs["writes"], (ours, theirs)
-
-
 def test_between_convolutions_no_copy_or_transpose_is_added(h200):
     """Forward and gradients; the forward of 13 MB stays on chip."""
-    check_block(h200[0]["blocks"]["bfloat16"], kernels=4)
+    check_block(h200[0], "pallas_gpu", "bfloat16", kernels=4)
 
 
 @pytest.mark.slow
 def test_between_convolutions_nothing_is_added_in_float32(tmp_path):
     found, _ = compiled_for("h200", [], tmp_path, blocks=["float32"])
-    check_block(found["blocks"]["float32"], kernels=6)
+    check_block(found, "pallas_gpu", "float32", kernels=6)
 
 
 def test_every_way_in_lowers_to_the_kernels(h200):
-    found = {way: number for way, number in h200[0]["entrances"].items() if way != "refused"}
-    one = dict.fromkeys(("layer", "ensemble", "x64"), 1)
-    assert found == one | {"plan": 3}
+    one = dict.fromkeys(("layer", "function", "raw", "ensemble", "inference", "x64"), 1)
+    assert h200[0]["entrances"] == one
+
+
+def test_a_plan_that_streams_is_taken(h200):
+    assert h200[0]["plans"]["streaming"] == 3
 
 
 def test_a_plan_whose_blocks_could_wait_for_ever_is_refused_before_it_is_lowered(h200):
-    assert "200 blocks wait for each other, and h200 has 132 multiprocessors" in h200[0]["entrances"]["refused"]
+    assert "200 blocks wait for each other, and h200 has 132 multiprocessors" in h200[0]["plans"]["refused"]
 
 
 def test_an_older_gpu_is_refused_before_anything_is_lowered():
