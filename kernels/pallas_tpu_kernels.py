@@ -265,8 +265,7 @@ def _normalise(refs, walk, phase, *, activation, **_):
 
 def _sum_block(walk, rows, refs, slabs, activation, dx=None):
     """Add a block's sum of dz and of dz * d to the scratch; keep its arrays in the slabs, or write dx = dz * scale."""
-    pivot = refs.pivot[...]
-    scale, shift = _scale_and_shift(refs)
+    pivot, scale, shift = refs.pivot[...], _row(refs.stats, SCALE), _row(refs.stats, SHIFT)
 
     def add(chunk, valid, sums):
         for name, slab in slabs.items():
@@ -285,9 +284,11 @@ def _sum_block(walk, rows, refs, slabs, activation, dx=None):
         refs.stats[pl.ds(row, 1), :] += jnp.sum(part, 0, keepdims=True)
 
 
-def _clear_sums(refs):
-    for row in (SUM_DZ, SUM_DZ_D):
-        refs.stats[pl.ds(row, 1), :] = jnp.zeros((1, refs.stats.shape[1]), jnp.float32)
+def _begin_sums(refs):
+    scale, shift = _scale_and_shift(refs)
+    zero = jnp.zeros_like(scale)
+    for row, value in ((SUM_DZ, zero), (SUM_DZ_D, zero), (SCALE, scale), (SHIFT, shift)):
+        refs.stats[pl.ds(row, 1), :] = value
 
 
 def _write_sums(refs):
@@ -321,14 +322,14 @@ def _backward(refs, walk, phase, *, activation, **_):
         stats[pl.ds(SLOPE, 1), :], stats[pl.ds(LEVEL, 1), :] = slope, level
 
     def sums():
-        pl.when(walk.index == 0)(lambda: _clear_sums(refs))
+        pl.when(walk.index == 0)(lambda: _begin_sums(refs))
         walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, slabs(kept), activation))
         pl.when(walk.index == walk.count - 1)(finish)
 
     def gradient(rows, kept):
         sources = SimpleNamespace(**{**vars(refs), **slabs(kept)})
-        pivot, slope, level = refs.pivot[...], _row(stats, SLOPE), _row(stats, LEVEL)
-        scale, shift = _scale_and_shift(refs)
+        pivot = refs.pivot[...]
+        scale, shift, slope, level = (_row(stats, row) for row in (SCALE, SHIFT, SLOPE, LEVEL))
 
         def write(chunk, valid, carry):
             d, dz = _pre_activation_cotangent(sources, chunk, pivot, scale, shift, activation)
@@ -344,7 +345,7 @@ def _backward(refs, walk, phase, *, activation, **_):
 
 
 def _normalise_backward(refs, walk, phase, *, activation, **_):
-    pl.when(walk.index == 0)(lambda: _clear_sums(refs))
+    pl.when(walk.index == 0)(lambda: _begin_sums(refs))
     walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, {}, activation, refs.dx))
 
     @pl.when(walk.index == walk.count - 1)

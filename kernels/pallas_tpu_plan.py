@@ -143,14 +143,15 @@ def _blocks(rows, channels, block_bytes, itemsize, most_channels):
 
 def _inner_loop(block_channels, traffic, activation, chip):
     """Rows of a chunk, and chunks in one iteration."""
-    elements = LIGHT_ELEMENTS
+    elements, chunk_elements = LIGHT_ELEMENTS, CHUNK_ELEMENTS
     if traffic.first > 1:
         elements = HEAVIEST_ELEMENTS if activation in SMOOTH else HEAVY_ELEMENTS
     elif activation in SMOOTH:
         elements = HEAVY_ELEMENTS
     if chip.name in FEW_REGISTERS:
-        elements //= 2
-    chunk_rows = max(CHUNK_ELEMENTS // block_channels, ROW_TILE)
+        elements //= 4 if traffic.first > 1 else 2
+        chunk_elements //= 2
+    chunk_rows = max(chunk_elements // block_channels, ROW_TILE)
     return chunk_rows, max(1, elements // (chunk_rows * block_channels))
 
 
@@ -158,7 +159,9 @@ def _kernel_plan(problem, itemsize, traffic, chip):
     rows, channels = problem.rows, problem.channels
     available = chip.vmem - RESERVED_BYTES
     heaviest = traffic.first > 1 and problem.activation in SMOOTH
-    most_channels = MOST_CHANNELS // 2 if heaviest or chip.name in FEW_REGISTERS else MOST_CHANNELS
+    most_channels = MOST_CHANNELS // 2 if heaviest else MOST_CHANNELS
+    if chip.name in FEW_REGISTERS:
+        most_channels = LANES
     block_bytes = BLOCK_BYTES
     while True:
         block_rows, block_channels = _blocks(rows, channels, block_bytes, itemsize, most_channels)

@@ -198,20 +198,22 @@ LOAD, STORE = re.compile(r"= vld\s+\[vmem"), re.compile(r"= vst\s+\[vmem")
 
 
 def inner_loops(code):
-    """The bodies of the loops inside the grid's, each a list of bundles."""
+    """The bodies of the loops inside the grid's, each a list of bundles: to the branch back, and what runs while that
+    is taken."""
     loops, inside = [], False
     for line in code.splitlines():
         bundle = BUNDLE.match(line)
         if bundle is None:
             continue
-        deep = len(bundle["depth"]) >= 2
-        if deep and (not inside or bundle["mark"] == "LB"):
+        deep, branch = len(bundle["depth"]) >= 2, "sbr.rel" in bundle["code"]
+        if deep and bundle["mark"] == "LB":
             loops.append([])
-        if deep:
+            inside = True
+        elif not deep and not (inside and branch and "sbr.rel" not in "".join(loops[-1])):
+            inside = False
+        if inside:
             loops[-1].append(bundle["code"])
-        inside = deep
-    # What follows a loop's end on its depth is not a loop.
-    return [loop for loop in loops if any("sbr.rel" in code for code in loop)]
+    return loops
 
 
 def test_the_code_of_every_kernel_is_there_to_be_read(compiled):
@@ -223,18 +225,16 @@ def test_the_code_of_every_kernel_is_there_to_be_read(compiled):
 
 def test_no_vector_register_is_spilled(compiled):
     chip, _, code = compiled
-    if chip == "v4":
-        pytest.skip("v4 has half as many vector registers; its backward spills some outside of what is measured here")
     for name, text in code:
         assert not VECTOR_SPILL.search(text), f"{name} spills on {chip}"
 
 
-# Vector operations of one register of float32, in bundles: what a chip's memory needs for one is 2.4 (v6e) to 7 (v4).
-@pytest.mark.parametrize(("operation", "most"), [("moments", 1.6), ("normalise", 2.6)])
-def test_the_inner_loops_are_faster_than_the_memory(compiled, operation, most):
+# Bundles for one vector register of float32. A chip's memory takes 2.4 (v6e) to 7 (v4) for it, and half of that where x
+# is bfloat16. v4 issues half as many vector operations at once.
+@pytest.mark.parametrize(("operation", "most", "on_v4"), [("moments", 1.6, 3.5), ("normalise", 2.6, 3.5)])
+def test_the_inner_loops_are_faster_than_the_memory(compiled, operation, most, on_v4):
     chip, _, code = compiled
-    if chip == "v4":
-        pytest.skip("v4 issues half as many vector operations at once, and needs as many bundles as its memory allows")
+    most = on_v4 if chip == "v4" else most
     loops = [loop for name, text in code if name == f"bn_fused_{operation}" for loop in inner_loops(text)]
     assert loops
     for loop in loops:
