@@ -62,21 +62,23 @@ class _Walk:
         """carry = body(rows of the chunk as a slice, how many of them are x's or None for all, carry), repeatedly."""
         whole, rest = divmod(rows, self.chunk)
 
-        def step(first, carry):
-            return body(pl.ds(pl.multiple_of(first, self.chunk), self.chunk), None, carry)
+        def step(index, carry):
+            first = pl.multiple_of(index * self.chunk, self.chunk)
+            return body(pl.ds(first, self.chunk), None, carry)
 
         def steps(index, carry):
             for part in range(unroll):
-                carry = step((index * unroll + part) * self.chunk, carry)
+                carry = step(index * unroll + part, carry)
             return carry
 
-        # Unrolled here, because the compiler's own unrolling crashes on some numbers of steps.
+        # Unrolled here, because the compiler's own unrolling crashes on some numbers of steps. Those that are left over
+        # have a loop too: side by side they would need more registers than there are.
         unroll = self.plan.unroll
         unrolled = whole // unroll
         if unrolled:
             carry = lax.fori_loop(0, unrolled, steps, carry)
-        for index in range(unrolled * unroll, whole):
-            carry = step(index * self.chunk, carry)
+        if whole % unroll:
+            carry = lax.fori_loop(unrolled * unroll, whole, step, carry)
         if rest:
             size = round_up(rest, ROW_TILE)
             carry = body(pl.ds(whole * self.chunk, size), rest if rest < size else None, carry)
@@ -265,7 +267,7 @@ def _normalise(refs, walk, phase, *, activation, **_):
 
 def _sum_block(walk, rows, refs, slabs, activation, dx=None):
     """Add a block's sum of dz and of dz * d to the scratch; keep its arrays in the slabs, or write dx = dz * scale."""
-    pivot, scale, shift = refs.pivot[...], _row(refs.stats, SCALE), _row(refs.stats, SHIFT)
+    pivot, scale, shift = (_row(refs.stats, row) for row in (PIVOT, SCALE, SHIFT))
 
     def add(chunk, valid, sums):
         for name, slab in slabs.items():
@@ -285,9 +287,11 @@ def _sum_block(walk, rows, refs, slabs, activation, dx=None):
 
 
 def _begin_sums(refs):
+    """Clear the sums, and put what every chunk needs where a chip with few registers reads it again and again."""
     scale, shift = _scale_and_shift(refs)
     zero = jnp.zeros_like(scale)
-    for row, value in ((SUM_DZ, zero), (SUM_DZ_D, zero), (SCALE, scale), (SHIFT, shift)):
+    values = (SUM_DZ, zero), (SUM_DZ_D, zero), (PIVOT, refs.pivot[...]), (SCALE, scale), (SHIFT, shift)
+    for row, value in values:
         refs.stats[pl.ds(row, 1), :] = value
 
 
@@ -328,8 +332,7 @@ def _backward(refs, walk, phase, *, activation, **_):
 
     def gradient(rows, kept):
         sources = SimpleNamespace(**{**vars(refs), **slabs(kept)})
-        pivot = refs.pivot[...]
-        scale, shift, slope, level = (_row(stats, row) for row in (SCALE, SHIFT, SLOPE, LEVEL))
+        pivot, scale, shift, slope, level = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT, SLOPE, LEVEL))
 
         def write(chunk, valid, carry):
             d, dz = _pre_activation_cotangent(sources, chunk, pivot, scale, shift, activation)

@@ -13,9 +13,9 @@ ROW_TILE = 16
 # A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
 CHUNK_ELEMENTS = 32 * LANES
 # Elements in one iteration of the inner loop, so that none of its values leaves the registers (seen in what the
-# compiler makes of it): in kernels that do little, in the backward or with an activation that takes many operations, and
-# in the backward with such an activation.
-LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 32 * LANES
+# compiler makes of it): in kernels that do little; in those that read two arrays; and in those that read three or have an
+# activation that takes many operations. Both together: half of that.
+LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 64 * LANES
 SMOOTH = ("silu", "gelu")
 FEW_REGISTERS = ("v4",)  # chips with half as many registers as the others
 # A block's copy must take long against the third of a microsecond that a step of the grid costs.
@@ -144,9 +144,10 @@ def _blocks(rows, channels, block_bytes, itemsize, most_channels):
 def _inner_loop(block_channels, traffic, activation, chip):
     """Rows of a chunk, and chunks in one iteration."""
     elements, chunk_elements = LIGHT_ELEMENTS, CHUNK_ELEMENTS
-    if traffic.first > 1:
-        elements = HEAVIEST_ELEMENTS if activation in SMOOTH else HEAVY_ELEMENTS
-    elif activation in SMOOTH:
+    smooth = activation in SMOOTH
+    if smooth or traffic.first > 2:
+        elements = HEAVIEST_ELEMENTS // 2 if smooth and traffic.first > 1 else HEAVIEST_ELEMENTS
+    elif traffic.first > 1:
         elements = HEAVY_ELEMENTS
     if chip.name in FEW_REGISTERS:
         elements //= 4 if traffic.first > 1 else 2
