@@ -142,6 +142,13 @@ def entrances():
         found["refused"] = str(error)
     with jax.enable_x64(True):
         found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
+    def virtual_batches(x):
+        y, pullback, new = jax.vjp(
+            lambda x: bn_fused.batch_norm(x, stats, virtual_batch_size=rows // 8, backend="pallas_gpu"), x, has_aux=True)
+        return y, pullback(y), new
+    counted = figures(compile_for(target, virtual_batches, x), x.size, 4 * x.size)
+    found["virtual batches, both ways"] = counted["kernels"]
+    found["copies for virtual batches"] = len(counted["copies"])
     return found
 
 found = {"operations": [{name: operation_of(name, *case) for name in names} for case, names in cases]}
@@ -348,7 +355,8 @@ def test_between_convolutions_nothing_is_added_in_float32(tmp_path):
 def test_every_way_in_lowers_to_the_kernels(h200):
     found = {way: number for way, number in h200[0]["entrances"].items() if way != "refused"}
     one = dict.fromkeys(("layer", "ensemble", "x64"), 1)
-    assert found == one | {"plan": 3}
+    virtual = {"virtual batches, both ways": 2, "copies for virtual batches": 0}
+    assert found == one | {"plan": 3} | virtual
 
 
 def test_a_plan_whose_blocks_could_wait_for_ever_is_refused_before_it_is_lowered(h200):
