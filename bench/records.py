@@ -63,6 +63,8 @@ class Row(Frozen):
     - `of_copy`: that bandwidth over the copy's, the median over paired rounds.
     - `ratios`: the time over each rival's, the median over paired rounds.
     - `collective_bytes`: what the devices exchange in a call; None on one device.
+    - `sync_ratio`: where devices share their statistics, the time over that of the same layer on the same devices, each
+        with statistics of its own, the median over paired rounds; else None.
     """
 
     workload: str
@@ -88,6 +90,7 @@ class Row(Frozen):
     of_copy: float | None = None
     ratios: dict[str, float] = {}
     collective_bytes: int | None = None
+    sync_ratio: float | None = None
 
     @pydantic.model_validator(mode="after")
     def _timed_if_ok(self):

@@ -18,6 +18,11 @@ NOTE = (
     "over the paired rounds; errors are against float64, relative as `bn_fused.bench.check` says."
 )
 
+SYNC_NOTE = (
+    "/ no sync: the time over that of the same layer on the same devices, each with statistics of its own, the median "
+    "over the paired rounds. The parameters' gradients are summed over the devices with and without."
+)
+
 
 def environment_lines(environment: Environment) -> list[str]:
     """Device and versions, in two lines."""
@@ -53,9 +58,9 @@ def layer_name(row: Row, several_approaches: bool) -> str:
     return f"{row.layer} {row.approach}" if several_approaches else row.layer
 
 
-def _figures(row: Row, rivals: Sequence[str], exchanged: bool) -> list[Text]:
+def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> list[Text]:
     error = Text("-" if row.error is None else f"{row.error:.0e}")
-    columns = 4 + len(rivals) + exchanged
+    columns = 4 + len(rivals) + len(devices)
     if row.median is None:
         shown = {"failed": Text("FAILED", "bold red")}.get(row.status, Text(row.status, "yellow"))
         return [shown, *[Text("-")] * (columns - 1), error]
@@ -66,25 +71,40 @@ def _figures(row: Row, rivals: Sequence[str], exchanged: bool) -> list[Text]:
         f"{row.bandwidth / 1e9:.1f}",
         f"{100 * row.of_copy:.0f} %",
     ]
-    if exchanged:
-        texts.append("-" if row.collective_bytes is None else str(row.collective_bytes))
+    for name, form in devices.items():
+        value = getattr(row, name)
+        texts.append("-" if value is None else format(value, form))
     return [*map(Text, texts), error]
 
 
-def headings(rivals: Sequence[str], exchanged: bool) -> list[str]:
-    """The headings of the columns of figures."""
+# Columns that only some runs have: the row's field, the heading, the format.
+ON_DEVICES = (("collective_bytes", "exchanged B", "d"), ("sync_ratio", "/ no sync", ".2f"))
+
+
+def on_devices(rows: Sequence[Row]) -> dict[str, str]:
+    """The fields of `ON_DEVICES` that some row has, with their formats."""
+    return {name: form for name, _, form in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
+
+
+def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
+    """The headings of the columns of figures; `devices`: those of `on_devices`."""
     columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
-    return [*columns, *(["exchanged B"] if exchanged else []), "error"]
+    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error"]
+
+
+def note(rows: Sequence[Row]) -> str:
+    """What the figures mean, in one paragraph."""
+    return f"{NOTE} {SYNC_NOTE}" if "sync_ratio" in on_devices(rows) else NOTE
 
 
 def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None = None) -> Table:
     """The rows of one workload; a row whose check failed shows FAILED in place of its times."""
-    exchanged = any(row.collective_bytes is not None for row in rows)
+    devices = on_devices(rows)
     several = len({row.approach for row in rows}) > 1
-    made = table(str(rows[0].at), ("pass", "layer"), headings(rivals, exchanged))
+    made = table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
     for row in rows:
         name = layer_name(row, several)
-        made.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, exchanged))
+        made.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
     return made
 
 
@@ -137,12 +157,12 @@ def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:
 
 def markdown(run: Run) -> str:
     """The run as a Markdown table, with what it ran on above it."""
-    exchanged = any(row.collective_bytes is not None for row in run.rows)
+    devices = on_devices(run.rows)
     several = len({row.approach for row in run.rows}) > 1
-    columns = ["workload", "pass", "layer", *headings(run.rivals, exchanged)]
+    columns = ["workload", "pass", "layer", *headings(run.rivals, devices)]
     lines = [*environment_lines(run.environment), "", f"{run.date}, `{run.command}`", ""]
     lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
     for row in run.rows:
-        cells = [str(row.at), row.pass_name, layer_name(row, several), *map(str, _figures(row, run.rivals, exchanged))]
+        cells = [str(row.at), row.pass_name, layer_name(row, several), *map(str, _figures(row, run.rivals, devices))]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", NOTE, ""])
+    return "\n".join([*lines, "", note(run.rows), ""])

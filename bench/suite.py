@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from .cases import check_case, copy_program, make_case, make_inputs, make_oracle
 from .check import Check, failure_of
 from .providers import DEVICES, RIVALS, Provider, bn_fused_layer
 from .records import Row
-from .timing import measure
+from .timing import Timed, measure
 from .workloads import COPY_PASSES, Workload
 
 APPROACHES = ("batch", "ema", "ema_compatibility")
@@ -29,7 +30,8 @@ class Settings:
     - `approaches`, `backends`, `rivals`, `passes`: names; no backends: all that can run there.
     - `seconds`: for the samples of one workload, without compilation and checks.
     - `cold`: whether the caches are made cold; see `bench.cases`.
-    - `devices`: over how many the examples are split; `sync`: whether they share their statistics.
+    - `devices`: over how many the examples are split; `sync`: whether they share their statistics. Every layer that
+        does is also checked and timed without, for the row's `sync_ratio`.
     """
 
     approaches: Sequence[str] = ("batch",)
@@ -40,6 +42,25 @@ class Settings:
     cold: bool = False
     devices: int = 1
     sync: bool = False
+
+    @property
+    def syncs(self) -> tuple[bool, ...]:
+        """The ways in which every layer runs: as asked, and beside the one that shares its statistics without."""
+        return (True, False) if self.sync else (False,)
+
+
+class Key(NamedTuple):
+    """What tells the programs of a workload apart; `sync`: whether the devices share their statistics."""
+
+    layer: str
+    approach: str
+    pass_name: str
+    sync: bool
+
+    @property
+    def alone(self) -> "Key":
+        """The same, each device with statistics of its own."""
+        return self._replace(sync=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,22 +164,27 @@ def run_workload(
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: settings.devices]), (DEVICES,))
     sets = sets_for(workload, jax.devices()[0], settings.cold)
     inputs = make_inputs(workload, sets=sets, mesh=mesh)
-    parts = 1 if settings.sync else settings.devices
-    oracles = {approach: make_oracle(inputs, approach, parts) for approach in {layer.approach for layer in able}}
-    checks: dict[tuple, Check] = {}
-    exchanged: dict[tuple, int | None] = {}
-    work = {"copy": copy_program(inputs)}
-    for done, layer in enumerate(able):
-        progress(0.4 * done / len(able))
-        keys = {pass_name: (layer.provider.name, layer.approach, pass_name) for pass_name in settings.passes}
+    oracles = {
+        (approach, sync): make_oracle(inputs, approach, 1 if sync else settings.devices)
+        for approach in {layer.approach for layer in able}
+        for sync in settings.syncs
+    }
+    checks: dict[Key, Check] = {}
+    exchanged: dict[Key, int | None] = {}
+    work: dict[Any, Timed] = {"copy": copy_program(inputs)}
+    variants = [(layer, sync) for layer in able for sync in settings.syncs]
+    for done, (layer, sync) in enumerate(variants):
+        progress(0.4 * done / len(variants))
+        keys = {name: Key(layer.provider.name, layer.approach, name, sync) for name in settings.passes}
         try:
-            case = make_case(layer.provider, inputs, layer.approach, settings.passes, settings.sync)
+            case = make_case(layer.provider, inputs, layer.approach, settings.passes, sync)
         except Exception as error:  # a layer that does not compile fails, and the others go on
             checks |= {key: Check(failure=failure_of(error)) for key in keys.values()}
             continue
         # In a first step all approaches normalise with the batch's statistics, the other libraries do so in every one.
         for pass_name, key in keys.items():
-            checks[key] = check_case(case, pass_name, oracles[layer.approach], workload, layer.provider.ours)
+            oracle = oracles[layer.approach, sync]
+            checks[key] = check_case(case, pass_name, oracle, workload, layer.provider.ours)
             exchanged[key] = case.collective_bytes.get(pass_name)
             if checks[key].ok:
                 work[key] = case.programs[pass_name]
@@ -169,13 +195,16 @@ def run_workload(
             if layer.status != "ok":
                 rows.append(_row(workload, layer, pass_name, status=layer.status, reason=layer.reason))
                 continue
-            key = (layer.provider.name, layer.approach, pass_name)
-            check = checks[key]
-            values = {"status": "ok" if check.ok else "failed", "reason": check.reason}
+            key = Key(layer.provider.name, layer.approach, pass_name, settings.sync)
+            check, reason = checks[key], checks[key].reason
+            if check.ok and not checks[key.alone].ok:
+                check = checks[key.alone]
+                reason = f"without --sync: {check.reason}"
+            values = {"status": "ok" if check.ok else "failed", "reason": reason}
             if check.errors:
                 nearest = max(check.errors, key=lambda error: np.nan_to_num(error.share, nan=np.inf))
                 values |= {"error": _finite(nearest.value), "limit": nearest.limit}
-            if key in samples:
+            if check.ok:
                 values |= _times(workload, samples, key, settings) | {"collective_bytes": exchanged[key]}
             rows.append(_row(workload, layer, pass_name, **values))
     return rows
@@ -183,12 +212,12 @@ def run_workload(
 
 def _times(workload, samples, key, settings):
     """What the samples of a layer's pass say, as fields of a row."""
-    name, approach, pass_name = key
-    taken, copy, passes = samples[key], samples["copy"], workload.passes(pass_name)
+    taken, copy, passes = samples[key], samples["copy"], workload.passes(key.pass_name)
     ratios = {}
     for rival in settings.rivals:
         # A rival that knows one way to train runs once, for all approaches.
-        other = samples.get((rival, approach, pass_name)) or samples.get((rival, settings.approaches[0], pass_name))
+        names = (key._replace(layer=rival, approach=approach) for approach in (key.approach, settings.approaches[0]))
+        other = next((samples[name] for name in names if name in samples), None)
         if other is not None:
             ratios[rival] = taken.ratio_to(other)
     return {
@@ -201,6 +230,7 @@ def _times(workload, samples, key, settings):
         "copy_bandwidth": COPY_PASSES * workload.nbytes / copy.median,
         "of_copy": passes / COPY_PASSES / taken.ratio_to(copy),
         "ratios": ratios,
+        "sync_ratio": taken.ratio_to(samples[key.alone]) if key.sync else None,
     }
 
 

@@ -214,9 +214,9 @@ def sum_batched(operand, size):
     return Batched(jnp.sum(operand.value, operand.dim))
 
 
-# Sums of small values over named vmap axes: what lax.psum is, but traced as explicit sums.
+# Sums and means of small values over named vmap axes: what lax.psum and lax.pmean are, but traced as explicit sums.
 
-named_sum_p = Primitive("bn_fused_named_sum")
+named_sum_p, named_mean_p = Primitive("bn_fused_named_sum"), Primitive("bn_fused_named_mean")
 
 
 def named_sum(value, averaged):
@@ -224,13 +224,9 @@ def named_sum(value, averaged):
     return named_sum_p.bind(value, averaged=averaged) if averaged.names else value
 
 
-named_sum_p.def_impl(lambda value, averaged: jitted(named_sum_p, averaged=averaged)(value))
-
-
-@named_sum_p.def_abstract_eval
-def _named_sum_type(value, averaged):
-    arguments.bound(averaged.names)
-    return value.update(weak_type=False)
+def named_mean(value, averaged):
+    """The mean of a small value over the vmap axes of `averaged`; where it is the same for all, itself, bit for bit."""
+    return named_mean_p.bind(value, averaged=averaged) if averaged.names else value
 
 
 def _named_sum_batch(axis, values, dims, *, averaged):
@@ -246,17 +242,37 @@ def _named_sum_batch(axis, values, dims, *, averaged):
     return named_sum(jnp.repeat(total, size, 0), rest), 0
 
 
-def _named_sum_lower(context, value, *, averaged):
-    _refuse_unbound(averaged)
-    return [value]
+def _named_mean_batch(axis, values, dims, *, averaged):
+    (value,), (dim,) = values, dims
+    if axis.name not in averaged.names:
+        return named_mean_p.bind(value, averaged=averaged), dim
+    return named_mean(value if dim is None else jnp.mean(value, dim), averaged.without(axis.name)), None
 
 
-fancy_primitive_batchers[named_sum_p] = _named_sum_batch
-register_lowering(named_sum_p, _named_sum_lower)
-ad.primitive_jvps[named_sum_p] = lambda values, tangents, averaged: (
-    named_sum(values[0], averaged),
-    tangents[0] if isinstance(tangents[0], ad.Zero) else named_sum(tangents[0], averaged),
-)
-ad.primitive_transposes[named_sum_p] = lambda cotangent, value, averaged: [
-    cotangent if isinstance(cotangent, ad.Zero) else named_sum(cotangent, averaged)
-]
+def _define_linear(primitive, function, batch):
+    """Give a primitive of one value, which is its own transpose, its type, lowering, batching and derivatives."""
+
+    def value_type(value, averaged):
+        arguments.bound(averaged.names)
+        return value.update(weak_type=False)
+
+    def lower(context, value, *, averaged):
+        _refuse_unbound(averaged)
+        return [value]
+
+    def apply(value, averaged):
+        return value if isinstance(value, ad.Zero) else function(value, averaged)
+
+    primitive.def_impl(lambda value, averaged: jitted(primitive, averaged=averaged)(value))
+    primitive.def_abstract_eval(value_type)
+    register_lowering(primitive, lower)
+    fancy_primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = lambda values, tangents, averaged: (
+        function(values[0], averaged),
+        apply(tangents[0], averaged),
+    )
+    ad.primitive_transposes[primitive] = lambda cotangent, value, averaged: [apply(cotangent, averaged)]
+
+
+_define_linear(named_sum_p, named_sum, _named_sum_batch)
+_define_linear(named_mean_p, named_mean, _named_mean_batch)

@@ -12,10 +12,11 @@ from . import approaches, reference
 from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
 from .devices import split_names, total_size
 from .kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
+from .kernels.jax_internals import vary_together
 from .kernels.layout import CHANNEL, ROW
 from .kernels.merging import merge_moments
 from .kernels.registry import REFERENCE
-from .named_axes import NOTHING, Averaged, named_sum
+from .named_axes import NOTHING, Averaged, named_mean, named_sum
 from .primitives import forward, moments, normalise
 
 
@@ -165,9 +166,16 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
         count = jnp.sum(mask, dtype=local["var"].dtype)
     count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
     pivot, delta, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
-    mean = pivot + delta
-    new = blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
-    y = _normalise(call, x, mean, new.offset, new.norm_var, weight, bias, residual, mask)
+    # Each example's own gradient of these goes into the sum of all of them. The mean has that summed on the device,
+    # before devices exchange it; under check_vma they do where the type changes from the same to varying.
+    mean, var = (named_mean(value, averaged) for value in (pivot + delta, var))
+    own = [named_mean(vary_together([value, x])[0], averaged) for value in (mean, var)]
+
+    def mixed(mean, var):
+        return blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
+
+    new, here = mixed(mean, var), mixed(*own)
+    y = _normalise(call, x, own[0], here.offset, here.norm_var, weight, bias, residual, mask)
     return y, new.new_running_mean, new.new_running_var
 
 

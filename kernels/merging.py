@@ -1,5 +1,7 @@
 """Merging the moments that devices have of their parts of the rows, with one small all-reduce."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -31,14 +33,36 @@ def merge_moments(mean, var, count, names, delta=None):
         end = 2 * channels
         deltas = jnp.zeros_like(slots[:, :channels]) if delta is None else slots[:, end + 1 :]
         return _chan(slots[:, :channels], deltas, slots[:, channels:end], slots[:, end : end + 1])
-    mean = mean if delta is None else mean + delta
+    mean, var, total = _two_sums(tuple(names), mean if delta is None else mean + delta, var, count)
+    return mean, jnp.zeros_like(mean), var, total
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _two_sums(names, mean, var, count):
+    """The mean, then the variance around it, and the whole count."""
     empty = count == 0
     weighted = jnp.where(empty, jnp.zeros_like(mean), count * mean)
     sums = jax.lax.psum(jnp.concatenate([weighted, count]), names)
     total = jnp.maximum(sums[-1], 1)
     merged = sums[:-1] / total
     spread = jnp.where(empty, jnp.zeros_like(var), count * (var + (mean - merged) ** 2))
-    return merged, jnp.zeros_like(merged), jax.lax.psum(spread, names) / total, sums[-1]
+    return merged, jax.lax.psum(spread, names) / total, sums[-1]
+
+
+@_two_sums.defjvp
+def _two_sums_jvp(names, values, tangents):
+    """One sum, where JAX's own rule has two, one after the other, each way.
+
+    The variance does not depend on the mean it is taken around to first order: the differences from it sum to zero.
+    The count is no function of anything that is differentiated.
+    """
+    (mean, var, count), (dmean, dvar, _) = values, tangents
+    merged, spread, whole = _two_sums(names, mean, var, count)
+    empty, total = count == 0, jnp.maximum(whole, 1)
+    difference = jnp.where(empty, jnp.zeros_like(mean), mean - merged)
+    changes = [jnp.where(empty, jnp.zeros_like(d), count * d) for d in (dmean, dvar + 2 * difference * dmean)]
+    dmerged, dspread = jnp.split(jax.lax.psum(jnp.concatenate(changes), names) / total, 2)
+    return (merged, spread, whole), (dmerged, dspread, jnp.zeros_like(whole))
 
 
 def _chan(pivots, deltas, variances, counts):

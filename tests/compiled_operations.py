@@ -170,6 +170,16 @@ def entrances(backend, target):
     found = {name: figures(compile_for(target, *way), 1, 1)["kernels"] for name, way in ways.items()}
     with jax.enable_x64(True):
         found["x64"] = figures(compile_for(target, raw, x), 1, 1)["kernels"]
+
+    def virtual_batches(x):
+        y, pullback, new = jax.vjp(
+            lambda x: bn_fused.batch_norm(x, stats, virtual_batch_size=rows // 8, backend=backend), x, has_aux=True
+        )
+        return y, pullback(y), new
+
+    counted = figures(compile_for(target, virtual_batches, x), x.size, 4 * x.size)
+    found["virtual batches, both ways"] = counted["kernels"]
+    found["copies for virtual batches"] = len(counted["copies"])
     return found
 
 

@@ -220,7 +220,48 @@ def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
         assert cases.check_case(case, pass_name, own, workload, True).ok != sync
     # The packed moments forward; without sharing nothing. Backward, the parameters' own gradients are summed anyway.
     assert (case.collective_bytes["fwd"] > 0) == sync
-    assert case.collective_bytes["bwd"] >= 2 * 4 * workload.channels
+    parameters = 2 * 4 * workload.channels
+    assert case.collective_bytes["bwd"] > parameters if sync else case.collective_bytes["bwd"] == parameters
+
+
+def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_layer_with_and_without(monkeypatch):
+    exchanged = {}
+
+    def measure(work, **settings):
+        rounds = dict.fromkeys(work, np.ones(3))
+        for key, timed in work.items():
+            if key != "copy":
+                exchanged[key] = cases.collective_bytes(timed.start.func.as_text())
+                # In the rounds twice, three times and twice as long; the ratio of the medians is 3.
+                rounds[key] = np.array([2.0, 30.0, 400.0] if key.sync else [1.0, 10.0, 200.0])
+        return {key: timing.Samples(seconds) for key, seconds in rounds.items()}
+
+    monkeypatch.setattr(suite, "measure", measure)
+    workload = Workload("any", (8, 4, 3, 3))
+    settings = suite.Settings(backends=("jnp",), passes=PASSES, devices=4, sync=True)
+    rows = suite.run_workload(workload, settings)
+    assert [row.sync_ratio for row in rows] == [2.0] * 6, [row.reason for row in rows]
+    assert {key.layer for key in exchanged} == {"jnp", "equinox"} and len(exchanged) == 12
+    # The program of each device for itself exchanges nothing but, backward, the parameters' gradients.
+    parameters = 2 * 4 * workload.channels
+    for key, nbytes in exchanged.items():
+        own = 0 if key.pass_name == "fwd" else parameters
+        assert nbytes > own if key.sync else nbytes == own, key
+    # Without sharing there is nothing to compare with.
+    (row,) = suite.run_workload(workload, dataclasses.replace(settings, rivals=(), passes=("fwd",), sync=False))
+    assert row.status == "ok" and row.sync_ratio is None
+
+
+def test_a_layer_that_fails_without_sharing_its_statistics_is_not_timed_with(monkeypatch):
+    def make_case(provider, inputs, approach, passes, sync):
+        if not sync:
+            raise RuntimeError("alone")
+        return cases.make_case(provider, inputs, approach, passes, sync)
+
+    monkeypatch.setattr(suite, "make_case", make_case)
+    settings = suite.Settings(backends=("jnp",), rivals=(), passes=("fwd",), devices=2, sync=True, seconds=0.01)
+    (row,) = suite.run_workload(Workload("any", (8, 4)), settings)
+    assert (row.status, row.reason, row.median) == ("failed", "without --sync: RuntimeError: alone", None)
 
 
 def test_large_workloads_are_compared_in_some_channels_the_first_and_the_last_among_them(monkeypatch):

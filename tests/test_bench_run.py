@@ -1,5 +1,6 @@
 """`bn-bench run`, `compare`, `report` and `doctor`: what they print, save and draw, and the status they exit with."""
 
+import csv
 import json
 import pathlib
 import re
@@ -232,7 +233,40 @@ def test_a_run_with_options_passes_its_checks(options, capsys, request, standard
     assert bn_bench(*SMALL, "--pass", "fwd", "--pass", "bwd", "--pass", "fwd+bwd", *options) == 0
     out = capsys.readouterr().out
     assert "every check passed" in out
-    assert ("exchanged B" in out) == ("--devices" in options)
+    assert ("exchanged B" in out) == ("/ no sync" in out) == ("--devices" in options)
+    assert ("each with statistics of its own" in " ".join(out.split())) == ("--sync" in options)
+
+
+def test_what_sharing_statistics_costs_is_in_every_file_and_a_run_from_before_is_compared_with_it(tmp_path, capsys):
+    files = {kind: tmp_path / f"run.{kind}" for kind in ("json", "csv", "markdown")}
+    named = [argument for kind, path in files.items() for argument in (f"--{kind}", str(path))]
+    assert bn_bench(*SMALL, "--devices", "2", "--sync", *named) == 0
+    run = records.load(files["json"])
+    ratios = [row.sync_ratio for row in run.rows]
+    assert len(ratios) == 4 and all(ratio > 0 for ratio in ratios)
+    found = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    assert [float(row["sync_ratio"]) for row in found] == ratios
+    heading, *lines = [
+        line.split(" | ") for line in files["markdown"].read_text().splitlines() if line.startswith("| ")
+    ]
+    place = heading.index("/ no sync")
+    assert [line[place] for line in lines] == [f"{ratio:.2f}" for ratio in ratios]
+    # As it was saved before there was the field.
+    content = json.loads(files["json"].read_text())
+    for row in content["rows"]:
+        del row["sync_ratio"]
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert bn_bench("compare", str(older), str(files["json"])) == 0
+    assert "differs" not in capsys.readouterr().out
+
+
+def test_the_recorded_runs_are_read_and_compared(capsys):
+    recorded = sorted((ROOT / "bench" / "results" / "cpu-amd-epyc-2-cores").glob("*.json"))
+    assert recorded
+    for path in recorded:
+        assert bn_bench("compare", str(path), str(path)) == 0, capsys.readouterr().err
 
 
 def test_an_interrupted_run_keeps_the_finished_rows_in_the_files_too(monkeypatch, capsys, tmp_path):

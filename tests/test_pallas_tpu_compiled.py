@@ -92,6 +92,14 @@ def between_convolutions(backend):
     elements = math.prod(shape)
     return figures(deviceless.compile_for(chip, block, Struct(shape, jnp.bfloat16), kernel, kernel), elements, 2 * elements)
 
+def virtual_batches():
+    x, stats = Struct((4096, 256), jnp.float32), bn_fused.RunningStats.init(256)
+    def both(x):
+        one = lambda x: bn_fused.batch_norm(x, stats, virtual_batch_size=512, backend="pallas_tpu")
+        y, pullback, new = jax.vjp(one, x, has_aux=True)
+        return y, pullback(y)[0], new
+    return figures(deviceless.compile_for(chip, both, x), x.size, 4 * x.size)
+
 def over_four_chips():
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
@@ -111,6 +119,7 @@ if extras:
     for operation in ("moments", "moments_backward", "normalise", "normalise_backward"):
         found[operation] = half(operation, (2, 65536, 256), "float32")
     found["four chips"] = over_four_chips()
+    found["virtual batches"] = virtual_batches()
 if "convolutions" in extras:
     found["conv pallas_tpu"], found["conv jnp"] = between_convolutions("pallas_tpu"), between_convolutions("jnp")
 json.dump(found, sys.stdout)
@@ -166,6 +175,12 @@ def test_each_half_is_one_launch_and_nothing_of_xs_size_is_around_it(compiled, o
     assert figures["copies"] == []
     reads, writes = {"moments": (1, 0), "normalise_backward": (2, 1)}.get(operation, (1, 1))
     assert (figures["reads"], figures["writes"]) == (reads, writes), figures["details"]
+
+
+def test_virtual_batches_are_one_launch_each_way_too(compiled):
+    figures = compiled[1]["virtual batches"]
+    assert figures["launches"] == ["bn_fused_backward", "bn_fused_forward"]
+    assert figures["copies"] == []
 
 
 def test_nothing_of_xs_size_is_around_the_kernels(compiled):

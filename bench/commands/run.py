@@ -60,7 +60,7 @@ from .common import (
     show_default=True,
     help="Split the examples over this many devices (on a CPU: virtual ones).",
 )
-@click.option("--sync", is_flag=True, help="The devices share their statistics.")
+@click.option("--sync", is_flag=True, help="The devices share their statistics; shows what that costs, and the bytes.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the run.")
 @click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
@@ -162,7 +162,7 @@ def run_and_print(
         except KeyboardInterrupt:
             interrupted = True
     say(console)
-    console.print(Text(report.NOTE, "dim"))
+    console.print(Text(report.note(rows), "dim"))
     failures = report.failures(rows)
     for line in failures:
         say(console, f"FAILED: {line}", "bold red")
