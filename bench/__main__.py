@@ -1,16 +1,29 @@
 """Console entry of `bn-bench`, also run by `python -m bn_fused.bench`."""
 
+import glob
 import importlib.util
+import os
 import sys
 
 from .allocator import keep_freed_memory
 
+# What a Linux has where a driver of a GPU or TPU is loaded.
+DRIVERS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
 NEEDED = ("click", "pydantic", "rich")
 
 
 def missing_modules() -> list[str]:
     """Names of the modules of the `bench` extra that cannot be imported here."""
     return [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+
+def without_a_driver() -> bool:
+    """Whether JAX would look for a GPU or TPU in vain, and complain: a compiler for one is installed, and no driver."""
+    if sys.platform != "linux" or any(map(glob.glob, DRIVERS)):
+        return False
+    plugins = importlib.util.find_spec("jax_plugins")
+    gpu = plugins is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    return gpu or importlib.util.find_spec("libtpu") is not None
 
 
 def main() -> None:
@@ -20,6 +33,9 @@ def main() -> None:
         print(f'bn-bench needs {" and ".join(missing)}: pip install "bn_fused[bench]"', file=sys.stderr)
         sys.exit(2)
     keep_freed_memory()
+    if "JAX_PLATFORMS" not in os.environ and without_a_driver():
+        print("bn-bench: there is no driver of a GPU or TPU here; JAX_PLATFORMS is set to cpu", file=sys.stderr)
+        os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         from . import cli
 

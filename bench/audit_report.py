@@ -14,11 +14,13 @@ from .workloads import PASSES
 NOTE = (
     "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: "
     "what our Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands "
-    "are); in all: both, with the padding of tiled layouts. fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what "
-    "the forward keeps. copies: kernels that only copy or transpose an array of x's size. temporary: the most "
+    "are); in all: both, with the padding of tiled layouts (of fewer than 128 channels on a TPU); what XLA keeps on the chip "
+    "between two kernels is no pass; over no norm: what the norm adds to its block, of what is in all. fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd "
+    "alone reads what the forward keeps. launches: all kernels, small ones too, and of them ours. copies: kernels that only copy or transpose an array of x's size. temporary: the most "
     "memory beside arguments and results; kept: from the forward for the backward, as JAX's derivative has it (in "
     "one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, resident where x stays on "
-    "the chip between them, streaming where it comes from memory each time."
+    "the chip between them, streaming where it comes from memory each time. on chip (a multiprocessor's shared memory, or "
+    "VMEM), registers of a thread, spills: the most of any of our kernels; - where the compiler does not tell."
 )
 NOT_COMPILED = "not compiled"
 
@@ -42,14 +44,13 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     }
     if any(row.kernels for row in rows):
         made["inside"] = _inside
+    if any(row.kernels or _is_padded(row) for row in rows):
         made["in all"] = lambda row: "opaque" if row.total is None else str(row.total)
     base = {row.case.pass_name: row for row in rows if row.case.layer == NO_NORM.name and row.status == "compiled"}
     if base:
         made[f"over {NO_NORM.name}"] = lambda row: _over(row, base.get(row.case.pass_name))
-    if any(_is_padded(row) for row in rows):
-        made["padded"] = lambda row: str(Passes(row.padded_reads, row.padded_writes))
     made |= {
-        "launches": lambda row: str(row.launches),
+        "launches": lambda row: f"{row.launches} ({row.kernels} ours)" if row.kernels else str(row.launches),
         "copies": lambda row: str(len(row.copies)),
         "temporary": lambda row: _in_x(row.temporary_bytes, row),
         "kept": lambda row: _in_x(row.kept_bytes, row),
@@ -70,7 +71,9 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         if not of_pass:
             continue
         # Inside a block the ideal is compared with what the norm adds to it.
-        where = f"over {NO_NORM.name}" if of_pass[0].case.setting.block else "around"
+        where = "in all" if "in all" in made else "around"
+        if of_pass[0].case.setting.block:
+            where = f"over {NO_NORM.name}"
         for kind, figure in ideal(of_pass[0].case.setting, pass_name).items():
             cells = {"pass": pass_name, "layer": f"ideal, {kind}", where: str(figure)}
             lines.append([cells.get(heading, "") for heading in made])
@@ -94,11 +97,9 @@ def _over(row: Row, base: Row | None) -> str:
     """What a row's norm adds to the block, its kernels' passes included where they are known."""
     if base is None or row is base:
         return "-"
-    if row.inside_reads is None:
+    if row.total is None:
         return "opaque"
-    reads = row.reads + row.inside_reads - base.reads
-    writes = row.writes + row.inside_writes - base.writes
-    return str(Passes(reads, writes))
+    return str(Passes(*(here - there for here, there in zip(row.total, base.total, strict=True))))
 
 
 def _is_padded(row: Row) -> bool:
@@ -128,14 +129,14 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def notes(rows: Sequence[Row], *, details: bool = False) -> list[str]:
-    """What the table does not say: why a row was not compiled, the kernels' plans, and every access if wanted."""
+    """What the table does not say: why a row was not compiled, and if wanted the kernels' plans and every access."""
     lines = []
     for reason in dict.fromkeys(row.reason for row in rows if row.reason):
         of_reason = [row for row in rows if row.reason == reason]
         names = ", ".join(dict.fromkeys(row.case.layer for row in of_reason))
         everything = len(of_reason) == len(rows)
         lines.append(f"{NOT_COMPILED}: {reason}" if everything else f"{names}: {NOT_COMPILED}: {reason}")
-    plans = {row.case.layer: row.plan for row in rows if row.kernels and row.plan}
+    plans = {row.case.layer: row.plan for row in rows if row.kernels and row.plan} if details else {}
     lines += [f"{layer}: {plan}" for layer, plan in plans.items()]
     for row in rows if details else ():
         lines += [f"{row.case.layer}, {row.case.pass_name}: {access}" for access in row.details]

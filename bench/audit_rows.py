@@ -100,7 +100,8 @@ class Passes(tuple):
         return super().__new__(cls, (reads, writes))
 
     def __str__(self) -> str:
-        return f"{self[0]:.3g}R+{self[1]:.3g}W"
+        reads, writes = (f"{value:.3g}" for value in self)
+        return f"{reads}R{'' if writes.startswith('-') else '+'}{writes}W"
 
 
 def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:

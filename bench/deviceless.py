@@ -26,6 +26,8 @@ from types import MappingProxyType
 from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
 from bn_fused.kernels.triton_backend import JAX_TRITON, OLDEST_TRITON
 
+from .installing import pip_install, python
+
 CUDA, TPU, TRITON = "cuda", "tpu", "triton"
 INSTALLABLE = (CUDA, TPU, TRITON)
 
@@ -117,10 +119,8 @@ def missing(target: str) -> str | None:
     }[platform]()
     if found:
         return None
-    return (
-        f"the compiler for {target} is not installed: "
-        f"pip install --no-deps $(python -m bn_fused.bench.deviceless {platform})"
-    )
+    listed = f"$({python()} -m bn_fused.bench.deviceless {platform})"
+    return f"the compiler for {target} is not installed: {pip_install(f'--no-deps {listed}')}"
 
 
 def compile_for(target: str, fn, *specs):

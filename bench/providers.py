@@ -17,6 +17,7 @@ from bn_fused.kernels.activations import ACTIVATIONS
 
 import bn_fused
 
+from .installing import pip_install
 from .workloads import Workload
 
 EXAMPLES, DEVICES = "batch", "devices"
@@ -43,7 +44,7 @@ class Provider:
         """None where it can run, else one sentence that says what to install."""
         if self.module is None or importlib.util.find_spec(self.module) is not None:
             return None
-        return f"{self.module} is not installed: pip install {self.module}"
+        return f"{self.module} is not installed: {pip_install(self.module)}"
 
 
 def bn_fused_layer(backend: str) -> Provider:

@@ -110,6 +110,10 @@ class Row(Frozen):
         return Workload(self.workload, self.shape, self.dtype, "", self.layout, self.activation, self.residual)
 
 
+# Of the CSV's columns.
+UNITS = {"median": "s", "p10": "s", "p90": "s", "bandwidth": "bytes_per_s", "copy_bandwidth": "bytes_per_s"}
+
+
 class Run(Frozen):
     """A run of `bn-bench run`: how it was started, on what, with which settings, and its rows in order."""
 
@@ -143,6 +147,9 @@ def load(path: str | os.PathLike) -> Run:
     except ValueError as error:
         raise UnreadableRun(f"{path} is not JSON: {error}") from None
     found = content.get("schema_version") if isinstance(content, dict) else None
+    if isinstance(content, dict) and ("kind" in content or "audit_schema_version" in content):
+        kind = content.get("kind", "audit")
+        raise UnreadableRun(f"{path} was saved by bn-bench {kind}, and not by bn-bench run")
     if found != SCHEMA:
         what = "no run of bn-bench" if found is None else f"a run in version {found!r} of the format"
         raise UnreadableRun(f"{path} is {what}; this bn-bench reads version {SCHEMA}")
@@ -155,13 +162,17 @@ def load(path: str | os.PathLike) -> Run:
 
 
 def to_csv(run: Run) -> str:
-    """The rows as CSV, a column for every field and every rival's ratio."""
-    fields = [name for name in Row.model_fields if name != "ratios"]
+    """The rows as CSV, a column for every field, with its unit, and every rival's ratio; shapes as `--shape` takes them."""
+    columns = {
+        name: f"{name}_{UNITS[name]}" if name in UNITS else name for name in Row.model_fields if name != "ratios"
+    }
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*fields, *(f"ratio_to_{rival}" for rival in run.rivals)], lineterminator="\n")
+    headings = [*columns.values(), *(f"ratio_to_{rival}" for rival in run.rivals)]
+    writer = csv.DictWriter(text, headings, lineterminator="\n")
     writer.writeheader()
     for row in run.rows:
-        values = {name: getattr(row, name) for name in fields} | {"shape": "x".join(map(str, row.shape))}
+        values = {column: getattr(row, name) for name, column in columns.items()}
+        values["shape"] = ",".join(map(str, row.shape))
         writer.writerow(values | {f"ratio_to_{rival}": row.ratios.get(rival) for rival in run.rivals})
     return text.getvalue()
 

@@ -1,5 +1,6 @@
 """Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -13,9 +14,11 @@ from .records import Environment, Row, Run
 NOTE = (
     "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
     "bwd reads x and dy and writes dx (with residual and activation it also reads the residual and writes its "
-    "gradient); fwd+bwd is the sum. The copy (x + 1: one read, one write) is timed in the same rounds on the same "
-    "bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to the copy are medians "
-    "over the paired rounds; errors are against float64, relative as `bn_fused.bench.check` says."
+    "gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is timed in the "
+    "same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to the copy are medians "
+    "over the paired rounds; error is the largest against float64, as a share of a scale that rounding acts "
+    "on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, because it may compute in "
+    "them."
 )
 
 SYNC_NOTE = (
@@ -59,7 +62,7 @@ def layer_name(row: Row, several_approaches: bool) -> str:
 
 
 def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> list[Text]:
-    error = Text("-" if row.error is None else f"{row.error:.0e}")
+    error = Text("-" if row.error is None else f"{row.error:.0e} / {row.limit:.0e}")
     columns = 4 + len(rivals) + len(devices)
     if row.median is None:
         shown = {"failed": Text("FAILED", "bold red")}.get(row.status, Text(row.status, "yellow"))
@@ -68,7 +71,7 @@ def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> lis
         f"{1e3 * row.median:.3g}",
         f"{1e3 * row.p10:.3g}-{1e3 * row.p90:.3g}",
         *(f"{row.ratios[rival]:.2f}" if rival in row.ratios else "-" for rival in rivals),
-        f"{row.bandwidth / 1e9:.1f}",
+        _rate(row.bandwidth),
         f"{100 * row.of_copy:.0f} %",
     ]
     for name, form in devices.items():
@@ -89,7 +92,7 @@ def on_devices(rows: Sequence[Row]) -> dict[str, str]:
 def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
     """The headings of the columns of figures; `devices`: those of `on_devices`."""
     columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
-    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error"]
+    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error / limit"]
 
 
 def note(rows: Sequence[Row]) -> str:
@@ -108,10 +111,29 @@ def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None 
     return made
 
 
-def copy_line(rows: Sequence[Row]) -> str | None:
-    """The bandwidth of the copy at one workload; None if nothing was timed."""
+def _rate(bandwidth: float) -> str:
+    """In GB/s, small ones too."""
+    return f"{bandwidth / 1e9:.1f}" if bandwidth >= 1e8 else f"{bandwidth / 1e9:.1g}"
+
+
+def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
+    """How one workload was timed: the copy's bandwidth, the caches, the rounds; nothing if nothing was timed."""
     found = next((row for row in rows if row.copy_bandwidth is not None), None)
-    return None if found is None else f"copy of x: {found.copy_bandwidth / 1e9:.1f} GB/s"
+    if found is None:
+        return []
+    caches = "cold" if cold else "warm"
+    lines = [f"copy of x: {_rate(found.copy_bandwidth)} GB/s; {caches} caches; {found.rounds} rounds"]
+    if found.rounds < FEW_ROUNDS:
+        lines.append("so few rounds say little: --seconds allows more")
+    if math.prod(found.shape) < SMALL:
+        lines.append("so small an array takes no time: what it costs to start a program is what is compared")
+    return lines
+
+
+# Below this, a median over rounds moves by more than what is mostly compared.
+FEW_ROUNDS = 10
+# Elements that any memory delivers in less time than it takes to start a program.
+SMALL = 1 << 14
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:

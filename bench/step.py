@@ -150,7 +150,7 @@ class Row:
     - `reason`: why it is not ok.
     - `loss`, `loss_after`: of the initial weights, and after one step; see the module's text.
     - `median`, `p10`, `p90`: seconds for a step, of `rounds` rounds; `images_per_second`.
-    - `ratio`: the time over the baseline's, the median over paired rounds.
+    - `ratio`: the time over the baseline's, the median over paired rounds; `ratio_p10`, `ratio_p90`: their spread.
     - `memory`: bytes that the compiled program holds at once (torch: its allocator's peak).
     - `peak`: bytes that the device had in use at most while the first step ran, if that was the most so far.
     """
@@ -166,6 +166,8 @@ class Row:
     rounds: int = 0
     images_per_second: float | None = None
     ratio: float | None = None
+    ratio_p10: float | None = None
+    ratio_p90: float | None = None
     memory: int | None = None
     peak: int | None = None
 
@@ -273,12 +275,16 @@ def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
         return dataclasses.replace(row, status="untimed", reason="interrupted before it was timed")
     if found is None:
         return row
+    ratios = {}
+    if BASELINE in samples:
+        names = ("ratio_p10", "ratio", "ratio_p90")
+        ratios = dict(zip(names, found.ratios_to(samples[BASELINE], (10, 50, 90)), strict=True))
     return dataclasses.replace(
         row,
+        **ratios,
         median=found.median,
         p10=found.p10,
         p90=found.p90,
         rounds=len(found.seconds),
         images_per_second=setting.batch / found.median,
-        ratio=found.ratio_to(samples[BASELINE]) if BASELINE in samples else None,
     )

@@ -18,6 +18,7 @@ import bn_fused
 from bn_fused import kernels
 
 from . import resnet
+from .installing import pip_install
 
 SGD_MOMENTUM = 0.9
 DTYPES = ("float32", "bfloat16")
@@ -88,7 +89,7 @@ class Contender:
         """None where its package is installed, else one sentence that says what to install."""
         if self.module is None or importlib.util.find_spec(self.module) is not None:
             return None
-        return f"{self.name} is not installed: pip install {self.module}"
+        return f"{self.name} is not installed: {pip_install(self.module)}"
 
 
 def _ours(backend, approach, fused):

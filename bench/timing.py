@@ -7,7 +7,7 @@ of the rounds' ratios: what slows the machine down for a while slows both sides 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,7 +56,11 @@ class Samples:
 
     def ratio_to(self, other: "Samples") -> float:
         """The median over the rounds of this time divided by the other's in the same round."""
-        return float(np.median(self.seconds / other.seconds))
+        return self.ratios_to(other, (50,))[0]
+
+    def ratios_to(self, other: "Samples", percentiles: Sequence[float]) -> tuple[float, ...]:
+        """The percentiles over the rounds of this time divided by the other's in the same round."""
+        return tuple(map(float, np.percentile(self.seconds / other.seconds, percentiles)))
 
 
 class Interrupted(KeyboardInterrupt):

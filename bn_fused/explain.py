@@ -41,7 +41,10 @@ def explain(
 
     **Returns:**
 
-    A `BackendChoice`: `name`, `reason`, `plan` (None for "reference", which has none).
+    A `BackendChoice`: `name`, `reason`, `plan`. The plan of a backend with kernels has, for "forward", "backward" and the
+    other operations, `kind(operation)`, `passes(operation)`, the reads and writes of arrays of x's size inside its
+    kernels, and `launches(operation)`, their names. What XLA does around them, a plan does not know: `bn-bench audit`
+    counts it in the compiled program. "reference" has no plan, and that of "jnp" no such methods: XLA decides.
 
     **Raises:**
 

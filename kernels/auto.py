@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from .chips import CHIPS
+from .pallas_tpu_plan import LANES
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,11 @@ class Verdict:
     why: str
 
 
-UNMEASURED = Verdict(False, "its kernels have not been timed on this chip")
+UNMEASURED = Verdict(False, "its kernels never ran on this chip")
 FUSED_BY_XLA = Verdict(
     False, "XLA fuses jnp with the operations around it, and blocks of networks then move fewer bytes"
 )
+NARROW = Verdict(False, "with fewer than 128 channels XLA copies and pads x around its kernels")
 VERDICTS = MappingProxyType(
     {("pallas_gpu", name): UNMEASURED for name in ("h100", "h200", "b200")}
     | {("triton", name): UNMEASURED for name, chip in CHIPS.items() if chip.platform == "cuda"}
@@ -29,7 +31,9 @@ VERDICTS = MappingProxyType(
 )
 
 
-def verdict(backend, target):
-    """The `Verdict` on a backend that can run on a target."""
+def verdict(backend, problem, target):
+    """The `Verdict` on a backend that can run a problem on a target."""
     chip = None if target.chip is None else target.chip.name
+    if backend == "pallas_tpu" and problem.channels < LANES:
+        return NARROW
     return VERDICTS.get((backend, chip), Verdict(False, "nothing is known of its speed on this chip"))

@@ -95,6 +95,8 @@ def _check(x, weight, bias, running_mean, running_var, residual, activation, eps
             raise TypeError(f"{name} is {value!r}; it must be an array of shape {per_channel}")
         if value.shape != per_channel:
             raise ValueError(f"{name} has shape {value.shape}; for x of shape {x.shape} it must be {per_channel}")
+    if running_mean.dtype != running_var.dtype:
+        raise TypeError(f"running_var has dtype {running_var.dtype}; it must have running_mean's, {running_mean.dtype}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"residual is {residual.dtype}{list(residual.shape)}; it must be as x, {x.dtype}{list(x.shape)}"

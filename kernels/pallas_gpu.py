@@ -77,7 +77,7 @@ def refusal(problem, target):
         return "it is not known for which GPU it is compiled, and its tiles depend on that"
     major, minor = chip.compute_capability
     if major < CAPABILITIES[0]:
-        return f"it needs compute capability 9.0 (Hopper) or later, and {chip.name} has {major}.{minor}"
+        return f"it needs compute capability 9.x or 10.x (Hopper, Blackwell), and {chip.name} has {major}.{minor}"
     if major not in CAPABILITIES:
         return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
     if target.partitioned:

@@ -22,8 +22,8 @@ in another way is copied before and after (two reads and two writes more: images
 their width is a multiple of 8). Channels are padded to a multiple of 128; with fewer than 128 XLA keeps x in other
 layouts, and its copies around the kernel cost several times what the kernel does.
 
-`auto` does not take these kernels. docs/tpu-audit.md has what whole programs move, compiled for each generation: alone,
-the kernels move fewer bytes than `jnp`; between convolutions or matrix products XLA computes the sums in the kernel of
+`auto` does not take these kernels. docs/tpu-audit.md has what whole programs move, compiled for each generation: alone
+and with 128 channels or more, the kernels move fewer bytes than `jnp`; between convolutions or matrix products XLA computes the sums in the kernel of
 the operation before, and the normalisation in that of the one after, and keeps in VMEM what the kernels' own VMEM drives
 out. There `jnp` moves as little or less, and with few channels much less. A backend is not told what is around it.
 

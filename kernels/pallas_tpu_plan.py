@@ -33,6 +33,7 @@ class KernelPlan:
     - `block_rows`, `block_channels`: the part of x that is copied to VMEM at once.
     - `resident`: how many of the row blocks of a channel block stay in VMEM between the two phases of a kernel that
         has two, and are read from memory once and not twice: all (resident), none (streaming) or some (hybrid).
+    - `whole`: whether those are all.
     - `chunk_rows`, `unroll`: the inner loop takes so many chunks of so many rows in one iteration.
     - `reads`, `writes`: passes over x, blocks at the edge counted whole.
     - `vmem_limit_bytes`: the VMEM the kernel asks for: what it needs and no more, because XLA keeps arrays of its own
@@ -44,6 +45,7 @@ class KernelPlan:
     chunk_rows: int
     unroll: int
     resident: int
+    whole: bool
     reads: float
     writes: float
     vmem_limit_bytes: int
@@ -74,6 +76,15 @@ class Plan:
         """(reads, writes) of arrays of x's size inside the kernel of an operation."""
         kernel = getattr(self, operation)
         return kernel.reads, kernel.writes
+
+    def kind(self, operation):
+        """ "resident", "hybrid" or "streaming": how much of x an operation keeps in VMEM; see `KernelPlan`."""
+        kernel = getattr(self, operation)
+        return "streaming" if not kernel.resident else "resident" if kernel.whole else "hybrid"
+
+    def launches(self, operation):
+        """The kernels of an operation, by name and in order."""
+        return (f"bn_fused_{operation}",)
 
 
 def ceil_div(size, part):
@@ -184,4 +195,4 @@ def _kernel_plan(problem, itemsize, traffic, chip):
     reads = traffic.first + traffic.second - traffic.kept * resident / count
     limit = RESERVED_BYTES + pipeline + traffic.kept * resident * size
     loop = _inner_loop(block_channels, traffic, problem.activation, chip)
-    return KernelPlan(block_rows, block_channels, *loop, resident, reads, traffic.writes, limit)
+    return KernelPlan(block_rows, block_channels, *loop, resident, resident == count, reads, traffic.writes, limit)

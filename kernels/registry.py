@@ -143,8 +143,7 @@ register(
 
 
 def _verdict_of_the_table(name, problem, target):
-    del problem
-    return verdict(name, target)
+    return verdict(name, problem, target)
 
 
 for _name, _module in (("triton", triton_backend), ("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
@@ -186,7 +185,9 @@ def choose(problem, target, requested="auto"):
         refusal = backend.refusal(problem, target)
         if refusal is not None:
             raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
-        return BackendChoice(requested, "asked for by name", backend.plan(problem, target))
+        found = backend.verdict(problem, target)
+        reason = "asked for by name" if found.taken else f"asked for by name; auto does not take it: {found.why}"
+        return BackendChoice(requested, reason, backend.plan(problem, target))
     passed_over = []
     for backend in reversed(_BACKENDS.values()):
         refusal = backend.refusal(problem, target)

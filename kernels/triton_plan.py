@@ -71,6 +71,10 @@ class Plan:
         """(reads, writes) of arrays of x's size inside the kernels of an operation."""
         return passes(operation, self.residual, self.derivative)
 
+    def kind(self, operation):
+        """How an operation walks over x: every one of them in pieces, from memory each time."""
+        return "streaming"
+
     def launches(self, operation):
         """The kernels of an operation, by name and in order."""
         return launches(operation)

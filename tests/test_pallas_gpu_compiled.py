@@ -247,4 +247,4 @@ def test_an_older_gpu_is_refused_before_anything_is_lowered():
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )
     assert process.returncode == 0, process.stderr
-    assert "9.0 (Hopper) or later, and a100 has 8.0" in process.stdout
+    assert "9.x or 10.x (Hopper, Blackwell), and a100 has 8.0" in process.stdout

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bn_fused.bench import agreement, deviceless, resnet, step, step_audit, step_networks, timing
+from bn_fused.bench import agreement, deviceless, installing, resnet, step, step_audit, step_networks, timing
 from bn_fused.bench.commands.step import command
 from click.testing import CliRunner
 
@@ -169,15 +169,17 @@ def test_a_network_that_raises_fails_in_one_line_and_the_others_run(monkeypatch)
     assert "equinox batch" in done.output and "long story" not in done.output
 
 
-def test_a_backend_that_cannot_run_here_is_named_and_is_no_failure():
+def test_a_backend_that_cannot_run_here_is_named_and_refused_if_it_was_asked_for():
     operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
     kernels.register(kernels.Backend("elsewhere", operations, refusal=lambda problem, target: "it needs a chip"))
     try:
-        done = run(*SMALL, "--backend", "elsewhere", "--against", "none")
+        done = run(*SMALL, "--against", "none")
+        asked = run(*SMALL, "--backend", "elsewhere", "--against", "none")
     finally:
         kernels.unregister("elsewhere")
     assert done.exit_code == 0, done.output
-    assert "elsewhere batch, fused: refused: " in done.output and "it needs a chip" in done.output
+    assert "elsewhere batch, fused" in done.output and "refused: " in done.output and "it needs a chip" in done.output
+    assert asked.exit_code == 2 and "--backend elsewhere: " in asked.output and "it needs a chip" in asked.output
 
 
 @pytest.mark.parametrize(
@@ -302,7 +304,7 @@ def test_rivals_that_are_not_installed_are_named(monkeypatch):
     done = run(*SMALL, "--against", "flax", "--against", "torch")
     assert done.exit_code == 0, done.output
     for name in ("flax", "torch"):
-        assert f"{name}: missing: {name} is not installed: pip install {name}\n" in done.output
+        assert f"{name}: missing: {name} is not installed: {installing.pip_install(name)}\n" in done.output
 
 
 def test_auto_runs_beside_the_backends_where_several_can_run(broken_backend):

@@ -7,6 +7,7 @@ The compiler runs in a process of its own, because a process compiles for one GP
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from bn_fused.bench import deviceless
+from bn_fused.bench import deviceless, installing
 
 # NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
 # Few rows of many channels, which XLA sums in another way than many rows of few channels.
@@ -182,10 +183,9 @@ def test_the_requirements_print_without_the_bench_extra():
 def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(deviceless.importlib.util, "find_spec", lambda name: None)
     for target, platform in {"b200": "cuda", "v5e": "tpu"}.items():
-        command = (
-            rf"{target} is not installed: pip install --no-deps \$\(python -m bn_fused.bench.deviceless {platform}\)"
-        )
-        with pytest.raises(deviceless.DevicelessUnavailable, match=command):
+        listed = f"$({installing.python()} -m bn_fused.bench.deviceless {platform})"
+        command = f"{target} is not installed: {installing.pip_install('--no-deps')} {listed}"
+        with pytest.raises(deviceless.DevicelessUnavailable, match=re.escape(command)):
             deviceless.compile_for(target, jnp.sin, jnp.ones(3))
 
 

@@ -248,8 +248,6 @@ def test_the_command_replaces_a_damaged_file(on_an_h200, tuned, capsys):
 def test_on_a_cpu_the_command_says_that_it_needs_a_gpu(tuned, capsys):
     assert cli.main(["tune", "--workload", "mlp", "--output", str(tuned)]) == 2
     assert "'triton' cannot run on cpu" in capsys.readouterr().err and not tuned.exists()
-    assert cli.main(["tune", "--activation", "relu"]) == 2
-    assert "takes no --layout, --activation or --residual" in capsys.readouterr().err
 
 
 def test_a_workload_without_a_configuration_that_runs_makes_the_exit_status_1(on_an_h200, tuned, monkeypatch, capsys):

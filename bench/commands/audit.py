@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import click
+from click.core import ParameterSource
 from bn_fused.kernels.activations import ACTIVATIONS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
@@ -48,7 +49,7 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--instructions", is_flag=True,
               help="Count a TPU's kernels' instructions and spills too; in a block it takes a minute and a gigabyte of "
               "disk for a program.")  # fmt: skip
-@click.option("--details", is_flag=True, help="Print every access to arrays of x's size.")
+@click.option("--details", is_flag=True, help="Print the kernels' plans and every access to arrays of x's size.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the tables.")
 @click.option("--summary", "summary_file", type=OutputFile(),
@@ -71,8 +72,12 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     compiled.
     """
     if sources:
+        for parameter in context.command.params:
+            given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+            if given and parameter.name not in GO_WITH_FROM:
+                raise click.UsageError(f"--from takes saved rows, all of them: {parameter.opts[0]} does not go with it")
         documents = [_read(path) for path in sources]
-        rows = [audit.row_from_json(values) for document in documents for values in document["rows"]]
+        rows = [audit_rows.row_from_json(values) for document in documents for values in document["rows"]]
         interrupted = any(document["interrupted"] for document in documents)
         _print_saved(rows, details=details)
     else:
@@ -103,6 +108,10 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     context.exit(INTERRUPTED if interrupted else exit_status(rows))
 
 
+# The parameters that choose nothing to compile.
+GO_WITH_FROM = ("sources", "details", "json_file", "markdown_file", "summary_file", "title")
+
+
 def _read(path):
     """A saved audit; one line if it cannot be read."""
     try:
@@ -123,7 +132,10 @@ def _print_saved(rows, *, details):
 
 def _print_table(console, rows, details):
     say(console)
-    show(console, audit_report.table(rows))
+    if any(row.status != "missing" for row in rows):
+        show(console, audit_report.table(rows))
+    else:
+        say(console, audit_report.title(*rows[0].case.group))
     for note in audit_report.notes(rows, details=details):
         say(console, note)
 
@@ -195,7 +207,8 @@ def run_and_print(
         if waiting:
             print_table()
     say(console)
-    console.print(Text(audit_report.NOTE, "dim"))
+    if any(row.status == "compiled" for row in rows):
+        console.print(Text(audit_report.NOTE, "dim"))
     if interrupted:
         say(console, f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow")
     for row in rows:

@@ -75,22 +75,33 @@ class OutputFile(click.Path):
         return path
 
 
-def workload_options(function: Callable) -> Callable:
-    """The options that choose workloads: `choose_workloads` takes them."""
+def size_options(function: Callable) -> Callable:
+    """The options that choose workloads by their sizes; `choose_workloads` takes them."""
     options = (
-        click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads; default: quick."),
+        click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads, beside others that are named; default without any: quick."),
         click.option("--workload", "names", multiple=True, type=click.Choice(tuple(WORKLOADS)), metavar="NAME",
-                     help="A workload by its name (see --list); repeatable."),
+                     help="A workload by its name (`bn-bench run --list` has them); repeatable."),
         click.option("--shape", "shapes", type=Shape(), multiple=True,
                      help="A shape: examples, channels, spatial sizes; repeatable."),
+        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         click.option("--examples", type=click.IntRange(min=1), help="Examples, in place of the workloads' own number."),
+    )  # fmt: skip
+    return _with(options, function)
+
+
+def workload_options(function: Callable) -> Callable:
+    """Those of `size_options`, and what is to be done with the workloads; `choose_workloads` takes them."""
+    options = (
         click.option("--layout", type=click.Choice(LAYOUTS, case_sensitive=False), default="nchw", show_default=True,
                      help="Where the channels are in memory: second or last."),
-        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
         click.option("--activation", type=click.Choice(("none", "relu", "silu", "gelu", "leaky_relu")), default="none",
                      show_default=True, help="Applied after the normalisation."),
         click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation."),
     )  # fmt: skip
+    return size_options(_with(options, function))
+
+
+def _with(options, function):
     for option in reversed(options):
         function = option(function)
     return function
@@ -102,10 +113,10 @@ def choose_workloads(
     names: Sequence[str],
     shapes: Sequence[Workload],
     examples: int | None,
-    layout: str,
     dtype: str,
-    activation: str,
-    residual: bool,
+    layout: str = "nchw",
+    activation: str = "none",
+    residual: bool = False,
 ) -> list[Workload]:
     """The workloads that the options of `workload_options` ask for; the quick suite if they name none."""
     chosen = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)]

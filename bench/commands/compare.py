@@ -17,7 +17,8 @@ from .common import FAILED, make_console, say, show
 def command(context, first, second, force):
     """Compare two runs that `run --json` saved: FIRST is the one before, SECOND the one after.
 
-    Rows whose ranges from p10 to p90 do not meet are marked with *. The exit status is 1 if a check fails in SECOND
+    Rows whose ranges from p10 to p90 do not meet are marked with *. What slowed the whole machine down is in the times,
+    and not in the ratios to a rival that both runs timed. The exit status is 1 if a check fails in SECOND
     that did not in FIRST, and 2 if the runs have no row in common.
     """
     try:
@@ -36,13 +37,20 @@ def command(context, first, second, force):
         raise click.UsageError(
             f"the runs have no row in common: {first} has {_what(before)}; {second} has {_what(after)}"
         )
-    made = report.table("", ("workload", "pass", "layer"), ("ms before", "ms after", "after / before", ""))
+    # Ratios to a rival of the same run: what slowed the whole machine down is not in them.
+    rival = next((name for name in before.rivals if name in after.rivals), None)
+    beside = () if rival is None else (f"/ {rival} before", "after")
+    figures = ("ms before", "ms after", "after / before", *beside, "apart")
+    made = report.table("", ("workload", "pass", "layer"), figures)
     for pair in found:
         row = pair.either
         ratio = Text("-" if pair.ratio is None else f"{pair.ratio:.2f}")
-        cells = [_time(pair.first), _time(pair.second), ratio, Text("*" if pair.apart else "")]
+        ratios = [Text(_ratio(one, rival)) for one in (pair.first, pair.second)] if beside else []
+        cells = [_time(pair.first), _time(pair.second), ratio, *ratios, Text("*" if pair.apart else "")]
         made.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
     show(console, made)
+    apart = sum(pair.apart for pair in found)
+    say(console, f"{apart or 'none'} of {len(found)} rows apart (*): their ranges from p10 to p90 do not meet")
     for pair in failed(found):
         say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
     context.exit(FAILED if failed(found) else 0)
@@ -63,6 +71,10 @@ def _what(run):
 def _several(names):
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _ratio(row, rival):
+    return "-" if row is None or rival not in row.ratios else f"{row.ratios[rival]:.2f}"
 
 
 def _time(row):

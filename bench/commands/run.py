@@ -88,7 +88,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
         if workload.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
     if sync and devices == 1:
-        raise click.UsageError("sync needs --devices 2 or more: one device has nobody to share its statistics with")
+        raise click.UsageError("--sync needs --devices 2 or more: one device has nobody to share its statistics with")
     settings = Settings(
         approaches=tuple(dict.fromkeys(approaches)),
         backends=tuple(dict.fromkeys(backends)),
@@ -99,6 +99,10 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
         devices=devices,
         sync=sync,
     )
+    files = [file for file in (json_file, csv_file, markdown_file, plot_file) if file is not None]
+    for file in files:
+        if files.count(file) > 1:
+            raise click.UsageError(f"{str(file)!r} is the file of several options: each writes one of its own")
     for name in settings.backends:
         refusals = [refusal(workload, name) for workload in workloads]
         if all(refusals):
@@ -148,6 +152,7 @@ def run_and_print(
     for line in (*report.environment_lines(environment), *report.skipped_lines(skipped)) if heading else ():
         say(console, line)
     rows: list[records.Row] = []
+    said: dict[str, None] = {}
     interrupted = False
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1.0)
@@ -158,7 +163,7 @@ def run_and_print(
                 lambda name, share: progress.update(task, completed=share, description=name),
             ):
                 rows += found
-                print_workload(console, workload, found, settings)
+                print_workload(console, workload, found, settings, said)
         except KeyboardInterrupt:
             interrupted = True
     say(console)
@@ -183,8 +188,13 @@ def run_and_print(
     )
 
 
-def print_workload(console: Console, workload: Workload, rows: Sequence[records.Row], settings: Settings) -> None:
-    """The table of a workload, and below it the copy, the backend that `auto` takes, and who cannot run."""
+def print_workload(
+    console: Console, workload: Workload, rows: Sequence[records.Row], settings: Settings, said: dict[str, None]
+) -> None:
+    """The table of a workload, and below it how it was timed, the backend that `auto` takes, and who cannot run.
+
+    `said`: what the workloads before had below their tables, to which this one's is added; it is not said again.
+    """
     auto = bn_fused.explain(
         workload.array_shape,
         workload.dtype,
@@ -194,9 +204,13 @@ def print_workload(console: Console, workload: Workload, rows: Sequence[records.
     )
     say(console)
     show(console, report.workload_table(rows, settings.rivals, auto.name))
-    for line in (report.copy_line(rows), f"auto takes {auto.name}: {auto.reason}", *report.reasons(rows)):
-        if line is not None:
+    for line in report.timing_lines(rows, settings.cold):
+        say(console, line)
+    lines = [f"auto takes {auto.name}: {auto.reason}", *report.reasons(rows)]
+    for line in lines:
+        if line not in said:
             say(console, line)
+    said |= dict.fromkeys(lines)
 
 
 def _list(console: Console) -> None:

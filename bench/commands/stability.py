@@ -8,6 +8,7 @@ import textwrap
 import click
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .. import digits, plots, records, saved, stability
 from .common import INTERRUPTED, OutputFile, first_device, make_console, progress_bar, say, show
@@ -59,7 +60,7 @@ def command(context, *, norms, out, json_file, **options):
             interrupted = True
     if found:
         show(console, table(found))
-        say(console, note(settings), "dim")
+        console.print(Text(note(settings), "dim"))
         where = f"jax {records.versions()['jax']}, {device.platform}"
         plots.plot_stability(found, caption(settings, where), out, saved.command_line())
         say(console, f"picture: {out}")

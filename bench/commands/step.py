@@ -5,6 +5,7 @@ import dataclasses
 import click
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .. import deviceless, records, report, resnet, saved, step, step_audit, step_networks, suite
 from ..workloads import LAYOUTS
@@ -70,6 +71,14 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         layouts=tuple(dict.fromkeys(layouts)) or step_networks.default_layouts(against),
     )
     networks = step_networks.contenders(**options)
+    for name in dict.fromkeys(backends):
+        refused = step_networks.refusal(name, setting, target)
+        if refused is not None:
+            raise click.UsageError(f"--backend {name}: {refused}")
+    uncompiled = deviceless.missing(target) if target else None
+    if uncompiled is not None:
+        say(console, uncompiled)
+        context.exit(FAILED)
     if device is None:
         say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
         say(console, f"{setting}, compiled for {target}")
@@ -116,7 +125,11 @@ def _time(console, setting, networks, seconds):
             rows, interrupted = stopped.rows, True
     if rows:
         show(console, time_table(rows))
-        say(console, _with_layouts(TIME_NOTE, rows), "dim")
+        rounds = max(row.rounds for row in rows)
+        if rounds:
+            few = "; so few say little: --seconds allows more" if rounds < report.FEW_ROUNDS else ""
+            say(console, f"{rounds} rounds{few}")
+        console.print(Text(_with_layouts(TIME_NOTE, rows), "dim"))
     return rows, interrupted
 
 
@@ -134,7 +147,7 @@ def _audit(console, target, setting, networks, options, time_limit):
             interrupted = True
     if rows:
         show(console, audit_table(rows))
-        say(console, _with_layouts(AUDIT_NOTE, rows), "dim")
+        console.print(Text(_with_layouts(AUDIT_NOTE, rows), "dim"))
     return rows, interrupted
 
 
@@ -144,7 +157,8 @@ LAYOUT_NOTE = (
     "themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with channels last. "
 )
 TIME_NOTE = (
-    f"/ equinox: time over that of {step_networks.BASELINE}, the median over paired rounds. loss, after: of the same initial "
+    f"ms: the median. / equinox: time over that of {step_networks.BASELINE}, the median over paired rounds, and their 10th "
+    "and 90th percentile; where these lie on both sides of 1, nothing is decided. loss, after: of the same initial "
     'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
     "memory: what the compiled step holds at once, arrays included; peak: what the device had in use at most in the "
     "row's first step, - where an earlier row needed more or the device does not tell. While it is timed the learning "
@@ -186,13 +200,13 @@ def _number(value, scale=1, form=".3g") -> str:
 def time_table(rows) -> Table:
     """The times of a run."""
     made = _empty(
-        "BatchNorm", "ms / step", "p10-p90", "images / s", "/ equinox", "memory MB", "peak MB", "loss", "after", ""
+        "BatchNorm", "ms / step", "images / s", "/ equinox", "p10-p90", "memory MB", "peak MB", "loss", "after", ""
     )
     for row in rows:
-        spread = "-" if row.median is None else f"{1e3 * row.p10:.4g}-{1e3 * row.p90:.4g}"
+        spread = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
         made.add_row(
-            row.name, _number(row.median, 1e3, ".4g"), spread, _number(row.images_per_second, form=".4g"),
-            _number(row.ratio, form=".2f"), _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
+            row.name, _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
+            _number(row.ratio, form=".2f"), spread, _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
             _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"), _verdict(row),
         )  # fmt: skip
     return made

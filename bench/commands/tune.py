@@ -19,33 +19,29 @@ from .common import (
     progress_bar,
     say,
     show,
-    workload_options,
+    size_options,
 )
 from .numbers import Number
 
 
 @click.command("tune")
-@workload_options
+@size_options
 @click.option("--seconds", type=Number(min=0, min_open=True), default=10.0, show_default=True,
               help="Time for the samples of each workload, without compilation and checks.")  # fmt: skip
 @click.option("--output", type=OutputFile(".json"),
               help="Where to write; default: into the package, where it is found without more.")  # fmt: skip
 @click.pass_context
-def command(context, *, seconds, output, layout, activation, residual, **workload_settings):
+def command(context, *, seconds, output, **sizes):
     """Time the configurations of the backend triton on JAX's default device, and save the best for each workload.
 
     What the file has from earlier is kept, but for the workloads timed anew. A file that is not in the package is used
-    if BN_FUSED_TUNING names it, or the folder it is in. Rows and channels alone matter: --layout, --activation and
-    --residual are not taken.
+    if BN_FUSED_TUNING names it, or the folder in which it has the device's name, as nvidia-h200.json.
 
     Exit status: 0; 1 if a workload has no configuration that runs; 2 for input it cannot use; 130 if it was
     interrupted.
     """
-    if layout != "nchw" or activation != "none" or residual:
-        raise click.UsageError(
-            "tune takes no --layout, --activation or --residual: configurations do not depend on them"
-        )
-    workloads = choose_workloads(layout=layout, activation=activation, residual=residual, **workload_settings)
+    # A configuration depends on rows, channels and dtype alone.
+    workloads = choose_workloads(**sizes)
     device = first_device()
     for workload in workloads:
         sentence = refusal(workload, "triton")
