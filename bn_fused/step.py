@@ -167,14 +167,14 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
     pivot, delta, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
     # Each example's own gradient of these goes into the sum of all of them. The mean has that summed on the device,
-    # before devices exchange it; under check_vma they do where the type changes from the same to varying.
-    mean, var = (named_mean(value, averaged) for value in (pivot + delta, var))
-    own = [named_mean(vary_together([value, x])[0], averaged) for value in (mean, var)]
+    # before devices exchange it, in one array; under check_vma they do where its type changes to varying.
+    merged = named_mean(jnp.stack([pivot + delta, var]), averaged)
+    own = named_mean(vary_together([merged, x])[0], averaged)
 
     def mixed(mean, var):
         return blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
 
-    new, here = mixed(mean, var), mixed(*own)
+    new, here = mixed(*merged), mixed(*own)
     y = _normalise(call, x, own[0], here.offset, here.norm_var, weight, bias, residual, mask)
     return y, new.new_running_mean, new.new_running_var
 
