@@ -75,7 +75,12 @@ def batch_norm(
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
     channel_axis = arguments.channel_axis(channel_axis, x.shape, "x")
-    channels = stats.mean.shape[0]
+    mean, var = stats.mean, stats.var
+    if (mean.shape, mean.dtype) != (var.shape, var.dtype):
+        raise ValueError(
+            f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
+        )
+    channels = mean.shape[0]
     arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
     for name, value in (("weight", weight), ("bias", bias)):
         arguments.check_parameter(name, value, stats.mean.shape)

@@ -11,7 +11,17 @@ import sys
 import time
 
 import pytest
-from bn_fused.bench import audit, audit_report, audit_rows, audit_summary, blocks, deviceless, installing, providers, workloads
+from bn_fused.bench import (
+    audit,
+    audit_report,
+    audit_rows,
+    audit_summary,
+    blocks,
+    deviceless,
+    installing,
+    providers,
+    workloads,
+)
 from bn_fused.bench.blocks import Setting
 from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import choose_layers, command
@@ -498,7 +508,9 @@ def test_a_compiler_that_is_not_installed_is_named_with_its_command_and_status_1
     assert done.exit_code == 1
     text = " ".join(done.output.split())
     listed = f"$({installing.python()} -m bn_fused.bench.deviceless tpu)"
-    assert f"not compiled: the compiler for v5e is not installed: {installing.pip_install('--no-deps')} {listed}" in text
+    assert (
+        f"not compiled: the compiler for v5e is not installed: {installing.pip_install('--no-deps')} {listed}" in text
+    )
     # Neither an empty table nor what its columns mean.
     assert "around" not in text
 
@@ -685,3 +697,28 @@ def test_one_form_of_a_rival_can_be_asked_for():
     assert choose_layers(("jnp",), ("equinox batch",)) == ["jnp", "equinox batch"]
     assert choose_layers(("jnp",), ("equinox",)) == ["jnp", "equinox batch", "equinox ema"]
     assert choose_layers(("jnp",), ("none",)) == ["jnp"]
+
+
+def test_what_chooses_programs_does_not_go_with_saved_rows(tmp_path):
+    row = compiled_row(case_for())
+    saved = tmp_path / "audit.json"
+    saved.write_text(audit_rows.to_json([row], command="bn-bench audit", versions={}, interrupted=False))
+    assert run("--from", str(saved)).exit_code == 0
+    for option in (("--target", "v5e"), ("--shape", "9,9"), ("--backend", "jnp")):
+        done = run("--from", str(saved), *option)
+        assert done.exit_code == 2 and f"{option[0]} does not go with it" in done.output
+
+
+def test_over_no_norm_is_the_difference_of_what_is_in_all():
+    setting = blocks.Setting((4, 64), block="mlp")
+    fields = {"padded_reads": 3.0, "padded_writes": 2.0, "padded_inside_reads": 4.0, "padded_inside_writes": 2.0}
+    base = dataclasses.replace(compiled_row(case_for(layer="no norm")), padded_reads=1.0, padded_writes=1.0)
+    ours = dataclasses.replace(compiled_row(case_for()), kernels=1, **fields)
+    rows = [dataclasses.replace(row, case=dataclasses.replace(row.case, setting=setting)) for row in (base, ours)]
+    headings, lines = audit_report.columns(rows)
+    found = dict(zip(headings, lines[-1], strict=True))
+    assert (found["in all"], found["over no norm"], found["launches"]) == ("7R+4W", "6R+3W", "3 (1 ours)")
+
+
+def test_fewer_passes_than_without_the_norm_are_a_plain_minus():
+    assert str(audit_rows.Passes(-0.5, -1)) == "-0.5R-1W"

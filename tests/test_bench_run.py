@@ -4,11 +4,14 @@ import csv
 import json
 import pathlib
 import re
+import shlex
+import subprocess
 
 import jax
 import numpy as np
 import pytest
-from bn_fused.bench import check, cli, doctor, performance, records, report, suite
+from bn_fused.bench import __main__ as entry
+from bn_fused.bench import cases, check, cli, doctor, installing, performance, records, report, suite
 from bn_fused.bench.commands import common
 from bn_fused.bench.commands import run as run_command
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
@@ -379,10 +382,12 @@ def test_compare_gives_the_ratio_of_every_row_and_names_what_differs(saved, caps
     assert bn_bench("compare", str(saved), other) == 0
     out = capsys.readouterr().out
     assert f"differs: jax: {jax.__version__} / 99.0" in out
-    assert len(re.findall(r" 2\.00 .*\*$", out, re.MULTILINE)) == len(run.rows)
+    assert len(re.findall(r" 2\.00 .*\* *$", out, re.MULTILINE)) == len(run.rows)
+    assert f"{len(run.rows)} of {len(run.rows)} rows are apart" in out
     assert bn_bench("compare", str(saved), str(saved)) == 0
     out = capsys.readouterr().out
-    assert "differs" not in out and len(re.findall(r" 1\.00 ", out)) == len(run.rows) and "*" not in out
+    assert "differs" not in out and len(re.findall(r" shape .* 1\.00 ", out)) == len(run.rows)
+    assert "no row is apart" in out and "*" not in out
 
 
 def test_compare_shows_rows_that_only_one_run_has(saved, capsys):
@@ -503,3 +508,58 @@ def test_the_doctor_says_why_a_backend_cannot_run(broken_backend, capsys):
 def test_a_failed_check_is_worth_infinitely_more_than_its_limit():
     errors = (check.Error("y", float("nan"), 1.0), check.Error("dx", 0.5, 1.0))
     assert not check.Check(errors).ok and np.isnan(check.Check(errors).worst())
+
+
+def test_two_options_with_one_file_are_refused_before_anything_runs(tmp_path, capsys):
+    path = str(tmp_path / "both.json")
+    assert bn_bench(*SMALL, "--json", path, "--csv", path) == 2
+    assert "is the file of several options" in capsys.readouterr().err and not (tmp_path / "both.json").exists()
+
+
+def test_few_rounds_and_small_arrays_are_said(saved):
+    rows = records.load(saved).rows
+    first, few, small = report.timing_lines(rows, cold=False)
+    assert "warm caches; 5 rounds" in first and "--seconds" in few and "small" in small
+    enough = [row.model_copy(update={"rounds": report.FEW_ROUNDS, "shape": (64, 256, 1)}) for row in rows]
+    (only,) = report.timing_lines(enough, cold=True)
+    assert "cold caches" in only
+
+
+def test_the_hints_name_the_python_that_runs(monkeypatch, tmp_path):
+    assert subprocess.run([*shlex.split(installing.python()), "-c", ""], timeout=60).returncode == 0
+    for name in ("python", "elsewhere"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installing.sys, "executable", str(tmp_path / "python"))
+    assert installing.pip_install("flax") == "python -m pip install flax"
+    monkeypatch.setattr(installing.sys, "executable", str(tmp_path / "elsewhere"))
+    assert installing.python() == str(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path.parent)
+    assert installing.python() == f"{tmp_path.name}/elsewhere"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_copy_reads_and_writes_what_it_says_and_nothing_else(dtype):
+    workload = Workload("copied", (8, 4, 5, 3), dtype)
+    inputs = cases.make_inputs(workload, sets=2)
+    timed = cases.copy_program(inputs)
+    made = timed.start()
+    assert timed.calls == 2 and len(made) == 2
+    for (copy,), (x, _, _) in zip(made, inputs.sets, strict=True):
+        assert copy.dtype == x.dtype and copy.shape == x.shape
+        bits = [np.asarray(array).view(f"u{array.dtype.itemsize}") for array in (copy, x)]
+        assert (bits[0] == bits[1] ^ 1).all()
+
+
+def test_without_a_driver_jax_is_told_to_use_the_cpu(monkeypatch):
+    found = {"jax_plugins", "jax_plugins.xla_cuda13"}
+    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(entry.sys, "platform", "linux")
+    monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
+    assert entry.without_a_driver()
+    monkeypatch.setattr(entry.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
+    assert not entry.without_a_driver()
+    monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
+    found.clear()
+    assert not entry.without_a_driver()

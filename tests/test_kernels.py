@@ -228,6 +228,7 @@ def test_bad_arguments_are_named():
         ({"residual": jnp.ones((1, CHANNELS))}, ValueError, "residual"),
         ({"activation": "tanh"}, ValueError, "tanh"),
         ({"weight": None}, TypeError, "weight is None"),
+        ({"running_var": jnp.ones(CHANNELS, jnp.bfloat16)}, TypeError, "running_var has dtype bfloat16.*float32"),
         ({"eps": 0.0}, ValueError, "eps"),
         ({"eps": "a"}, TypeError, "eps is 'a'"),
         ({"coefficients": (1.0, 0.0)}, TypeError, "Coefficients"),

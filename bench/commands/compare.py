@@ -50,7 +50,10 @@ def command(context, first, second, force):
         made.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
     show(console, made)
     apart = sum(pair.apart for pair in found)
-    say(console, f"{apart or 'none'} of {len(found)} rows apart (*): their ranges from p10 to p90 do not meet")
+    if apart:
+        say(console, f"{apart} of {len(found)} rows are apart (*): their ranges from p10 to p90 do not meet")
+    else:
+        say(console, "no row is apart: everywhere the ranges from p10 to p90 meet")
     for pair in failed(found):
         say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
     context.exit(FAILED if failed(found) else 0)
