@@ -3,7 +3,7 @@
 FILE is an .npz with the operands of `forward` and cotangents, and the settings as JSON; the results are written
 beside it. The other operations take their statistics from the forward's results. Settings besides the case's own:
 
-- `on_gpu`: on the GPU of this machine, twice, and the bits must be the same.
+- `on_gpu`: on the GPU of this machine, twice, and the bits must be the same; `backend`: there, another one.
 - `waits`: False for resident kernels whose blocks do not wait for each other.
 """
 
@@ -79,7 +79,8 @@ def main(path):
     settings = json.loads(str(stored.pop("settings")))
     pallas_gpu_resident.barrier_type = pallas_gpu_resident.CounterBarrier if settings.get("on_gpu") else ClusterBarrier
     ClusterBarrier.waits = settings.get("waits", True)
-    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "pallas_gpu", plan_of(settings["plan"]))
+    backend = settings.get("backend", "pallas_gpu")
+    spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], backend, plan_of(settings["plan"]))
     dtypes = dict.fromkeys(("x", "dy", "residual"), settings["dtype"])
     dtypes |= dict.fromkeys(("weight", "bias"), settings["parameters"])
     operands = {name: jnp.asarray(value, dtypes.get(name, "float32")) for name, value in stored.items()}

@@ -563,3 +563,15 @@ def test_without_a_driver_jax_is_told_to_use_the_cpu(monkeypatch):
     monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
     found.clear()
     assert not entry.without_a_driver()
+
+
+def test_the_script_that_measures_a_gpu_asks_for_runs_that_there_are(tmp_path, capsys):
+    script = pathlib.Path(__file__).parents[1] / "bench" / "measure_gpu.sh"
+    assert subprocess.run(["bash", "-n", str(script)], timeout=60).returncode == 0
+    text = script.read_text(encoding="utf-8")
+    rivals = re.search(r'^rivals="(.*)"$', text, re.MULTILINE)[1]
+    runs = re.findall(r"^part \w+ \d+ \$bench (run .*)$", text, re.MULTILINE)
+    assert len(runs) >= 4
+    for line in runs:
+        line = line.replace("$rivals", rivals).replace("$out", str(tmp_path))
+        assert bn_bench(*shlex.split(line), "--dry-run") == 0, capsys.readouterr().err

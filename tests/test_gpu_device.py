@@ -1,7 +1,7 @@
-"""The kernels of the backend `pallas_gpu` on a real GPU: numbers, bits, large arrays, and what the barrier does.
+"""The kernels of `pallas_gpu` and `triton` on a real GPU: numbers, bits, large arrays, and what the barrier does.
 
-pytest -n 0 tests/test_pallas_gpu_device.py                # a quarter of the shapes
-pytest -n 0 -m "slow or not slow" tests/test_pallas_gpu_device.py
+pytest -n 0 tests/test_gpu_device.py                # of pallas_gpu each shape in one setting, of triton a third of them
+pytest -n 0 -m "slow or not slow" tests/test_gpu_device.py
 """
 
 import functools
@@ -11,18 +11,25 @@ import subprocess
 import sys
 
 import pytest
+from bn_fused.kernels import triton_backend
 from kernel_results import ALL, BLEND
 from pallas_gpu_cases import Case, check
 
 
+# The lowest compute capability of each backend.
+LEAST = {"pallas_gpu": 9, "triton": 8}
+
+
 @functools.cache
-def no_gpu():
-    """None where this machine has a GPU that the kernels run on, else why not."""
-    absent = "no NVIDIA GPU of compute capability 9 or later"
+def no_gpu(backend):
+    """None where this machine has a GPU that a backend's kernels run on, else why not."""
+    absent = f"no NVIDIA GPU of compute capability {LEAST[backend]} or later"
+    if backend == "triton" and triton_backend.missing() is not None:
+        return triton_backend.missing()
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        capable = [float(line) >= 9 for line in asked.stdout.split()]
+        capable = [float(line) >= LEAST[backend] for line in asked.stdout.split()]
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return absent
     if asked.returncode or not capable or not capable[0]:
@@ -36,8 +43,9 @@ def no_gpu():
 
 
 @pytest.fixture(autouse=True)
-def gpu():
-    missing = no_gpu()
+def gpu(request):
+    callspec = getattr(request.node, "callspec", None)
+    missing = no_gpu("pallas_gpu" if callspec is None else callspec.params.get("backend", "pallas_gpu"))
     if missing is not None:
         pytest.skip(missing)
 
@@ -55,40 +63,49 @@ SETTINGS = [
 LARGEST = 30_000_000  # elements that numpy works on in float64 within a minute
 
 
-def cases():
+def cases(every):
+    """All shapes in all settings; those are slow but for one setting of every so many shapes."""
     for index, (rows, channels) in enumerate((rows, channels) for rows in ROWS for channels in CHANNELS):
         if rows * channels > LARGEST or (rows < 128 and rows * channels < 128):
             continue
         for number, setting in enumerate(SETTINGS):
-            # Each shape by default with one of the settings; all combinations among the slow ones.
-            mark = [] if number == index % len(SETTINGS) else [pytest.mark.slow]
+            mark = [] if number == index % len(SETTINGS) and index % every == 0 else [pytest.mark.slow]
             groups = 2 if rows == 1568 else 1
             case = Case(rows, channels, groups=groups, operations=ALL, **setting)
             yield pytest.param(case, marks=mark, id=f"{rows}x{channels}-{setting['dtype']}-{setting['activation']}")
 
 
 def taken(case):
-    """Whether the backend takes a shape: where it cannot, because of the number of rows, it says so."""
+    """Whether pallas_gpu takes a shape: where it cannot, because of the number of rows, it says so."""
     import jax.numpy as jnp
     from bn_fused.kernels.pallas_gpu_plan import fold_of
 
     return fold_of(case.rows, case.channels, jnp.dtype(case.dtype).itemsize) is not None
 
 
-@pytest.mark.parametrize("case", list(cases()))
+@pytest.mark.parametrize("case", list(cases(every=1)))
 def test_numbers_agree_with_float64_and_two_runs_give_the_same_bits(case, tmp_path):
     if not taken(case):
         pytest.skip("no view of this array has rows that the copy engine can address")
     check(case, tmp_path, on_gpu=True)
 
 
+@pytest.mark.parametrize("backend", ["triton"])
+@pytest.mark.parametrize("case", list(cases(every=3)))
+def test_the_numbers_of_triton_agree_with_float64_and_two_runs_give_the_same_bits(case, backend, tmp_path):
+    check(case, tmp_path, on_gpu=True, backend=backend)
+
+
+@pytest.mark.parametrize("backend", LEAST)
 @pytest.mark.parametrize("rows", [1568, 28679])
-def test_far_from_zero(rows, tmp_path):
-    check(Case(rows, 256, centre=1e4, operations=ALL), tmp_path, on_gpu=True)
+def test_far_from_zero(rows, backend, tmp_path):
+    check(Case(rows, 256, centre=1e4, operations=ALL), tmp_path, on_gpu=True, backend=backend)
 
 
-def test_nchw_arrays(tmp_path):
-    check(Case(1568, 128, layout="rcr", activation="relu", operations=ALL), tmp_path, on_gpu=True)
+@pytest.mark.parametrize("backend", LEAST)
+def test_nchw_arrays(backend, tmp_path):
+    case = Case(1568, 128, layout="rcr", activation="relu", operations=ALL)
+    check(case, tmp_path, on_gpu=True, backend=backend)
 
 
 def on_gpu(script, *arguments, timeout=560):

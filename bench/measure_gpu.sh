@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# All that wants a GPU, in one command: bench/measure_gpu.sh FOLDER [PART...]
+#
+# Numbers on the device, times of the named workloads, configurations of Triton's kernels, and whole training steps. What
+# each part prints goes to FOLDER/log.txt, what it found to FOLDER/PART.json, how it ended to FOLDER/summary.txt; a part
+# that fails or runs too long does not keep the others from running. Without parts all of them, in the order below, which
+# puts first what the rest depends on: about an hour, mostly compilation.
+#
+# It runs the Python of $PYTHON (default: python3), which needs bn_fused with the extras bench, test and cuda; the extra
+# triton, flax and torch take part where they are installed. `bn-bench report --add FOLDER/PART.json` records a run.
+set -uo pipefail
+out=${1:?the folder for what is found}
+shift
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+python=${PYTHON:-python3}
+bench="$python -m bn_fused.bench"
+rivals="--against equinox --against flax --against torch"
+if "$python" -c 'import bn_fused.bench' 2>/dev/null; then :; else
+    echo "$python has no bn_fused: pip install -e '.[bench,test,cuda]', or name another one in PYTHON" >&2
+    exit 2
+fi
+
+# part NAME SECONDS COMMAND...: run it if it is asked for.
+wanted=" $* "
+part() {
+    local name=$1 seconds=$2 start=$SECONDS
+    shift 2
+    [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+    printf '\n===== %s: %s\n' "$name" "$*" >>"$out/log.txt"
+    timeout --signal=INT --kill-after=20 "$seconds" "$@" >>"$out/log.txt" 2>&1
+    printf '%s: exit %s after %s s\n' "$name" $? $((SECONDS - start)) | tee -a "$out/summary.txt"
+}
+
+part doctor 120 $bench doctor
+part numbers 900 "$python" -m pytest -n 4 -q tests/test_gpu_device.py
+part quick 300 $bench run --suite quick $rivals --seconds 3 --json "$out/quick.json"
+part bfloat16 900 $bench run --suite resnet50 --dtype bfloat16 --layout nhwc $rivals --pass fwd --pass bwd --seconds 3 --json "$out/bfloat16.json"
+part float32 900 $bench run --suite resnet50 --layout nhwc $rivals --pass fwd --pass bwd --seconds 3 --json "$out/float32.json"
+part mlp 300 $bench run --suite mlp --dtype bfloat16 $rivals --seconds 3 --json "$out/mlp.json"
+part tune 900 $bench tune --suite resnet50 --dtype bfloat16 --seconds 3 --output "$out/tune.json"
+part step 900 $bench step --seconds 20 --json "$out/step.json"
