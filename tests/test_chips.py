@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from bn_fused.kernels import CHIPS, Target
 from bn_fused.kernels.chips import chip_of
+from bn_fused.kernels.contract import OPERATIONS
 
 import bn_fused
 
@@ -57,3 +58,27 @@ def test_vmem_limits_lie_within_the_memory():
     tpus = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
     assert tpus and all(0 < chip.vmem_limit <= chip.vmem for chip in tpus)
     assert not CHIPS["v4"].can_raise_vmem_limit and CHIPS["v5e"].can_raise_vmem_limit
+
+
+@pytest.mark.parametrize("chip", [chip.name for chip in CHIPS.values() if chip.platform == "tpu"])
+def test_auto_says_what_keeps_it_from_the_kernels_of_a_tpu(chip):
+    def said(channels, **asked):
+        return bn_fused.explain((64, 28, 28, channels), "bfloat16", target=chip, **asked).reason
+
+    assert "fewer than 128 channels XLA copies and pads x" in said(64)
+    assert "blocks of networks then move fewer bytes" in said(128)
+    assert said(64, backend="pallas_tpu").startswith("asked for by name; auto does not take it: with fewer than 128")
+
+
+def test_plans_of_kernels_tell_kind_passes_and_launches_in_one_way():
+    shape, dtype = (512, 28, 28, 256), "bfloat16"
+    for target, backend in (("h200", "pallas_gpu"), ("v5e", "pallas_tpu"), ("v4", "pallas_tpu")):
+        plan = bn_fused.explain(shape, dtype, target=target, backend=backend).plan
+        for operation in OPERATIONS:
+            reads, writes = plan.passes(operation)
+            launches = plan.launches(operation)
+            assert reads >= 1 and writes in (0, 1) and len(launches) == len(set(launches)) >= 1
+            assert plan.kind(operation) in ("resident", "slab", "hybrid", "streaming")
+            fewest = {"forward": 1, "backward": 2}
+            if operation in fewest:
+                assert (plan.kind(operation) in ("resident", "slab")) == (reads == fewest[operation])
