@@ -23,7 +23,8 @@ NOTE = (
 
 SYNC_NOTE = (
     "/ no sync: the time over that of the same layer on the same devices, each with statistics of its own, the median "
-    "over the paired rounds. The parameters' gradients are summed over the devices with and without."
+    "over the paired rounds. The parameters' gradients are summed over the devices with and without. exchanged B: bytes of "
+    "the arrays that the collectives of a call have on each device."
 )
 
 

@@ -129,16 +129,22 @@ def exit_status(found: records.Run) -> int:
     return FAILED if any(row.status == "failed" for row in found.rows) else 0
 
 
+# The flag of XLA that makes several devices of a CPU.
+FLAG = "xla_force_host_platform_device_count"
+
+
 def use_devices(devices: int) -> jax.Device:
     """Have as many devices, virtual ones if the platform is a CPU; one line if they are not there."""
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if devices > 1 and FLAG not in os.environ.get("XLA_FLAGS", ""):
         try:
             jax.config.update("jax_num_cpu_devices", devices)
         except RuntimeError:
             pass  # JAX has started; what it has is what there is
     device = first_device()
     if len(jax.devices()) < devices:
-        raise click.UsageError(f"devices is {devices}: there are {len(jax.devices())} ({device.platform})")
+        here = f"there are {len(jax.devices())} ({device.platform})"
+        flags = "; XLA_FLAGS asks for that many" if FLAG in os.environ.get("XLA_FLAGS", "") else ""
+        raise click.UsageError(f"devices is {devices}: {here}{flags}")
     return device
 
 
