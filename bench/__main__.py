@@ -2,10 +2,12 @@
 
 import glob
 import importlib.util
-import os
 import sys
 
+import jax
+
 from .allocator import keep_freed_memory
+from .installing import has_compiler
 
 # What a Linux has where a driver of a GPU or TPU is loaded.
 DRIVERS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
@@ -21,9 +23,7 @@ def without_a_driver() -> bool:
     """Whether JAX would look for a GPU or TPU in vain, and complain: a compiler for one is installed, and no driver."""
     if sys.platform != "linux" or any(map(glob.glob, DRIVERS)):
         return False
-    plugins = importlib.util.find_spec("jax_plugins")
-    gpu = plugins is not None and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
-    return gpu or importlib.util.find_spec("libtpu") is not None
+    return has_compiler("cuda") or has_compiler("tpu")
 
 
 def main() -> None:
@@ -33,9 +33,10 @@ def main() -> None:
         print(f'bn-bench needs {" and ".join(missing)}: pip install "bn_fused[bench]"', file=sys.stderr)
         sys.exit(2)
     keep_freed_memory()
-    if "JAX_PLATFORMS" not in os.environ and without_a_driver():
-        print("bn-bench: there is no driver of a GPU or TPU here; JAX_PLATFORMS is set to cpu", file=sys.stderr)
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    # bn_fused, which holds this package, has imported JAX: the environment is read already.
+    if not jax.config.jax_platforms and without_a_driver():
+        print("bn-bench: there is no driver of a GPU or TPU here; JAX is told to use the CPU", file=sys.stderr)
+        jax.config.update("jax_platforms", "cpu")
     try:
         from . import cli
 

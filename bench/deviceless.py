@@ -26,7 +26,7 @@ from types import MappingProxyType
 from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
 from bn_fused.kernels.triton_backend import JAX_TRITON, OLDEST_TRITON
 
-from .installing import pip_install, python
+from .installing import has_compiler, pip_install, python
 
 CUDA, TPU, TRITON = "cuda", "tpu", "triton"
 INSTALLABLE = (CUDA, TPU, TRITON)
@@ -110,14 +110,7 @@ def requirements(platform: str) -> tuple[str, ...]:
 def missing(target: str) -> str | None:
     """None if the compiler for a target is installed, else one sentence: what is missing and how to install it."""
     platform = target_named(target).platform
-    found = {
-        CUDA: lambda: (
-            importlib.util.find_spec("jax_plugins") is not None
-            and importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
-        ),
-        TPU: lambda: importlib.util.find_spec("libtpu") is not None,
-    }[platform]()
-    if found:
+    if has_compiler(platform):
         return None
     listed = f"$({python()} -m bn_fused.bench.deviceless {platform})"
     return f"the compiler for {target} is not installed: {pip_install(f'--no-deps {listed}')}"

@@ -1,5 +1,6 @@
-"""What a message tells the user to type: pip of the Python that runs here, which need not be the shell's."""
+"""What is installed here, and what a message tells the user to type: pip of the Python that runs, not the shell's."""
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -15,6 +16,14 @@ def python() -> str:
         return "python"
     below = os.path.relpath(executable)
     return shlex.quote(executable if below.startswith(os.pardir) else below)
+
+
+def has_compiler(platform: str) -> bool:
+    """Whether the compiler for "cuda" or "tpu", with which JAX also looks for the chip, is installed."""
+    if platform == "tpu":
+        return importlib.util.find_spec("libtpu") is not None
+    # The folder of all plugins first: it may be missing.
+    return all(importlib.util.find_spec(name) is not None for name in ("jax_plugins", "jax_plugins.xla_cuda13"))
 
 
 def pip_install(what: str) -> str:

@@ -4,16 +4,13 @@ Reads JSON from standard input: [backend, target, cases, programs], a case being
 activation, residual], names of operations], and programs {"entrances": whether to try all of them, "plans": whether to
 try plans of pallas_gpu given by hand, "blocks": dtypes}. Writes what was counted in the compiled programs.
 
-For tests: `answer` starts such a process; `by_operation`, `check_traffic` and `check_block` read what it writes.
+For tests: `by_operation`, `check_traffic` and `check_block` read what it writes.
 """
 
 import dataclasses
 import json
 import math
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import jax
@@ -27,21 +24,6 @@ import bn_fused
 from bn_fused import kernels
 
 S = jax.ShapeDtypeStruct
-
-
-def answer(script, given, environment=(), timeout=580):
-    """What a script of this folder that reads and writes JSON answers, without XLA_FLAGS and on a CPU."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    process = subprocess.run(
-        [sys.executable, str(pathlib.Path(__file__).parent / script)],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**inherited, "JAX_PLATFORMS": "cpu", **dict(environment)},
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
 
 
 def by_operation(cases, found):

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
 import shlex
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -554,7 +556,7 @@ def test_the_copy_reads_and_writes_what_it_says_and_nothing_else(dtype):
 
 def test_without_a_driver_jax_is_told_to_use_the_cpu(monkeypatch):
     found = {"jax_plugins", "jax_plugins.xla_cuda13"}
-    monkeypatch.setattr(entry.importlib.util, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda name: name if name in found else None)
     monkeypatch.setattr(entry.sys, "platform", "linux")
     monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
     assert entry.without_a_driver()
@@ -575,3 +577,13 @@ def test_the_script_that_measures_a_gpu_asks_for_runs_that_there_are(tmp_path, c
     for line in runs:
         line = line.replace("$rivals", rivals).replace("$out", str(tmp_path))
         assert bn_bench(*shlex.split(line), "--dry-run") == 0, capsys.readouterr().err
+
+
+def test_a_compiler_without_its_driver_is_no_traceback_at_the_start():
+    if not entry.without_a_driver():
+        pytest.skip("there is a driver here, or no compiler for a GPU or TPU")
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, "-m", "bn_fused.bench", "run", "--shape", "8,4", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("on 1 of ") and "x cpu" in done.stdout
+    assert done.stderr == "bn-bench: there is no driver of a GPU or TPU here; JAX is told to use the CPU\n"

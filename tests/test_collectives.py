@@ -4,9 +4,7 @@ The kernels' programs are compiled for four chips that are not there. The proces
 """
 
 import json
-import os
 import re
-import subprocess
 import sys
 
 import equinox as eqx
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 from bn_fused.bench import deviceless
 from bn_fused.bench.traffic import parse
+from child_process import answer
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -127,17 +126,7 @@ def test_a_shard_map_that_leaves_an_axis_to_xla_exchanges_the_same(four_devices)
 
 def child(work, devices=None):
     flags = {} if devices is None else {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | flags
-    process = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(work),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return answer(["test_collectives.py"], work, flags, timeout=300)
 
 
 def test_beyond_64_devices_two_sums_of_channels_follow_each_other_forward_and_one_is_enough_backward():

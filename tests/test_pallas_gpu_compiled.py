@@ -11,7 +11,8 @@ import sys
 import pytest
 from bn_fused.bench import deviceless
 from bn_fused.kernels.chips import CHIPS
-from compiled_operations import answer, by_operation, check_block, check_traffic
+from child_process import answer
+from compiled_operations import by_operation, check_block, check_traffic
 
 # Groups, rows, channels, dtype, activation, residual.
 STREAMED = [(3, 65536, 96, "float32", "gelu", True)]
@@ -64,7 +65,7 @@ def compiled_for(target, cases, dump, **programs):
     if missing is not None:
         pytest.skip(missing)
     dumped = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    found = answer("compiled_operations.py", ["pallas_gpu", target, cases, programs], dumped)
+    found = answer(["compiled_operations.py"], ["pallas_gpu", target, cases, programs], dumped)
     return found, {path.name: path.read_text() for path in dump.iterdir()}
 
 

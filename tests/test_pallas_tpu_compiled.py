@@ -3,17 +3,14 @@
 The compiler runs in a process of its own for each chip, told beforehand to write down its final code.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import pytest
 
 from bn_fused.bench import deviceless
 from bn_fused.kernels import CHIPS
+from child_process import answer
 
 CHIP_NAMES = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
 # rows, channels, dtype, activation, residual
@@ -131,20 +128,8 @@ def compile_in_a_process(chip, cases, extras, dump):
     missing = deviceless.missing(chip)
     if missing is not None:
         pytest.skip(missing)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "JAX_PLATFORMS": "cpu",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-    }
-    process = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps([chip, cases, extras]),
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    dumped = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
+    return answer(["-c", COMPILE], [chip, cases, extras], dumped, timeout=600)
 
 
 @pytest.fixture(scope="module", params=CHIP_NAMES)

@@ -5,8 +5,6 @@ The compiler runs in a process of its own, because a process compiles for one GP
 """
 
 import importlib.metadata
-import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from bn_fused.bench import deviceless, installing
+from child_process import answer
 
 # NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
 # Few rows of many channels, which XLA sums in another way than many rows of few channels.
@@ -104,17 +103,7 @@ def compiled():
     if missing is not None:
         pytest.skip(missing)
     cases = [(layout, dtype, LAYOUTS[layout], OPTIONS[option]) for layout, dtype, option in CASES]
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    process = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
-    return json.loads(process.stdout)
+    return answer(["-c", COMPILE], cases, timeout=300)
 
 
 @pytest.fixture(scope="module")

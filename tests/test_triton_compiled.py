@@ -7,7 +7,8 @@ from bn_fused.bench import deviceless
 from bn_fused.kernels import triton_backend
 from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.triton_plan import heuristic, search_set
-from compiled_operations import answer, by_operation, check_block, check_traffic
+from child_process import answer
+from compiled_operations import by_operation, check_block, check_traffic
 
 OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
 BOTH = OPERATIONS[:2]
@@ -42,7 +43,7 @@ def by_triton():
     ]
     work += [["hip", architecture, [BFLOAT16], BOTH] for architecture in HIP]
     work += [["cuda", 80, [FLOAT32, RAGGED], BOTH], ["cuda", 90, [LARGE], BOTH]]
-    return answer("triton_compiled.py", work)
+    return answer(["triton_compiled.py"], work)
 
 
 def check_registers(found):
@@ -120,7 +121,7 @@ def test_addresses_are_computed_in_64_bits(by_triton):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_configuration_of_the_search_set_spills(architecture):
-    found = answer("triton_compiled.py", [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)], BOTH]])
+    found = answer(["triton_compiled.py"], [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)], BOTH]])
     check_registers(found)
     copies = [figures["copies"] for *_, case, _, _, figures in found if case[-1]["stages"] > 1]
     assert any(copies) and all(size == 16 for sizes in copies for size in sizes)
@@ -150,7 +151,7 @@ def by_xla(request):
     for sentence in (deviceless.missing(target), triton_backend.missing()):
         if sentence is not None:
             pytest.skip(sentence)
-    return target, answer("compiled_operations.py", ["triton", target, CASES[target], PROGRAMS[target]])
+    return target, answer(["compiled_operations.py"], ["triton", target, CASES[target], PROGRAMS[target]])
 
 
 def test_launches_and_passes_are_those_of_the_plan_and_nothing_of_the_size_of_x_happens_around_the_kernels(by_xla):
