@@ -180,10 +180,12 @@ def collective_bytes(hlo_text: str) -> int:
     """Bytes of the arrays that a program's collectives exchange, per device, counted in its optimised HLO."""
     from .traffic import parse
 
+    # Where one is started and awaited apart, the start lists what goes in beside what comes out.
+
     total = 0
     for computation in parse(hlo_text).computations.values():
         for instruction in computation.values():
-            if instruction.opcode.removesuffix("-start") in COLLECTIVES:
+            if instruction.opcode.removesuffix("-done") in COLLECTIVES:
                 total += sum(array.nbytes for array in instruction.arrays)
     return total
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .approaches import APPROACHES, DEBIAS
 from .kernels.activations import ACTIVATIONS
-from .kernels.jax_internals import varying_axes
+from .kernels.jax_internals import device_axis_names, varying_axes
 from .kernels.registry import FLOATING, check_backend_name
 
 LOW_PRECISION = ("bfloat16", "float16")
@@ -133,9 +133,10 @@ def bound(names):
         try:
             jax.lax.axis_size(name)
         except NameError:
+            devices = ", ".join(map(repr, sorted(device_axis_names(), key=str)))
             raise NameError(
                 f"unbound axis name: {name!r}, which is in axis_name, is an axis of no surrounding vmap, shard_map or "
-                f"pmap; a layer runs on one example, as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), "
+                f"pmap{f' (of devices there are here {devices})' if devices else ''}; a layer runs on one example, as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), "
                 "out_axes=(0, None))(x, state)"
             ) from None
 
@@ -147,6 +148,26 @@ def check_input(x, channels, axis, expected):
         raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
     if 0 in x.shape:
         raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
+
+
+def check_stats(stats):
+    """The shapes and dtypes of `RunningStats` are those that its `init` gives, or others of the same kind."""
+    for name, value in stats._asdict().items():
+        array(f"stats.{name}", value)
+    mean, var = stats.mean, stats.var
+    if mean.ndim != 1:
+        raise ValueError(f"stats.mean has shape {mean.shape}; accepted is one value for each channel, as in (64,)")
+    if (mean.shape, mean.dtype) != (var.shape, var.dtype):
+        raise ValueError(
+            f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
+        )
+    floating("stats.mean", mean)
+    for name, value, kind in (("zero_frac", stats.zero_frac, jnp.floating), ("count", stats.count, jnp.integer)):
+        if value.shape != () or not jnp.issubdtype(value.dtype, kind):
+            raise ValueError(
+                f"stats.{name} is {value.dtype}{list(value.shape)}; accepted is a scalar, "
+                f"{'floating' if kind is jnp.floating else 'an integer'}"
+            )
 
 
 def same_on_devices(new, old):
@@ -174,7 +195,7 @@ def floating(name, array):
 
 def array(name, value):
     """TypeError unless the value is an array."""
-    if not isinstance(value, (jax.Array, np.ndarray)):
+    if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(f"{name} is {value!r}; accepted is an array")
 
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from . import arguments
+from .kernels.jax_internals import shard_like
 from .step import Call, RunningStats, infer, train
 
 EXAMPLES = "bn_fused.examples"  # the name of the axis of examples while one example is traced
@@ -75,17 +76,17 @@ def batch_norm(
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
     channel_axis = arguments.channel_axis(channel_axis, x.shape, "x")
-    mean, var = stats.mean, stats.var
-    if (mean.shape, mean.dtype) != (var.shape, var.dtype):
-        raise ValueError(
-            f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
-        )
-    channels = mean.shape[0]
+    arguments.check_stats(stats)
+    channels = stats.mean.shape[0]
     arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
     for name, value in (("weight", weight), ("bias", bias)):
         arguments.check_parameter(name, value, stats.mean.shape)
     arguments.check_residual(residual, x)
     mask = arguments.broadcast_mask(mask, x, channel_axis)
+    if mask is not None:
+        mask = shard_like(mask, x, [None if axis == channel_axis else axis for axis in range(x.ndim)])
+    if residual is not None:
+        residual = shard_like(residual, x, range(x.ndim))
 
     call = Call(settings, channel_axis - 1, (EXAMPLES, *names))
     with jax.named_scope("bn_fused.batch_norm"):

@@ -7,8 +7,10 @@ Per channel, mean = pmean(mean(x)) and var = pmean(mean((x - mean) conj(x - mean
 import jax
 import jax.numpy as jnp
 
+from .devices import split_names, total_size
 from .kernels import reference as kernel_reference
 from .kernels.contract import accumulation_dtype, widest
+from .named_axes import Averaged, named_sum
 
 
 def moments(call, x, mask):
@@ -43,22 +45,31 @@ def _average(call, mask):
     if size is not None:
         return lambda values: _average_in_virtual_batch(values, mask, names, size)
     if mask is None:
-        return lambda values: jax.lax.pmean(jnp.mean(values), names)
+        return lambda values: _sum(jnp.mean(values), names) / total_size(names)
 
     def average(values):
-        total = jax.lax.psum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names)
-        return total / jnp.maximum(jax.lax.psum(jnp.sum(mask, dtype=values.dtype), names), 1)
+        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names)
+        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names), 1)
 
     return average
 
 
+def _sum(value, names):
+    """psum. On a mesh, which is around it in a shard_map too, JAX's own fails for a vmap's name."""
+    vmaps, devices = split_names(names)
+    if vmaps and not jax.sharding.get_abstract_mesh().empty:
+        value, names = named_sum(value, Averaged(vmaps)), devices
+    return jax.lax.psum(value, names) if names else value
+
+
 def _average_in_virtual_batch(values, mask, names, size):
-    (name,) = [name for name in names if name not in jax.sharding.get_abstract_mesh().manual_axes]
+    ((name,), _) = split_names(names)
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     total = jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)))
     mine = jax.lax.axis_index(name) // size
+    place = jnp.arange(jax.lax.axis_size(name) // size, dtype=mine.dtype) == mine
 
     def in_my_batch(value):
-        return jnp.sum(jnp.reshape(jax.lax.all_gather(value, name), (-1, size)), 1)[mine]
+        return _sum(jnp.where(place, value, jnp.zeros_like(value)), (name,))[mine]
 
     return in_my_batch(total) / jnp.maximum(in_my_batch(jnp.sum(mask, dtype=values.dtype)), 1)

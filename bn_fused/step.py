@@ -12,7 +12,7 @@ from . import approaches, reference
 from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
 from .devices import split_names, total_size
 from .kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
-from .kernels.jax_internals import vary_together
+from .kernels.jax_internals import device_axis_names, shard_like, vary_together
 from .kernels.layout import CHANNEL, ROW
 from .kernels.merging import merge_moments
 from .kernels.registry import REFERENCE
@@ -63,6 +63,7 @@ class Call:
 
 def infer(call, x, stats, weight, bias, residual):
     """Normalise one example with the running statistics; returns y."""
+    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     wide = _wide(stats)
     running = (value.astype(wide) for value in (stats.mean, stats.var, stats.zero_frac))
     mean, var = approaches.inference_moments(*running, call.settings.eps)
@@ -85,6 +86,8 @@ def train(call, x, stats, weight, bias, residual, mask):
     warn_of_few_values(settings, positions, examples)
     warn_of_low_precision(stats.mean.dtype)
 
+    old = stats
+    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     wide = _wide(stats)
     zero_frac, count = stats.zero_frac.astype(wide), stats.count
     new_zero_frac, new_count = approaches.advance(
@@ -113,8 +116,8 @@ def train(call, x, stats, weight, bias, residual, mask):
             everything = _sum_over(1 - everything.astype(wide), Averaged(vmaps), devices) == 0
         new_zero_frac = jnp.where(everything, zero_frac, new_zero_frac)
         new_count = jnp.where(everything, count, new_count)
-    new = RunningStats(new_mean, new_var, new_zero_frac, new_count)
-    return y, RunningStats(*(value.astype(old.dtype) for value, old in zip(new, stats, strict=True)))
+    new = zip((new_mean, new_var, new_zero_frac, new_count), old, strict=True)
+    return y, RunningStats(*(shard_like(value.astype(was.dtype), was, range(was.ndim)) for value, was in new))
 
 
 class Mix(NamedTuple):
@@ -165,17 +168,19 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     if mask is not None:
         count = jnp.sum(mask, dtype=local["var"].dtype)
     count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
-    pivot, delta, var, _ = merge_moments(local["pivot"] + local["delta"], local["var"], count, devices)
+    pivot, *merged, _ = merge_moments(local["pivot"], local["delta"], local["var"], count, devices)
+    # The mean is what it is, as pivot + delta, whatever the pivot: all of its gradient is delta's.
+    pivot = jax.lax.stop_gradient(pivot)
     # Each example's own gradient of these goes into the sum of all of them. The mean has that summed on the device,
     # before devices exchange it, in one array; under check_vma they do where its type changes to varying.
-    merged = named_mean(jnp.stack([pivot + delta, var]), averaged)
+    merged = named_mean(jnp.stack(merged), averaged)
     own = named_mean(vary_together([merged, x])[0], averaged)
 
-    def mixed(mean, var):
-        return blend(mean, jnp.zeros_like(mean), var, stats.mean, stats.var, packed)
+    def mixed(delta, var):
+        return blend(pivot, delta, var, stats.mean, stats.var, packed)
 
     new, here = mixed(*merged), mixed(*own)
-    y = _normalise(call, x, own[0], here.offset, here.norm_var, weight, bias, residual, mask)
+    y = _normalise(call, x, pivot, here.offset, here.norm_var, weight, bias, residual, mask)
     return y, new.new_running_mean, new.new_running_var
 
 
@@ -206,15 +211,15 @@ def _reference_step(call, mix, averaged, devices, x, stats, weight, bias, residu
     return y.astype(dtype), step.running_mean, step.running_var
 
 
-def _normalise(call, x, mean, offset, norm_var, weight, bias, residual, mask=None):
+def _normalise(call, x, pivot, offset, norm_var, weight, bias, residual, mask=None):
     weight, bias = _affine(x, call, weight, bias)
     dtype = accumulation_dtype(x.dtype)
-    mean, offset, norm_var = (value.astype(dtype) for value in (mean, offset, norm_var))
+    pivot, offset, norm_var = (value.astype(dtype) for value in (pivot, offset, norm_var))
     return normalise(
         call.spec(x),
         NOTHING,
         x=x,
-        pivot=mean,
+        pivot=pivot,
         offset=offset,
         norm_var=norm_var,
         weight=weight,
@@ -222,6 +227,15 @@ def _normalise(call, x, mean, offset, norm_var, weight, bias, residual, mask=Non
         residual=residual,
         mask=mask,
     )["y"]
+
+
+def _with_channels_sharded(call, x, stats, weight, bias):
+    """The values per channel, sharded as x's channels are where types say so: on meshes with explicit axes."""
+
+    def place(value):
+        return None if value is None else shard_like(value, x, (call.channel_axis,))
+
+    return stats._replace(mean=place(stats.mean), var=place(stats.var)), place(weight), place(bias)
 
 
 def _affine(x, call, weight, bias):
@@ -251,7 +265,8 @@ def _check_virtual(settings, vmaps):
         )
     batch = total_size(vmaps)
     if batch % size:
-        raise ValueError(f"virtual_batch_size is {size}; it must divide the batch of {batch} examples")
+        here = " on each device" if device_axis_names() else ""
+        raise ValueError(f"virtual_batch_size is {size}; it must divide the batch of {batch} examples{here}")
 
 
 def _mean_of_virtual_batches(mix, vmaps, devices, new, stats):

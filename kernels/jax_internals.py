@@ -5,6 +5,7 @@ that name and not by a failure somewhere inside a transform.
 """
 
 import jax
+import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
@@ -29,6 +30,7 @@ __all__ = [
     "partitioned_mesh",
     "register_lowering",
     "runs_on_several_devices",
+    "shard_like",
     "tell_devices",
     "varying_axes",
     "vary_together",
@@ -57,6 +59,20 @@ def vary_together(arrays):
         return jax.lax.pcast(array, missing, to="varying") if missing else array
 
     return [cast(array) for array in arrays] if union else list(arrays)
+
+
+def shard_like(value, like, axes):
+    """A value with the sharding that `like` has in its type: on meshes with explicit axes; elsewhere types have none.
+
+    `axes` has one entry per axis of the value, the axis of `like` that it goes with, or None for one of its own.
+    """
+    sharding, own = jax.typeof(like).sharding, jax.typeof(value).sharding
+    spec = jax.sharding.PartitionSpec(*(None if axis is None else sharding.spec[axis] for axis in axes))
+    if own.spec == spec:
+        # An array that a function in a shard_map closes over has another mesh in its type than what is traced there.
+        meshes_differ = own.mesh != sharding.mesh and not own.mesh.empty and not sharding.mesh.empty
+        return jnp.copy(value) if meshes_differ and not isinstance(value, jax.core.Tracer) else value
+    return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def output_type(like, shape, dtype, axes):

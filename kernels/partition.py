@@ -165,7 +165,7 @@ def _moments(run, spec, operands, rows):
         count = sum_rows(mask.astype(dtype), spec.layout)[..., 0]
 
     def merge(pivot, delta, var, count):
-        return merge_moments(pivot, var, count, rows, delta)[:3]
+        return merge_moments(pivot, delta, var, count, rows)[:3]
 
     values = [jnp.reshape(value, (-1, shape[-1])) for value in (pivot, delta, var)]
     merged = jax.vmap(merge)(*values, jnp.reshape(count, (-1,)))

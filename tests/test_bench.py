@@ -224,6 +224,22 @@ def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
     assert case.collective_bytes["bwd"] > parameters if sync else case.collective_bytes["bwd"] == parameters
 
 
+def test_an_exchange_that_is_started_and_awaited_apart_counts_once():
+    program = """
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[8], y: f32[4]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %start = ((f32[8]{0}), f32[8]{0}) all-reduce-start(%x), channel_id=1, replica_groups={{0,1}}, to_apply=%add
+  %gathered = f32[8]{0} all-gather(%y), channel_id=2, dimensions={0}
+  %done = f32[8]{0} all-reduce-done(%start)
+  ROOT %sum = f32[8]{0} add(%done, %gathered)
+}
+"""
+    assert cases.collective_bytes(program) == 8 * 4 + 8 * 4
+
+
 def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_layer_with_and_without(monkeypatch):
     exchanged = {}
 

@@ -183,6 +183,30 @@ def test_stats_are_running_stats():
         bn_fused.batch_norm(jnp.ones((4, 3)), (jnp.zeros(3), jnp.ones(3)))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "error", "said"),
+    [
+        ("mean", jnp.zeros(()), ValueError, "()"),
+        ("mean", jnp.zeros((2, 3)), ValueError, "(2, 3)"),
+        ("mean", None, TypeError, "None"),
+        ("var", jnp.zeros(4), ValueError, "float32[4]"),
+        ("zero_frac", jnp.zeros(3), ValueError, "float32[3]"),
+        ("zero_frac", 1.0, TypeError, "1.0"),
+        ("count", jnp.zeros(()), ValueError, "float32[]"),
+        ("count", jnp.zeros(3, jnp.int32), ValueError, "int32[3]"),
+    ],
+)
+def test_running_statistics_of_other_shapes_or_kinds_are_refused_by_their_name(field, value, error, said):
+    stats = bn_fused.RunningStats.init(CHANNELS)._replace(**{field: value})
+    with pytest.raises(error, match=names(f"stats.{field} ", said)):
+        bn_fused.batch_norm(jnp.ones((4, CHANNELS, 5)), stats, channel_axis=1)
+
+
+def test_running_statistics_may_be_what_numpy_has():
+    stats = bn_fused.RunningStats(np.zeros(3, np.float32), np.zeros(3, np.float32), np.float32(1), np.int32(0))
+    bn_fused.batch_norm(jnp.ones((4, CHANNELS, 5)), stats, channel_axis=1)
+
+
 def test_a_virtual_batch_divides_the_batch():
     x = jnp.ones((4, CHANNELS, 5))
     with pytest.raises(ValueError, match=names("virtual_batch_size", "3", "4")):

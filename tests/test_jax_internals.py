@@ -210,6 +210,20 @@ def probe_output_type(internals):
     assert made.sharding.spec == P(None, "e")
 
 
+def probe_shard_like(internals):
+    """a value gets the explicit sharding of another, and its cotangent the sharding that it had itself"""
+    mesh = jax.make_mesh((2,), ("e",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    like = jax.device_put(jnp.ones((3, 4)), jax.sharding.NamedSharding(mesh, P(None, "e")))
+    value = jax.device_put(jnp.arange(4.0), jax.sharding.NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh):
+        made, pullback = jax.jit(lambda value: jax.vjp(lambda v: internals.shard_like(v, like, (1,)), value))(value)
+        (cotangent,) = pullback(made)
+    assert jax.typeof(made).sharding.spec == P("e") and jax.typeof(cotangent).sharding.spec == P(None)
+    assert internals.shard_like(made, like, (1,)) is made
+    assert internals.shard_like(value, jnp.ones((3, 4)), (1,)) is value
+    np.testing.assert_array_equal(cotangent, value)
+
+
 def probe_zero_tangent(internals):
     """a symbolic zero of a value's tangent type is made"""
     zero = internals.zero_tangent(jnp.ones((2, 3)))
@@ -362,6 +376,7 @@ PROBES = {
     "partitioned_mesh": probe_custom_partitioning,
     "register_lowering": probe_lowering,
     "runs_on_several_devices": probe_runs_on_several_devices,
+    "shard_like": probe_shard_like,
     "tell_devices": probe_lowering_device,
     "varying_axes": probe_varying_axes,
     "vary_together": probe_vary_together,

@@ -6,6 +6,7 @@ The processes talk over the loopback interface through JAX's own distributed run
 import json
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -42,17 +43,22 @@ def train(processes, checkpoint, *, approach="batch", dies_at=None):
         "checkpoint": str(checkpoint),
         "dies_at": dies_at,
     }
-    flags = f"--xla_force_host_platform_device_count={DEVICES // processes}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    arguments = [[str(WORKER), json.dumps(settings | {"process": process})] for process in range(processes)]
+    return run(arguments, devices=DEVICES // processes)
+
+
+def run(arguments, devices):
+    """Start Python with each of these arguments and wait for all; [(exit status, output, errors)] in order."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
     started = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps(settings | {"process": process})],
-            env=environment,
+            [sys.executable, *words],
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for process in range(processes)
+        for words in arguments
     ]
     end = time.monotonic() + LIMIT
     try:
@@ -111,3 +117,17 @@ def test_when_a_process_dies_the_others_end_with_an_error_and_the_last_checkpoin
     momentum = 0.99
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored[1])]
     assert any(leaf.shape == () and np.isclose(leaf, momentum ** (STEPS - 1)) for leaf in leaves), leaves
+
+
+def test_the_program_of_the_document_gives_every_process_the_same_statistics():
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "devices.md").read_text()
+    (program,) = re.findall(r"```py\n(.*?)```", text, re.DOTALL)
+    program = program.replace("localhost:12345", f"127.0.0.1:{free_port()}")
+    ended = run([["-c", program, str(process)] for process in range(2)], devices=2)
+    assert [status for status, *_ in ended] == [0, 0], [errors[-2000:] for *_, errors in ended]
+    means = [float(output.splitlines()[-1]) for _, output, _ in ended]
+    x = np.concatenate([np.random.default_rng(process).normal(3, 2, (8, 16)) for process in range(2)])
+    assert means[0] == means[1]
+    np.testing.assert_allclose(
+        means[0], (1 - 0.99) * x.astype(np.float32).mean(0)[0], rtol=50 * np.finfo(np.float32).eps
+    )
