@@ -41,12 +41,14 @@ import jax.numpy as jnp
 
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
+from .jax_internals import first_amd_architecture
 from .triton_plan import Plan, check, make_plan, merge_tile
 from .triton_tuning import config_for
 from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
+ARCHITECTURES = ("gfx90a", "gfx942")  # of AMD, for which these kernels were compiled: CDNA 2 and 3
 MOST = 1 << 31
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
 OLDEST_TRITON = (3, 6)
@@ -57,11 +59,7 @@ F32 = jnp.float32
 def refusal(problem, target):
     """None, or one sentence: why these kernels cannot compute the problem on the target."""
     chip = target.chip
-    if target.platform == "rocm":
-        return (
-            "for AMD GPUs its kernels only compile: no AMD GPU is in the table of chips from which tiles are computed"
-        )
-    if target.platform != "cuda":
+    if target.platform not in ("cuda", "rocm"):
         return "it is written for GPUs"
     if problem.dtype not in DTYPES:
         return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
@@ -69,11 +67,9 @@ def refusal(problem, target):
         return "its kernels take no mask"
     if chip is None:
         return "it is not known for which GPU it is compiled, and its code depends on that"
-    major, minor = chip.compute_capability
-    if major < CAPABILITIES[0]:
-        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
-    if major not in CAPABILITIES:
-        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    unsuited = _unsuited(chip)
+    if unsuited is not None:
+        return unsuited
     if target.partitioned:
         return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
     if max(problem.rows, problem.groups * problem.channels) >= MOST:
@@ -82,6 +78,23 @@ def refusal(problem, target):
             f"{problem.groups} times {problem.channels} channels"
         )
     return missing()
+
+
+def _unsuited(chip):
+    """None if these kernels were compiled for a GPU's architecture, else one sentence."""
+    if chip.platform == "rocm":
+        if chip.architecture in ARCHITECTURES:
+            return None
+        return (
+            f"its kernels were compiled for AMD's {' and '.join(ARCHITECTURES)} (Instinct MI200 and MI300), and "
+            f"{chip.device_kind} is {chip.architecture}"
+        )
+    major, minor = chip.compute_capability
+    if major < CAPABILITIES[0]:
+        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
+    if major not in CAPABILITIES:
+        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    return None
 
 
 @functools.cache
@@ -113,10 +126,24 @@ def plan(problem, target):
     )
 
 
-def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+def _check_that_jax_triton_compiles_for(architecture):
+    """ValueError unless the AMD GPU that jax-triton would compile for is there, and of that architecture."""
+    found = first_amd_architecture()
+    if found != architecture:
+        there = "there is none" if found is None else f"that is {found}"
+        raise ValueError(
+            f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered for "
+            f"{architecture} here"
+        )
+
+
+def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
     """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs."""
     import jax_triton
 
+    on_amd = isinstance(architecture, str)
+    if on_amd:
+        _check_that_jax_triton_compiles_for(architecture)
     # The kernels' own loops say how many stages they have.
     return jax_triton.triton_call(
         *inputs,
@@ -126,7 +153,8 @@ def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constant
         name=f"bn_fused_{name}",
         num_warps=warps,
         num_stages=1,
-        compute_capability=capability,
+        # For AMD jax-triton asks the device.
+        compute_capability=None if on_amd else architecture,
         **constants,
     )
 
@@ -156,7 +184,7 @@ class _View(View):
             results,
             grid=grid,
             warps=plan.warps,
-            capability=plan.capability,
+            architecture=plan.architecture,
             ROWS=rows,
             WIDTH=width,
             CHANNELS=self.channels,
@@ -181,7 +209,7 @@ class _View(View):
             [jax.ShapeDtypeStruct((groups, self.channels), F32)] * number,
             grid=groups * -(-self.channels // columns),
             warps=warps,
-            capability=plan.capability,
+            architecture=plan.architecture,
             ROWS=rows,
             FOLD=plan.fold,
             CHANNELS=self.channels,

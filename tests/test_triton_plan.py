@@ -109,7 +109,7 @@ def test_the_search_set_starts_with_the_heuristic_and_is_small():
 def test_a_plan_says_its_passes_and_launches():
     problem = Problem(1, 100352, 64, "float32", "relu", residual=True)
     plan = triton_backend.plan(problem, H200)
-    assert plan.capability == 90
+    assert plan.architecture == 90
     assert plan.passes("forward") == (3, 1) and plan.passes("backward") == (6, 2)
     assert plan.launches("forward") == ("bn_fused_moments", "bn_fused_merge_moments", "bn_fused_normalise")
     assert plan == triton_backend.plan(problem, H200) and hash(plan) == hash(triton_backend.plan(problem, H200))
@@ -176,7 +176,7 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
 )
 def test_a_plan_that_does_not_fit_the_array_is_refused(change):
     plan = Plan(
-        **{"capability": 90, "fold": 1, "columns": 16, "tile_rows": 8, "splits": 4, "warps": 4, "stages": 1} | change
+        **{"architecture": 90, "fold": 1, "columns": 16, "tile_rows": 8, "splits": 4, "warps": 4, "stages": 1} | change
     )
     with pytest.raises(ValueError, match="does not fit 64 rows of 24 channels"):
         triton_backend.moments(jnp.ones((1, 64, 24)), spec=kernels.Spec("grc", plan=plan))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def plan(**changes):
     """Small tiles, so that a few rows have several ranges of several tiles, with a last one that is not full."""
-    fields = {"capability": 90, "fold": 1, "columns": 16, "tile_rows": 4, "splits": 3, "warps": 4, "stages": 1}
+    fields = {"architecture": 90, "fold": 1, "columns": 16, "tile_rows": 4, "splits": 3, "warps": 4, "stages": 1}
     return Plan(**(fields | changes))
 
 
