@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .jax_internals import first_amd_architecture
-from .triton_plan import Plan, check, make_plan, merge_tile
+from .triton_plan import Plan, check, make_plan, merge_tile, most_threads
 from .triton_tuning import config_for
 from .view import View
 
@@ -50,6 +50,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
 ARCHITECTURES = ("gfx90a", "gfx942")  # of AMD, for which these kernels were compiled: CDNA 2 and 3
 MOST = 1 << 31
+MOST_AMD = 1 << 32  # threads of a launch, which HIP counts in 32 bits
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
 OLDEST_TRITON = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
@@ -76,6 +77,14 @@ def refusal(problem, target):
         return (
             f"it counts rows, and values per channel, in 32 bits, and there are {problem.rows} rows of "
             f"{problem.groups} times {problem.channels} channels"
+        )
+    planned = plan(problem, target)
+    if planned.tile_rows * planned.fold * problem.channels >= MOST:
+        return f"it counts places within a tile of rows in 32 bits, and there are {problem.channels} channels"
+    if target.platform == "rocm" and most_threads(planned, problem.groups, problem.channels) >= MOST_AMD:
+        return (
+            f"a launch of 2^32 threads or more does not run on an AMD GPU, and {problem.groups} times "
+            f"{problem.channels} channels need one"
         )
     return missing()
 

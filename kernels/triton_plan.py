@@ -32,7 +32,7 @@ class Config:
     - `row_bytes`: the most neighbouring bytes of a row that a tile has.
     - `values`: of each array, that each thread has of a tile where a pass reads one array; with more arrays, half.
     - `warps`: of a block of threads: of 32 threads each on NVIDIA, wavefronts of 64 on AMD.
-    - `stages`: tiles in flight in shared memory; 1: tiles are loaded into registers, as always on AMD.
+    - `stages`: tiles in flight in shared memory, on AMD in registers; 1: a tile is loaded when it is needed.
     - `blocks_per_core`: blocks of threads in a launch, for each multiprocessor.
     """
 
@@ -97,6 +97,13 @@ def merge_tile(plan, channels):
     return entries, columns, threads // plan.lanes
 
 
+def most_threads(plan, groups, channels):
+    """Threads of the largest launch."""
+    streams = groups * plan.splits * -(-plan.fold * channels // plan.columns) * plan.warps
+    _, columns, warps = merge_tile(plan, channels)
+    return max(streams, groups * -(-channels // columns) * warps) * plan.lanes
+
+
 def power_of_two(number):
     """The smallest power of two that is not less than a number above 0."""
     return 1 << (number - 1).bit_length()
@@ -149,8 +156,8 @@ def search_set(groups, rows, channels, itemsize, chip):
 
     first = heuristic(groups, rows, channels, itemsize, chip)
     warps = [threads // chip.lanes for threads in (64, 128, 256)]
-    # AMD copies nothing into LDS behind the back of its threads.
-    stages = (3, 4) if chip.platform == "cuda" else ()
+    # On AMD they are registers.
+    stages = (3, 4) if chip.platform == "cuda" else (2, 3)
     changes = [
         {},
         *({"row_bytes": row_bytes} for row_bytes in (128, 512)),

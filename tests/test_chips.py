@@ -28,12 +28,30 @@ def test_another_nvidia_gpu_is_described_by_what_it_says_of_itself():
     assert chip.shared_memory_per_block == 99 * 1024
 
 
+def test_amd_gpus_are_described_by_what_they_say_of_themselves():
+    """JAX gives the product's name or the architecture with features as device_kind, and the architecture alone."""
+    mi300a = chip_of(device("AMD Instinct MI300A", compute_capability="gfx942", core_count=228))
+    assert (mi300a.name, mi300a.architecture, mi300a.cores) == ("instinct mi300a", "gfx942", 228)
+    unnamed = chip_of(device("gfx90a:sramecc+:xnack-", compute_capability="gfx90a:sramecc+:xnack-", core_count=104))
+    assert (unnamed.name, unnamed.architecture, unnamed.platform) == ("gfx90a", "gfx90a", "rocm")
+    assert unnamed.lanes == mi300a.lanes == 64 and unnamed.shared_memory_per_block == 64 * 1024
+    radeon = chip_of(device("AMD Radeon RX 7900 XTX", compute_capability="gfx1100", core_count=48))
+    assert (radeon.architecture, radeon.lanes) == ("gfx1100", 32)
+
+
+def test_a_partition_of_an_amd_gpu_is_believed_to_have_fewer_cores():
+    whole, part = (device("AMD Instinct MI300X", compute_capability="gfx942", core_count=n) for n in (304, 38))
+    assert chip_of(whole) is CHIPS["mi300x"]
+    assert chip_of(part).cores == 38 and chip_of(part).name == "mi300x"
+
+
 @pytest.mark.parametrize(
     "unknown",
     [
         device("cpu"),
         device("TPU v2"),
-        device("AMD Instinct MI300X", compute_capability="gfx942", core_count=304),
+        device("AMD Instinct MI300A"),
+        device("NVIDIA Odd", compute_capability="new", core_count=1),
         device("NVIDIA Later", compute_capability="99.0", core_count=1),
     ],
     ids=lambda unknown: unknown.device_kind,
@@ -47,7 +65,8 @@ def test_this_processs_cpu_has_no_chip():
 
 
 def test_explain_takes_a_chip_or_a_platform():
-    for target, named in {"h200": "cuda (h200)", "v5e": "tpu (v5e)", "rocm": "rocm"}.items():
+    named_by = {"h200": "cuda (h200)", "v5e": "tpu (v5e)", "mi300x": "rocm (mi300x)", "rocm": "rocm"}
+    for target, named in named_by.items():
         assert named in bn_fused.explain((64, 8), jnp.float32, target=target).reason
     assert bn_fused.explain((64, 8), jnp.float32, target=Target("cpu")) == bn_fused.explain((64, 8), jnp.float32)
     with pytest.raises(ValueError, match="target is 'h2000'; accepted are 'a100'"):

@@ -19,7 +19,7 @@ import triton
 from bn_fused.kernels import triton_backend
 from bn_fused.kernels.chips import CHIPS, GpuChip
 from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.triton_plan import Config, make_plan
+from bn_fused.kernels.triton_plan import Config, make_plan, most_threads
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -54,10 +54,11 @@ def launches(case, architecture, operations):
         "coefficients": shape((groups, 6), "float32"),
     }
     left_out = ("mask",) if residual else ("mask", "residual")
-    found = []
+    found, threads = [], []
 
     def record(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
         assert 0 < grid < 1 << 31 and architecture == plan.architecture
+        threads.append(grid * warps * plan.lanes)
         arrays = [*inputs, *outputs]
         signature = dict(zip(kernel.arg_names, (TYPES[str(array.dtype)] for array in arrays), strict=False))
         found.append((operation, name, kernel, signature, constants, warps))
@@ -70,6 +71,7 @@ def launches(case, architecture, operations):
         spec = Spec("grc", 1e-5, activation, "triton", plan)
         function = getattr(triton_backend, operation)
         jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)
+    assert max(threads) == most_threads(plan, groups, channels)
     return found
 
 
@@ -90,6 +92,8 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
             re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1)
         )
         found["loads"] = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
+        # By how much numbers of 64 bits are shifted: products with powers of two.
+        found["shifts"] = [int(value) for value in re.findall(r"s_lshl_b64 s\[.*?\], s\[.*?\], (\d+)\b", text)]
         found["stores"] = re.findall(r"\b(?:global|buffer)_store_(\w+)", text)
         return found
     text = made.asm["ptx"]
