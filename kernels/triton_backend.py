@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .jax_internals import first_amd_architecture
-from .triton_plan import Plan, check, make_plan, merge_tile, most_threads
+from .triton_plan import BY_RULE, Plan, check, make_plan, merge_tile, most_threads
 from .triton_tuning import config_for
 from .view import View
 
@@ -53,6 +53,8 @@ MOST = 1 << 31
 MOST_AMD = 1 << 32  # threads of a launch, which HIP counts in 32 bits
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
 OLDEST_TRITON = (3, 6)
+# With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with all of them.
+NEWEST_TRITON_FOR_AMD = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
 F32 = jnp.float32
 
@@ -86,7 +88,7 @@ def refusal(problem, target):
             f"a launch of 2^32 threads or more does not run on an AMD GPU, and {problem.groups} times "
             f"{problem.channels} channels need one"
         )
-    return missing()
+    return missing(target.platform)
 
 
 def _unsuited(chip):
@@ -107,8 +109,8 @@ def _unsuited(chip):
 
 
 @functools.cache
-def missing():
-    """None if jax-triton can be used here, else one sentence: what to install."""
+def missing(platform="cuda"):
+    """None if jax-triton can be used here for GPUs of a platform, else one sentence: what to install."""
     for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed: {INSTALL}"
@@ -116,22 +118,31 @@ def missing():
     if found != JAX_TRITON:
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
     found = importlib.metadata.version("triton")
-    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {found} is installed"
+    if platform == "rocm" and numbers > NEWEST_TRITON_FOR_AMD:
+        newest = ".".join(map(str, NEWEST_TRITON_FOR_AMD))
+        return (
+            f"for AMD GPUs jax-triton {JAX_TRITON} works with triton {newest} alone, and {found} is installed: "
+            f"pip install 'triton=={newest}.*'"
+        )
     return None
 
 
 def plan(problem, target):
     """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
     sizes = (problem.groups, problem.rows, problem.channels)
+    config, path = config_for(target.chip.device_kind, *sizes, problem.dtype)
     return make_plan(
         *sizes,
         jnp.dtype(problem.dtype).itemsize,
         target.chip,
-        config_for(target.chip.device_kind, *sizes, problem.dtype),
+        config,
         residual=problem.residual,
         derivative=problem.activation is not None,
+        tuning=BY_RULE if path is None else str(path),
     )
 
 

@@ -5,12 +5,14 @@ depend on the array; `heuristic` chooses one for an array, `search_set` lists th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .launches import launches, passes
 
 # Raised with every change to the kernels that makes earlier timings meaningless: see `triton_tuning`.
 REVISION = 1
+
+BY_RULE = "by rule"  # of a plan whose configuration no tuning file has
 
 VECTOR = 16  # bytes: the widest load of a thread
 # More neighbouring rows than that are not folded into one: their columns have to be merged again.
@@ -55,6 +57,7 @@ class Plan:
     - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
     - `warps`, `stages`: of a block of threads; see `Config`.
     - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
+    - `tuning`: the file whose configuration this is, or that it was made by rule; plans are compared without it.
     """
 
     architecture: int | str
@@ -66,6 +69,7 @@ class Plan:
     stages: int
     residual: bool = False
     derivative: bool = False
+    tuning: str = field(default=BY_RULE, compare=False)
 
     @property
     def lanes(self):
@@ -171,7 +175,7 @@ def search_set(groups, rows, channels, itemsize, chip):
     return tuple(dict.fromkeys(replace(first, **change) for change in changes))
 
 
-def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False):
+def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False, tuning=BY_RULE):
     """The plan for x [groups, rows, channels] on a chip, with a configuration, or with the heuristic's."""
     if config is None:
         config = heuristic(groups, rows, channels, itemsize, chip)
@@ -194,6 +198,7 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
         stages=config.stages,
         residual=residual,
         derivative=derivative,
+        tuning=tuning,
     )
 
 

@@ -40,7 +40,7 @@ SHAPES = [
 @pytest.fixture
 def installed(monkeypatch):
     """As if jax-triton and Triton were installed, in versions that fit."""
-    monkeypatch.setattr(triton_backend, "missing", lambda: None)
+    monkeypatch.setattr(triton_backend, "missing", lambda platform: None)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -197,6 +197,25 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
         else:
             with pytest.raises(BackendError, match=sentence):
                 choose(Problem(1, 64, 8, "float32"), A100, "triton")
+    finally:
+        triton_backend.missing.cache_clear()
+
+
+@pytest.mark.parametrize(("version", "works"), [("3.6.0", True), ("3.7.1", False), ("3.10.0", False)])
+def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version, works, monkeypatch):
+    versions = {"jax-triton": "0.3.1", "triton": version}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    triton_backend.missing.cache_clear()
+    try:
+        assert choose(Problem(1, 64, 8, "float32"), A100, "triton").name == "triton"
+        if works:
+            assert choose(Problem(1, 64, 8, "float32"), MI300X, "triton").name == "triton"
+        else:
+            with pytest.raises(
+                BackendError, match=f"triton 3.6 alone, and {version} is installed: pip install 'triton==3"
+            ):
+                choose(Problem(1, 64, 8, "float32"), MI300X, "triton")
     finally:
         triton_backend.missing.cache_clear()
 
