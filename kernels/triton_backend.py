@@ -1,4 +1,6 @@
-"""The backend `triton`: every operation of `contract` for NVIDIA GPUs since Ampere, with Triton through jax-triton.
+"""The backend `triton`: every operation of `contract` for GPUs, with Triton through jax-triton.
+
+For NVIDIA's since Ampere, and AMD's Instinct MI200 and MI300 series (gfx90a, gfx942), with their own tiles.
 
 Any number of rows and of channels is streamed in passes that read x from memory once each and write what they compute
 directly (`triton_kernels` says how, `triton_plan` with which tiles). Passes over arrays of x's size, R reads and W
@@ -21,14 +23,19 @@ x of any layout is seen as [groups, rows, channels]; where the channels lie last
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
 convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
-Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
-for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
-partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one
-version that works with all versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes,
-and the number of rows has no divisor with which several rows are, values are read one by one, several times slower. The
-running statistics are blended inside the launch if they are float32, and with jnp after it otherwise.
+Limits, refused by name: float64; a mask; compute capabilities below 8.0, and those and AMD's architectures that these
+kernels were not compiled for; arrays that XLA partitions over several devices; 2^31 rows, values per channel, or values
+between the first and the last row of a tile, or more; on AMD 2^32 threads of a launch or more. jax-triton must be
+installed, in the one version that works with all versions of JAX this library is for; for AMD with Triton 3.6 alone.
+Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows are,
+values are read one by one, several times slower. The running statistics are blended inside the launch if they are
+float32, and with jnp after it otherwise.
 
-Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled.
+On AMD jax-triton compiles for the first GPU of the process, so that without one nothing is lowered, and hands the code
+over in a temporary file with a name of its own: JAX's compilation cache does not find such a program again.
+
+Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled; for NVIDIA within
+XLA's programs, for AMD up to what XLA is given.
 """
 
 import functools

@@ -69,8 +69,8 @@ CASES = {
         residual=True, coefficients=BLEND, operations=ALL,
     ),
     "planned for an MI250X": Case(
-        1500, 65, make_plan(2, 1500, 65, 2, CHIPS["mi250x"]), groups=2, dtype="bfloat16", centre=100.0, activation="relu",
-        operations=ALL,
+        1500, 65, make_plan(2, 1500, 65, 2, CHIPS["mi250x"]), groups=2, dtype="bfloat16", centre=100.0,
+        activation="relu", operations=ALL,
     ),
 }  # fmt: skip
 

@@ -1,9 +1,9 @@
 """A process that lowers operations of `triton` for AMD GPUs that are not there: `python triton_lowered.py`.
 
 Reads JSON from standard input: a list of [chip, architecture, cases], a case being [[groups, rows, channels, dtype,
-activation, residual], names of operations]. The questions that the library and jax-triton put to the device are answered
-here: what it is, and, with `architecture`, what it is compiled for. Writes of each operation its launches, as they are
-in the program, or what the error says.
+activation, residual], names of operations]. The questions that the library and jax-triton put to the device are
+answered here: what it is, and, with `architecture`, what it is compiled for. Writes of each operation its launches, as
+they are in the program, or what the error says.
 """
 
 import json
