@@ -27,8 +27,8 @@ Limits, refused by name: float64; a mask; compute capabilities below 8.0, and th
 kernels were not compiled for; arrays that XLA partitions over several devices; 2^31 rows, values per channel, or values
 between the first and the last row of a tile, or more; on AMD 2^32 threads of a launch or more. jax-triton must be
 installed, in the one version that works with all versions of JAX this library is for; for AMD with Triton 3.6 alone.
-Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows are,
-values are read one by one, several times slower. The running statistics are blended inside the launch if they are
+Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows
+are, values are read one by one, several times slower. The running statistics are blended inside the launch if they are
 float32, and with jnp after it otherwise.
 
 On AMD jax-triton compiles for the first GPU of the process, so that without one nothing is lowered, and hands the code
@@ -60,7 +60,7 @@ MOST = 1 << 31
 MOST_AMD = 1 << 32  # threads of a launch, which HIP counts in 32 bits
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
 OLDEST_TRITON = (3, 6)
-# With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with all of them.
+# With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with them.
 NEWEST_TRITON_FOR_AMD = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
 F32 = jnp.float32
@@ -159,8 +159,8 @@ def _check_that_jax_triton_compiles_for(architecture):
     if found != architecture:
         there = "there is none" if found is None else f"that is {found}"
         raise ValueError(
-            f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered for "
-            f"{architecture} here"
+            f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered "
+            f"for {architecture} here"
         )
 
 

@@ -5,9 +5,9 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from bn_fused.kernels import CHIPS, Target
+from bn_fused.kernels import CHIPS, Target, dispatch
 from bn_fused.kernels.chips import chip_of
-from bn_fused.kernels.contract import OPERATIONS
+from bn_fused.kernels.contract import OPERATIONS, Spec
 
 import bn_fused
 
@@ -62,6 +62,27 @@ def test_what_is_not_known_has_no_chip(unknown):
 
 def test_this_processs_cpu_has_no_chip():
     assert chip_of(jax.devices("cpu")[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("there", "platform"),
+    [
+        (device("NVIDIA H200", platform="gpu"), "rocm"),
+        (device("AMD Instinct MI300X", platform="gpu", core_count=304), "cuda"),
+    ],
+    ids=["rocm on an NVIDIA GPU", "cuda on an AMD GPU"],
+)
+def test_a_program_for_the_other_vendors_gpus_is_not_made_for_the_gpu_that_is_there(there, platform, monkeypatch):
+    monkeypatch.setattr(dispatch, "lowering_device", lambda context, platform: there)
+
+    def lower(backend):
+        spec = Spec("grc", 1e-5, None, backend)
+        traced = jax.jit(lambda x: dispatch.run("moments", spec, x=x)).trace(jnp.ones((1, 64, 8)))
+        return traced.lower(lowering_platforms=(platform,))
+
+    assert "triton" not in lower("auto").as_text()
+    with pytest.raises(bn_fused.BackendError, match=f"cannot run on {platform}: it is not known for which GPU"):
+        lower("triton")
 
 
 def test_explain_takes_a_chip_or_a_platform():
