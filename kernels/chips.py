@@ -1,6 +1,6 @@
 """The accelerators that plans and deviceless compilation know: their memories and their cores, in one table.
 
-Sizes in bytes, bandwidth in bytes per second. NVIDIA's figures are from its data sheets and from CUDA's table of compute
+Sizes in bytes, bandwidth in bytes per second. NVIDIA's figures are from its data sheets and CUDA's table of compute
 capabilities; AMD's from its data sheets and from ROCm's table of hardware specifications; the TPUs' bandwidths from
 Google's; how much of a TPU's VMEM a kernel gets was found by compiling.
 """
