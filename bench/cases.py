@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bn_fused.kernels.chips import GpuChip, chip_of
+from bn_fused.kernels.chips import chip_of
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .check import (
@@ -43,7 +43,7 @@ def sets_for(workload: Workload, device, cold: bool) -> int:
     if not cold:
         return 1
     chip = chip_of(device)
-    cache = chip.l2_cache if isinstance(chip, GpuChip) and chip.l2_cache else UNKNOWN_CACHE
+    cache = getattr(chip, "last_cache", None) or UNKNOWN_CACHE
     # Each set is at least an input and an output.
     return min(MOST_SETS, max(2, math.ceil(cache / workload.nbytes)))
 

@@ -23,7 +23,7 @@ import re
 import sys
 from types import MappingProxyType
 
-from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
+from bn_fused.kernels.chips import CHIPS, Chip, GpuChip, TpuChip
 from bn_fused.kernels.triton_backend import JAX_TRITON, OLDEST_TRITON
 
 from .installing import has_compiler, pip_install, python
@@ -82,7 +82,7 @@ TARGETS = CHIPS
 _chosen_gpu: GpuChip | None = None
 
 
-def target_named(target: str) -> GpuChip | TpuChip:
+def target_named(target: str) -> Chip:
     """The entry of `TARGETS`; ValueError for another name."""
     if target not in TARGETS:
         raise ValueError(f"target is {target!r}; accepted are {', '.join(map(repr, TARGETS))}")
@@ -110,6 +110,8 @@ def requirements(platform: str) -> tuple[str, ...]:
 def missing(target: str) -> str | None:
     """None if the compiler for a target is installed, else one sentence: what is missing and how to install it."""
     platform = target_named(target).platform
+    if platform not in INSTALLABLE:
+        return f"{target} is an AMD GPU, and bn_fused has no compiler for those that runs without one"
     if has_compiler(platform):
         return None
     listed = f"$({python()} -m bn_fused.bench.deviceless {platform})"
@@ -223,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*requirements(platform), sep="\n")
     if not platforms:
         for target in TARGETS:
-            print(f"{target:5} {missing(target) or 'can be compiled for'}")
+            print(f"{target:6} {missing(target) or 'can be compiled for'}")
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 
 from bn_fused import kernels
+from bn_fused.kernels import triton_tuning
 
 from .check import CHECKED, Check, check_approach
 from .providers import RIVALS
@@ -41,6 +42,11 @@ def devices() -> list[str]:
     """One line for each kind of device there is, JAX's default kind first."""
     kinds = collections.Counter(f"{device.platform} ({device.device_kind})" for device in jax.devices())
     return [f"{count} x {kind}" for kind, count in kinds.items()]
+
+
+def tuning() -> list[str]:
+    """Which files of timed configurations the backend triton uses on JAX's default device, one line each."""
+    return triton_tuning.in_use(jax.devices()[0].device_kind)
 
 
 def compilers() -> dict[str, str]:

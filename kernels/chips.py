@@ -1,7 +1,8 @@
 """The accelerators that plans and deviceless compilation know: their memories and their cores, in one table.
 
-Sizes in bytes, bandwidth in bytes per second. NVIDIA's figures are from its data sheets and from CUDA's table of compute
-capabilities; the TPUs' bandwidths from Google's; how much of a TPU's VMEM a kernel gets was found by compiling.
+Sizes in bytes, bandwidth in bytes per second. NVIDIA's figures are from its data sheets and CUDA's table of compute
+capabilities; AMD's from its data sheets and from ROCm's table of hardware specifications; the TPUs' bandwidths from
+Google's; how much of a TPU's VMEM a kernel gets was found by compiling.
 """
 
 from collections.abc import Mapping
@@ -36,6 +37,55 @@ class GpuChip:
         """The most shared memory that one block can ask for."""
         return self.shared_memory_per_core - 1024
 
+    @property
+    def lanes(self) -> int:
+        """Threads of a warp."""
+        return 32
+
+    @property
+    def last_cache(self) -> int | None:
+        """The cache before the memory."""
+        return self.l2_cache
+
+
+@dataclass(frozen=True)
+class AmdChip:
+    """An AMD GPU, as JAX shows it: one device. Of an MI250X that is one of its two dies.
+
+    - `name`, `device_kind`: as of `GpuChip`; `device_kind` can also be the architecture, see `chip_of`.
+    - `architecture`: as "gfx942", which is also what JAX calls the compute capability, without features.
+    - `cores`: compute units.
+    - `shared_memory_per_core`: the LDS of a compute unit, which a block may have whole.
+    - `l2_cache`, `infinity_cache`, `memory`, `memory_bandwidth`, `clock_ghz`: None where they are not known.
+    """
+
+    name: str
+    device_kind: str
+    architecture: str
+    cores: int
+    shared_memory_per_core: int
+    l2_cache: int | None = None
+    memory: int | None = None
+    memory_bandwidth: int | None = None
+    clock_ghz: float | None = None
+    infinity_cache: int | None = None
+    platform: str = "rocm"
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """The most LDS that one block can ask for."""
+        return self.shared_memory_per_core
+
+    @property
+    def lanes(self) -> int:
+        """Threads of a wavefront: 64 on all of GCN and CDNA, 32 since RDNA (gfx10 and later)."""
+        return 64 if self.architecture.startswith("gfx9") else 32
+
+    @property
+    def last_cache(self) -> int | None:
+        """The cache before the memory."""
+        return self.infinity_cache or self.l2_cache
+
 
 @dataclass(frozen=True)
 class TpuChip:
@@ -60,10 +110,12 @@ class TpuChip:
 
 
 _KIB, _MIB = 1 << 10, 1 << 20
+_GIB = 1 << 30
 _GB, _TB = 10**9, 10**12
+Chip = GpuChip | AmdChip | TpuChip
 
 
-def _table(*chips: GpuChip | TpuChip) -> Mapping[str, GpuChip | TpuChip]:
+def _table(*chips: Chip) -> Mapping[str, Chip]:
     return MappingProxyType({chip.name: chip for chip in chips})
 
 
@@ -72,6 +124,11 @@ CHIPS = _table(
     GpuChip("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * _KIB, 50 * _MIB, 85 * _GB, 3350 * _GB, 1.98),
     GpuChip("h200", "NVIDIA H200", (9, 0), 132, 228 * _KIB, 50 * _MIB, 150 * _GB, 4800 * _GB, 1.98),
     GpuChip("b200", "NVIDIA B200", (10, 0), 148, 228 * _KIB, 126 * _MIB, 190 * _GB, 8 * _TB, 1.96),
+    AmdChip("mi210", "AMD Instinct MI210", "gfx90a", 104, 64 * _KIB, 8 * _MIB, 64 * _GIB, 1638 * _GB, 1.7),
+    AmdChip("mi250x", "AMD Instinct MI250X", "gfx90a", 110, 64 * _KIB, 8 * _MIB, 64 * _GIB, 1638 * _GB, 1.7),
+    AmdChip(
+        "mi300x", "AMD Instinct MI300X", "gfx942", 304, 64 * _KIB, 32 * _MIB, 192 * _GIB, 5300 * _GB, 2.1, 256 * _MIB
+    ),
     TpuChip("v4", "TPU v4", 16 * _MIB, 16 * _MIB, 1228 * _GB, cores=2),
     TpuChip("v5e", "TPU v5 lite", 128 * _MIB, 16 * _MIB, 819 * _GB),
     TpuChip("v5p", "TPU v5", 64 * _MIB, 16 * _MIB, 2765 * _GB, cores=2),
@@ -89,26 +146,48 @@ _SHARED_MEMORY = {
 }  # fmt: skip
 
 
-def chip_of(device) -> GpuChip | TpuChip | None:
-    """The chip of a JAX device, from the table or, for another NVIDIA GPU, from what the device says of itself.
+# LDS of a compute unit, or what a block may have of it: 64 KiB but for this architecture.
+_LDS = {"gfx950": 160}
+
+
+def chip_of(device) -> Chip | None:
+    """The chip of a JAX device, from the table or, for another GPU, from what the device says of itself.
 
     Where the device says that it has fewer cores than the table (a share of a GPU), it is believed. None for a CPU and
     for what is not known.
+
+    An AMD GPU's `compute_capability` is its architecture, as "gfx90a"; where its driver has no name for it, JAX has
+    the architecture with features for its `device_kind`, as "gfx90a:sramecc+:xnack-".
     """
     for chip in CHIPS.values():
         if device.device_kind == chip.device_kind:
             cores = getattr(device, "core_count", None)
-            fewer = chip.platform == "cuda" and isinstance(cores, int) and 0 < cores < chip.cores
+            fewer = chip.platform != "tpu" and isinstance(cores, int) and 0 < cores < chip.cores
             return replace(chip, cores=cores) if fewer else chip
     if device.device_kind in _ALIASES:
         return CHIPS[_ALIASES[device.device_kind]]
     try:
-        major, minor = (int(part) for part in device.compute_capability.split("."))
-        cores = int(device.core_count)
-    except (AttributeError, ValueError):  # not an NVIDIA GPU: a CPU has no capability, AMD's is a name
+        capability, cores = str(device.compute_capability), int(device.core_count)
+    except (AttributeError, TypeError, ValueError):  # not a GPU: a CPU has no capability
+        return None
+    if capability.startswith("gfx"):
+        return _amd_gpu(device.device_kind, capability, cores)
+    return _nvidia_gpu(device.device_kind, capability, cores)
+
+
+def _amd_gpu(device_kind, capability, cores) -> AmdChip:
+    architecture = capability.split(":")[0]
+    name = architecture if device_kind.startswith("gfx") else device_kind.removeprefix("AMD ").lower()
+    return AmdChip(name, device_kind, architecture, cores, _LDS.get(architecture, 64) * _KIB)
+
+
+def _nvidia_gpu(device_kind, capability, cores) -> GpuChip | None:
+    try:
+        major, minor = (int(part) for part in capability.split("."))
+    except ValueError:
         return None
     shared_memory = _SHARED_MEMORY.get((major, minor))
     if shared_memory is None:
         return None
-    name = device.device_kind.removeprefix("NVIDIA ").lower()
-    return GpuChip(name, device.device_kind, (major, minor), cores, shared_memory * _KIB)
+    name = device_kind.removeprefix("NVIDIA ").lower()
+    return GpuChip(name, device_kind, (major, minor), cores, shared_memory * _KIB)

@@ -143,6 +143,8 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     operands = dict(zip(names, context.avals_in, strict=True))
     device = lowering_device(context, platform)
     chip = None if device is None else chip_of(device)
+    if chip is not None and chip.platform != platform:  # the code for AMD of a program for both, on an NVIDIA GPU
+        chip = None
     problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
     # Where the kernels can be given each device's part, they are chosen as on one device.
     by_parts = split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None

@@ -140,6 +140,16 @@ def lowering_device(context, platform):
     return devices[0] if is_one else None
 
 
+def first_amd_architecture():
+    """The architecture of the process's first AMD GPU, as "gfx942", which jax-triton compiles for; None without one."""
+    from jaxlib import gpu_triton
+
+    try:
+        return gpu_triton.get_arch_details(0).split(":")[0]
+    except (AttributeError, RuntimeError):  # neither of JAX's GPU plugins, or the one for NVIDIA, or no device
+        return None
+
+
 def zero_tangent(value):
     """The symbolic zero tangent of a primal value."""
     return ad.Zero(jax.typeof(value).to_tangent_aval())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import jnp_backend, pallas_gpu, pallas_tpu, triton_backend
 from .auto import Verdict, verdict
-from .chips import GpuChip, TpuChip
+from .chips import Chip
 from .contract import OPERATIONS, Spec
 from .layout import axes_of, count_rows, group_shape
 
@@ -32,7 +32,7 @@ class Target:
     """
 
     platform: str
-    chip: GpuChip | TpuChip | None = None
+    chip: Chip | None = None
     partitioned: bool = False
     several_devices: bool = False
 

@@ -1,4 +1,6 @@
-"""The backend `triton`: every operation of `contract` for NVIDIA GPUs since Ampere, with Triton through jax-triton.
+"""The backend `triton`: every operation of `contract` for GPUs, with Triton through jax-triton.
+
+For NVIDIA's since Ampere, and AMD's Instinct MI200 and MI300 series (gfx90a, gfx942), with their own tiles.
 
 Any number of rows and of channels is streamed in passes that read x from memory once each and write what they compute
 directly (`triton_kernels` says how, `triton_plan` with which tiles). Passes over arrays of x's size, R reads and W
@@ -21,14 +23,19 @@ x of any layout is seen as [groups, rows, channels]; where the channels lie last
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
 convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
-Limits, refused by name: float64; a mask; compute capabilities below 8.0 and those that these kernels were not compiled
-for; AMD GPUs, whose chips are not in the table of `chips` (the kernels compile for gfx90a and gfx942); arrays that XLA
-partitions over several devices; 2^31 rows, or values per channel, or more. jax-triton must be installed, in the one
-version that works with all versions of JAX this library is for. Where a row of channels is not a multiple of 16 bytes,
-and the number of rows has no divisor with which several rows are, values are read one by one, several times slower. The
-running statistics are blended inside the launch if they are float32, and with jnp after it otherwise.
+Limits, refused by name: float64; a mask; compute capabilities below 8.0, and those and AMD's architectures that these
+kernels were not compiled for; arrays that XLA partitions over several devices; 2^31 rows, values per channel, or values
+between the first and the last row of a tile, or more; on AMD 2^32 threads of a launch or more. jax-triton must be
+installed, in the one version that works with all versions of JAX this library is for; for AMD with Triton 3.6 alone.
+Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows
+are, values are read one by one, several times slower. The running statistics are blended inside the launch if they are
+float32, and with jnp after it otherwise.
 
-Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled.
+On AMD jax-triton compiles for the first GPU of the process, so that without one nothing is lowered, and hands the code
+over in a temporary file with a name of its own: JAX's compilation cache does not find such a program again.
+
+Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, and their code compiled; for NVIDIA within
+XLA's programs, for AMD up to what XLA is given.
 """
 
 import functools
@@ -41,15 +48,20 @@ import jax.numpy as jnp
 
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
-from .triton_plan import Plan, check, make_plan, merge_tile
+from .jax_internals import first_amd_architecture
+from .triton_plan import BY_RULE, Plan, check, make_plan, merge_tile, most_threads
 from .triton_tuning import config_for
 from .view import View
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
+ARCHITECTURES = ("gfx90a", "gfx942")  # of AMD, for which these kernels were compiled: CDNA 2 and 3
 MOST = 1 << 31
+MOST_AMD = 1 << 32  # threads of a launch, which HIP counts in 32 bits
 JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
 OLDEST_TRITON = (3, 6)
+# With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with them.
+NEWEST_TRITON_FOR_AMD = (3, 6)
 INSTALL = "pip install 'bn_fused[triton]'"
 F32 = jnp.float32
 
@@ -57,11 +69,7 @@ F32 = jnp.float32
 def refusal(problem, target):
     """None, or one sentence: why these kernels cannot compute the problem on the target."""
     chip = target.chip
-    if target.platform == "rocm":
-        return (
-            "for AMD GPUs its kernels only compile: no AMD GPU is in the table of chips from which tiles are computed"
-        )
-    if target.platform != "cuda":
+    if target.platform not in ("cuda", "rocm"):
         return "it is written for GPUs"
     if problem.dtype not in DTYPES:
         return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
@@ -69,11 +77,9 @@ def refusal(problem, target):
         return "its kernels take no mask"
     if chip is None:
         return "it is not known for which GPU it is compiled, and its code depends on that"
-    major, minor = chip.compute_capability
-    if major < CAPABILITIES[0]:
-        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
-    if major not in CAPABILITIES:
-        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    unsuited = _unsuited(chip)
+    if unsuited is not None:
+        return unsuited
     if target.partitioned:
         return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
     if max(problem.rows, problem.groups * problem.channels) >= MOST:
@@ -81,12 +87,37 @@ def refusal(problem, target):
             f"it counts rows, and values per channel, in 32 bits, and there are {problem.rows} rows of "
             f"{problem.groups} times {problem.channels} channels"
         )
-    return missing()
+    planned = plan(problem, target)
+    if planned.tile_rows * planned.fold * problem.channels >= MOST:
+        return f"it counts places within a tile of rows in 32 bits, and there are {problem.channels} channels"
+    if target.platform == "rocm" and most_threads(planned, problem.groups, problem.channels) >= MOST_AMD:
+        return (
+            f"a launch of 2^32 threads or more does not run on an AMD GPU, and {problem.groups} times "
+            f"{problem.channels} channels need one"
+        )
+    return missing(target.platform)
+
+
+def _unsuited(chip):
+    """None if these kernels were compiled for a GPU's architecture, else one sentence."""
+    if chip.platform == "rocm":
+        if chip.architecture in ARCHITECTURES:
+            return None
+        return (
+            f"its kernels were compiled for AMD's {' and '.join(ARCHITECTURES)} (Instinct MI200 and MI300), and "
+            f"{chip.device_kind} is {chip.architecture}"
+        )
+    major, minor = chip.compute_capability
+    if major < CAPABILITIES[0]:
+        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
+    if major not in CAPABILITIES:
+        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    return None
 
 
 @functools.cache
-def missing():
-    """None if jax-triton can be used here, else one sentence: what to install."""
+def missing(platform="cuda"):
+    """None if jax-triton can be used here for GPUs of a platform, else one sentence: what to install."""
     for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed: {INSTALL}"
@@ -94,29 +125,52 @@ def missing():
     if found != JAX_TRITON:
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
     found = importlib.metadata.version("triton")
-    if tuple(int(number) for number in re.findall(r"\d+", found)[:2]) < OLDEST_TRITON:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    if numbers < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
         return f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {found} is installed"
+    if platform == "rocm" and numbers > NEWEST_TRITON_FOR_AMD:
+        newest = ".".join(map(str, NEWEST_TRITON_FOR_AMD))
+        return (
+            f"for AMD GPUs jax-triton {JAX_TRITON} works with triton {newest} alone, and {found} is installed: "
+            f"pip install 'triton=={newest}.*'"
+        )
     return None
 
 
 def plan(problem, target):
     """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
     sizes = (problem.groups, problem.rows, problem.channels)
+    config, path = config_for(target.chip.device_kind, *sizes, problem.dtype)
     return make_plan(
         *sizes,
         jnp.dtype(problem.dtype).itemsize,
         target.chip,
-        config_for(target.chip.device_kind, *sizes, problem.dtype),
+        config,
         residual=problem.residual,
         derivative=problem.activation is not None,
+        tuning=BY_RULE if path is None else str(path),
     )
 
 
-def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+def _check_that_jax_triton_compiles_for(architecture):
+    """ValueError unless the AMD GPU that jax-triton would compile for is there, and of that architecture."""
+    found = first_amd_architecture()
+    if found != architecture:
+        there = "there is none" if found is None else f"that is {found}"
+        raise ValueError(
+            f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered "
+            f"for {architecture} here"
+        )
+
+
+def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
     """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs."""
     import jax_triton
 
+    on_amd = isinstance(architecture, str)
+    if on_amd:
+        _check_that_jax_triton_compiles_for(architecture)
     # The kernels' own loops say how many stages they have.
     return jax_triton.triton_call(
         *inputs,
@@ -126,7 +180,8 @@ def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constant
         name=f"bn_fused_{name}",
         num_warps=warps,
         num_stages=1,
-        compute_capability=capability,
+        # For AMD jax-triton asks the device.
+        compute_capability=None if on_amd else architecture,
         **constants,
     )
 
@@ -156,7 +211,7 @@ class _View(View):
             results,
             grid=grid,
             warps=plan.warps,
-            capability=plan.capability,
+            architecture=plan.architecture,
             ROWS=rows,
             WIDTH=width,
             CHANNELS=self.channels,
@@ -181,7 +236,7 @@ class _View(View):
             [jax.ShapeDtypeStruct((groups, self.channels), F32)] * number,
             grid=groups * -(-self.channels // columns),
             warps=warps,
-            capability=plan.capability,
+            architecture=plan.architecture,
             ROWS=rows,
             FOLD=plan.fold,
             CHANNELS=self.channels,

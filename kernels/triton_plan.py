@@ -5,12 +5,14 @@ depend on the array; `heuristic` chooses one for an array, `search_set` lists th
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .launches import launches, passes
 
 # Raised with every change to the kernels that makes earlier timings meaningless: see `triton_tuning`.
 REVISION = 1
+
+BY_RULE = "by rule"  # of a plan whose configuration no tuning file has
 
 VECTOR = 16  # bytes: the widest load of a thread
 # More neighbouring rows than that are not folded into one: their columns have to be merged again.
@@ -31,8 +33,8 @@ class Config:
 
     - `row_bytes`: the most neighbouring bytes of a row that a tile has.
     - `values`: of each array, that each thread has of a tile where a pass reads one array; with more arrays, half.
-    - `warps`: of a block of threads.
-    - `stages`: tiles in flight in shared memory; 1: tiles are loaded into registers.
+    - `warps`: of a block of threads: of 32 threads each on NVIDIA, wavefronts of 64 on AMD.
+    - `stages`: tiles in flight in shared memory, on AMD in registers; 1: a tile is loaded when it is needed.
     - `blocks_per_core`: blocks of threads in a launch, for each multiprocessor.
     """
 
@@ -49,15 +51,16 @@ class Plan:
 
     x [groups, rows, channels] is seen as [groups, rows/fold, fold*channels]: `fold` neighbouring rows make one.
 
-    - `capability`: the compute capability that the kernels are compiled for: 80 for 8.0.
+    - `architecture`: what the kernels are compiled for: 80 for NVIDIA's compute capability 8.0, or AMD's "gfx942".
     - `fold`: so that a row is a multiple of 16 bytes, and fills the tiles: see `fold_of`.
     - `columns`, `tile_rows`: of a tile, powers of two; a pass that reads several arrays has half the rows.
     - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
     - `warps`, `stages`: of a block of threads; see `Config`.
     - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
+    - `tuning`: the file whose configuration this is, or that it was made by rule; plans are compared without it.
     """
 
-    capability: int
+    architecture: int | str
     fold: int
     columns: int
     tile_rows: int
@@ -66,6 +69,12 @@ class Plan:
     stages: int
     residual: bool = False
     derivative: bool = False
+    tuning: str = field(default=BY_RULE, compare=False)
+
+    @property
+    def lanes(self):
+        """Threads of a warp."""
+        return 32 if isinstance(self.architecture, int) else 64
 
     def passes(self, operation):
         """(reads, writes) of arrays of x's size inside the kernels of an operation."""
@@ -88,7 +97,15 @@ def merge_tile(plan, channels):
     """(partial results, channels, warps) of a tile in a merge, of `plan.splits * plan.fold` partial results."""
     columns = min(MERGE_COLUMNS, power_of_two(channels))
     entries = min(power_of_two(plan.splits * plan.fold), MERGE_TILE // columns)
-    return entries, columns, 8 if entries * columns >= MERGE_TILE // 2 else 4
+    threads = 256 if entries * columns >= MERGE_TILE // 2 else 128
+    return entries, columns, threads // plan.lanes
+
+
+def most_threads(plan, groups, channels):
+    """Threads of the largest launch."""
+    streams = groups * plan.splits * -(-plan.fold * channels // plan.columns) * plan.warps
+    _, columns, warps = merge_tile(plan, channels)
+    return max(streams, groups * -(-channels // columns) * warps) * plan.lanes
 
 
 def power_of_two(number):
@@ -127,12 +144,14 @@ def heuristic(groups, rows, channels, itemsize, chip):
 
     16 values a thread are four 16-byte loads of float32, or two of bfloat16, before the first is used; with four blocks
     of 128 threads a multiprocessor has 16 to 32 KiB in flight, what latency times bandwidth asks for on the chips of
-    the table. Shared memory would only add latency.
+    the table. Shared memory would only add latency. AMD's compute units have twice the registers, and more latency to
+    hide: eight blocks.
     """
-    del groups, channels, chip
+    del groups, channels
     # Few rows: short tiles, so that every thread has some.
-    warps = 4 if rows > 64 else 2
-    return Config(row_bytes=256, values=16, warps=warps, stages=1, blocks_per_core=4 if itemsize == 4 else 6)
+    warps = (128 if rows > 64 else 64) // chip.lanes
+    blocks = 8 if chip.platform == "rocm" else 4 if itemsize == 4 else 6
+    return Config(row_bytes=256, values=16, warps=warps, stages=1, blocks_per_core=blocks)
 
 
 def search_set(groups, rows, channels, itemsize, chip):
@@ -140,20 +159,23 @@ def search_set(groups, rows, channels, itemsize, chip):
     from dataclasses import replace
 
     first = heuristic(groups, rows, channels, itemsize, chip)
+    warps = [threads // chip.lanes for threads in (64, 128, 256)]
+    # On AMD they are registers.
+    stages = (3, 4) if chip.platform == "cuda" else (2, 3)
     changes = [
         {},
         *({"row_bytes": row_bytes} for row_bytes in (128, 512)),
         *({"values": values} for values in (8, 32)),
-        *({"warps": warps} for warps in (2, 4, 8)),
+        *({"warps": number} for number in warps),
         *({"blocks_per_core": blocks} for blocks in (2, 4, 8, 16)),
-        *({"stages": stages, "blocks_per_core": blocks} for stages in (3, 4) for blocks in (2, 4)),
-        {"warps": 8, "blocks_per_core": 2},
+        *({"stages": number, "blocks_per_core": blocks} for number in stages for blocks in (2, 4)),
+        {"warps": warps[-1], "blocks_per_core": 2},
         {"row_bytes": 128, "blocks_per_core": 8},
     ]
     return tuple(dict.fromkeys(replace(first, **change) for change in changes))
 
 
-def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False):
+def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False, tuning=BY_RULE):
     """The plan for x [groups, rows, channels] on a chip, with a configuration, or with the heuristic's."""
     if config is None:
         config = heuristic(groups, rows, channels, itemsize, chip)
@@ -161,14 +183,13 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
     rows, width = rows // fold, fold * channels
     columns = columns_of(width, itemsize, config.row_bytes)
     # A tile of fewer values than its block's threads load at once would leave threads idle in every step.
-    tile = config.warps * 32 * max(config.values, 2 * VECTOR // itemsize)
+    tile = config.warps * chip.lanes * max(config.values, 2 * VECTOR // itemsize)
     tile_rows = max(1, min(tile // columns, power_of_two(rows)))
     blocks = groups * -(-width // columns)
     most = max(1, rows // max(LEAST_TILES * tile_rows, LEAST_BYTES // itemsize))
     splits = min(max(1, config.blocks_per_core * chip.cores // blocks), most)
-    major, minor = chip.compute_capability
     return Plan(
-        capability=10 * major + minor,
+        architecture=architecture_of(chip),
         fold=fold,
         columns=columns,
         tile_rows=tile_rows,
@@ -177,7 +198,16 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
         stages=config.stages,
         residual=residual,
         derivative=derivative,
+        tuning=tuning,
     )
+
+
+def architecture_of(chip):
+    """What the kernels are compiled for: a compute capability as 80, or the name of AMD's architecture."""
+    if chip.platform == "rocm":
+        return chip.architecture
+    major, minor = chip.compute_capability
+    return 10 * major + minor
 
 
 def check(plan, rows, channels):
@@ -188,7 +218,7 @@ def check(plan, rows, channels):
         and 1 <= plan.splits <= rows // plan.fold
         and all(number >= 1 and number & (number - 1) == 0 for number in (plan.columns, plan.tile_rows, plan.warps))
         and plan.columns * plan.tile_rows <= 1 << 20
-        and plan.warps <= 32
+        and plan.warps * plan.lanes <= 1024
         and plan.stages >= 1
     )
     if not fits:

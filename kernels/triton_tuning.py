@@ -58,7 +58,7 @@ def file_name(device_kind):
 
 
 def config_for(device_kind, groups, rows, channels, dtype):
-    """The `Config` that was best on this device kind for an array of about this size, or None."""
+    """The `Config` that was best on this device kind for an array of about this size, and its file; or two Nones."""
     for path in _files(device_kind):
         near = [
             (abs(math.log2(entry.rows / rows)), entry.rows, entry)
@@ -67,8 +67,20 @@ def config_for(device_kind, groups, rows, channels, dtype):
         ]
         near = [found for found in near if found[0] <= math.log2(NEAR)]
         if near:
-            return min(near, key=lambda found: found[:2])[2].config
-    return None
+            return min(near, key=lambda found: found[:2])[2].config, path
+    return None, None
+
+
+def in_use(device_kind):
+    """One line for each file that is looked into for a device kind, first to last; or that there is none."""
+    lines = []
+    for path in _files(device_kind):
+        where = "from the package" if path.parent == FOLDER else f"by {VARIABLE}"
+        try:
+            lines.append(f"{path} ({where}), entries: {len(read(path, device_kind))}")
+        except Unusable as error:
+            lines.append(f"{path} ({where}) is ignored: {error}")
+    return lines or [f"no file for {device_kind}: plans are made by rule"]
 
 
 def _files(device_kind):

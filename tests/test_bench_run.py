@@ -489,6 +489,7 @@ def test_the_doctor_names_devices_backends_rivals_and_compilers(capsys):
     assert f"{len(jax.devices())} x {jax.default_backend()}" in out and jax.__version__ in out
     assert all(name in out for name in (*kernels.backend_names(), "flax", "torch", "cuda", "tpu"))
     assert "FAILED" not in out
+    assert f"configurations of triton: no file for {jax.devices()[0].device_kind}: plans are made by rule" in out
 
 
 def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_backend, capsys):

@@ -5,9 +5,9 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from bn_fused.kernels import CHIPS, Target
+from bn_fused.kernels import CHIPS, Target, dispatch
 from bn_fused.kernels.chips import chip_of
-from bn_fused.kernels.contract import OPERATIONS
+from bn_fused.kernels.contract import OPERATIONS, Spec
 
 import bn_fused
 
@@ -28,12 +28,30 @@ def test_another_nvidia_gpu_is_described_by_what_it_says_of_itself():
     assert chip.shared_memory_per_block == 99 * 1024
 
 
+def test_amd_gpus_are_described_by_what_they_say_of_themselves():
+    """JAX gives the product's name or the architecture with features as device_kind, and the architecture alone."""
+    mi300a = chip_of(device("AMD Instinct MI300A", compute_capability="gfx942", core_count=228))
+    assert (mi300a.name, mi300a.architecture, mi300a.cores) == ("instinct mi300a", "gfx942", 228)
+    unnamed = chip_of(device("gfx90a:sramecc+:xnack-", compute_capability="gfx90a:sramecc+:xnack-", core_count=104))
+    assert (unnamed.name, unnamed.architecture, unnamed.platform) == ("gfx90a", "gfx90a", "rocm")
+    assert unnamed.lanes == mi300a.lanes == 64 and unnamed.shared_memory_per_block == 64 * 1024
+    radeon = chip_of(device("AMD Radeon RX 7900 XTX", compute_capability="gfx1100", core_count=48))
+    assert (radeon.architecture, radeon.lanes) == ("gfx1100", 32)
+
+
+def test_a_partition_of_an_amd_gpu_is_believed_to_have_fewer_cores():
+    whole, part = (device("AMD Instinct MI300X", compute_capability="gfx942", core_count=n) for n in (304, 38))
+    assert chip_of(whole) is CHIPS["mi300x"]
+    assert chip_of(part).cores == 38 and chip_of(part).name == "mi300x"
+
+
 @pytest.mark.parametrize(
     "unknown",
     [
         device("cpu"),
         device("TPU v2"),
-        device("AMD Instinct MI300X", compute_capability="gfx942", core_count=304),
+        device("AMD Instinct MI300A"),
+        device("NVIDIA Odd", compute_capability="new", core_count=1),
         device("NVIDIA Later", compute_capability="99.0", core_count=1),
     ],
     ids=lambda unknown: unknown.device_kind,
@@ -46,8 +64,30 @@ def test_this_processs_cpu_has_no_chip():
     assert chip_of(jax.devices("cpu")[0]) is None
 
 
+@pytest.mark.parametrize(
+    ("there", "platform"),
+    [
+        (device("NVIDIA H200", platform="gpu"), "rocm"),
+        (device("AMD Instinct MI300X", platform="gpu", core_count=304), "cuda"),
+    ],
+    ids=["rocm on an NVIDIA GPU", "cuda on an AMD GPU"],
+)
+def test_a_program_for_the_other_vendors_gpus_is_not_made_for_the_gpu_that_is_there(there, platform, monkeypatch):
+    monkeypatch.setattr(dispatch, "lowering_device", lambda context, platform: there)
+
+    def lower(backend):
+        spec = Spec("grc", 1e-5, None, backend)
+        traced = jax.jit(lambda x: dispatch.run("moments", spec, x=x)).trace(jnp.ones((1, 64, 8)))
+        return traced.lower(lowering_platforms=(platform,))
+
+    assert "triton" not in lower("auto").as_text()
+    with pytest.raises(bn_fused.BackendError, match=f"cannot run on {platform}: it is not known for which GPU"):
+        lower("triton")
+
+
 def test_explain_takes_a_chip_or_a_platform():
-    for target, named in {"h200": "cuda (h200)", "v5e": "tpu (v5e)", "rocm": "rocm"}.items():
+    named_by = {"h200": "cuda (h200)", "v5e": "tpu (v5e)", "mi300x": "rocm (mi300x)", "rocm": "rocm"}
+    for target, named in named_by.items():
         assert named in bn_fused.explain((64, 8), jnp.float32, target=target).reason
     assert bn_fused.explain((64, 8), jnp.float32, target=Target("cpu")) == bn_fused.explain((64, 8), jnp.float32)
     with pytest.raises(ValueError, match="target is 'h2000'; accepted are 'a100'"):

@@ -178,6 +178,12 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypat
             deviceless.compile_for(target, jnp.sin, jnp.ones(3))
 
 
+def test_for_an_amd_gpu_nothing_is_compiled_and_one_line_says_so():
+    for target in ("mi210", "mi250x", "mi300x"):
+        with pytest.raises(deviceless.DevicelessUnavailable, match=f"^{target} is an AMD GPU, and .*runs without one$"):
+            deviceless.compile_for(target, jnp.sin, jnp.ones(3))
+
+
 def test_unknown_targets_and_platforms_are_refused_by_name(capsys):
     with pytest.raises(ValueError, match="target is 'h2000'; accepted are .*'h200'"):
         deviceless.compile_for("h2000", jnp.sin, jnp.ones(3))

@@ -1,4 +1,7 @@
-"""The kernels of the backend `triton`, compiled: by Triton for each kind of GPU, and within XLA's programs for two."""
+"""The kernels of the backend `triton`, compiled: by Triton for each kind of GPU, and within XLA's programs for two.
+
+For AMD GPUs, for which there is no XLA here, programs are lowered to what XLA would be given.
+"""
 
 import importlib.util
 
@@ -19,7 +22,7 @@ missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=
 # --- by Triton alone ------------------------------------------------------------------------------------------
 
 CUDA = (80, 86, 89, 90, 100, 120)
-HIP = ("gfx90a", "gfx942")
+HIP = {"gfx90a": "mi250x", "gfx942": "mi300x"}
 # Groups, rows, channels, dtype, activation, residual, configuration.
 BFLOAT16 = (1, 100352, 64, "bfloat16", "gelu", True, None)
 FLOAT32 = (1, 100352, 256, "float32", "relu", False, None)
@@ -27,11 +30,11 @@ RAGGED = (2, 4096, 65, "float16", "silu", False, None)
 LARGE = (1, 1 << 23, 512, "bfloat16", "relu", False, None)  # 2^32 values
 
 
-def searched(case):
+def searched(case, chip="h200"):
     """The case with every configuration that `bn-bench tune` tries."""
     groups, rows, channels, dtype, activation, residual, _ = case
     itemsize = {"float32": 4}.get(dtype, 2)
-    configs = search_set(groups, rows, channels, itemsize, CHIPS["h200"])
+    configs = search_set(groups, rows, channels, itemsize, CHIPS[chip])
     return [(*case[:-1], vars(config)) for config in configs]
 
 
@@ -41,8 +44,9 @@ def by_triton():
     work = [
         ["cuda", architecture, [BFLOAT16], OPERATIONS if architecture in (80, 90) else BOTH] for architecture in CUDA
     ]
-    work += [["hip", architecture, [BFLOAT16], BOTH] for architecture in HIP]
-    work += [["cuda", 80, [FLOAT32, RAGGED], BOTH], ["cuda", 90, [LARGE], BOTH]]
+    work += [["hip", architecture, [BFLOAT16], OPERATIONS] for architecture in HIP]
+    work += [["hip", architecture, [FLOAT32, RAGGED], BOTH] for architecture in HIP]
+    work += [["cuda", 80, [FLOAT32, RAGGED], BOTH], ["cuda", 90, [LARGE], BOTH], ["hip", "gfx942", [LARGE], BOTH]]
     return answer(["triton_compiled.py"], work)
 
 
@@ -51,8 +55,10 @@ def check_registers(found):
     for backend, architecture, case, operation, name, figures in found:
         what = (architecture, case, operation, name, figures)
         assert figures["spills"] == 0, what
-        assert figures["registers"] * figures["warps"] * (64 if backend == "hip" else 32) <= 65536, what
-        # What every GPU since Ampere gives to a block of threads, where several tiles are in flight.
+        # 256 KiB of registers in a multiprocessor, 512 in a compute unit.
+        most, lanes = (131072, 64) if backend == "hip" else (65536, 32)
+        assert figures["registers"] * figures["warps"] * lanes <= most, what
+        # What every GPU since Ampere gives to a block of threads, where several tiles are in flight; AMD's have 64.
         assert figures["shared"] <= (48 if case[-1] is None else 99) * 1024, what
 
 
@@ -71,8 +77,20 @@ def test_no_kernel_spills_registers(by_triton):
 @missing
 def test_the_blocks_that_the_heuristic_starts_fit_on_a_multiprocessor_together(by_triton):
     for backend, architecture, case, operation, name, figures in by_triton:
+        itemsize = {"float32": 4}.get(case[3], 2)
+        if backend == "hip" and "merge" not in name:
+            config = heuristic(*case[:3], itemsize, CHIPS[HIP[architecture]])
+            # Each of four SIMDs has 512 registers of 64 lanes, given out by eights, for at most 8 wavefronts.
+            wavefronts = 4 * min(8, 512 // (-(-figures["registers"] // 8) * 8))
+            assert wavefronts // figures["warps"] >= config.blocks_per_core, (
+                architecture,
+                case,
+                operation,
+                name,
+                figures,
+            )
         if backend == "cuda" and "merge" not in name:
-            config = heuristic(*case[:3], {"float32": 4}.get(case[3], 2), CHIPS["a100"])
+            config = heuristic(*case[:3], itemsize, CHIPS["a100"])
             blocks = 65536 // (figures["registers"] * figures["warps"] * 32)
             # Two passes of a backward with an activation have one block in six wait for a place.
             assert blocks >= config.blocks_per_core - 2, (architecture, case, operation, name, figures)
@@ -85,9 +103,13 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
         if "merge" in name or case == list(RAGGED):
             continue
         what = (case, operation, name, figures)
-        if backend == "hip":  # whose 64 threads have 8 bytes each of a tile of half the rows
-            assert name != "moments" or "dwordx4" in figures["loads"], what
-            assert not {"ushort", "short_d16", "ubyte"} & set(figures["loads"] + figures["stores"]), what
+        if backend == "hip":
+            assert set(figures["loads"]) <= {"dwordx4", "dword"} and "dwordx4" in figures["loads"], what
+            narrow = [load for load in figures["loads"] if load == "dword"]
+            assert len(narrow) < 8, what
+            narrow = {"moments": 3, "backward_sums": 2, "normalise_backward": 2}.get(name, 0)
+            assert [store for store in figures["stores"] if store != "dwordx4"] == ["dword"] * narrow, what
+            seen += 1
             continue
         # A value of 16 bits is loaded alone nowhere; of the others that are, there are no more than the values per
         # channel of a thread's columns and the count of a group. A tile read one by one has 8 for each array.
@@ -97,24 +119,30 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
         narrow = {"moments": 3, "backward_sums": 2, "normalise_backward": 2}.get(name, 0)
         assert [store for store in figures["stores"] if store != "v4.b32"] == ["v1.b32"] * narrow, what
         seen += 1
-    assert seen >= len(CUDA) * 4
+    assert seen >= len(CUDA) * 4 + len(HIP) * 8
 
 
 @missing
 def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
-    for _, _, case, operation, name, figures in by_triton:
+    for backend, _, case, operation, name, figures in by_triton:
         if case == list(RAGGED) and name in ("moments", "normalise"):
-            assert "v4.b32" in figures["loads"], (operation, name, figures)
+            widest = "dwordx4" if backend == "hip" else "v4.b32"
+            assert widest in figures["loads"], (operation, name, figures)
 
 
 @missing
 def test_addresses_are_computed_in_64_bits(by_triton):
     """In the kernels for 2^32 values, a row's number is multiplied by the size of a row to a product of 64 bits."""
-    found = [(name, figures) for _, _, case, _, name, figures in by_triton if case == list(LARGE)]
+    large = [(backend, name, figures) for backend, _, case, _, name, figures in by_triton if case == list(LARGE)]
+    found = [(name, figures) for backend, name, figures in large if backend == "cuda"]
     assert {name for name, _ in found} > {"moments", "normalise", "backward_sums", "backward_dx"}
     for name, figures in found:
         if "merge" not in name:
             assert {512, 1024} & set(figures["factors"]), (name, figures)  # values or bytes
+    found = [(name, figures) for backend, name, figures in large if backend == "hip" and "merge" not in name]
+    assert len(found) == 4
+    for name, figures in found:
+        assert {9, 10} & set(figures["shifts"]), (name, figures)
 
 
 @missing
@@ -125,6 +153,71 @@ def test_no_configuration_of_the_search_set_spills(architecture):
     check_registers(found)
     copies = [figures["copies"] for *_, case, _, _, figures in found if case[-1]["stages"] > 1]
     assert any(copies) and all(size == 16 for sizes in copies for size in sizes)
+
+
+@missing
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", HIP)
+def test_no_configuration_of_the_search_set_spills_on_amd(architecture):
+    cases = [*searched(BFLOAT16, HIP[architecture]), *searched(FLOAT32, HIP[architecture])]
+    check_registers(answer(["triton_compiled.py"], [["hip", architecture, cases, BOTH]]))
+
+
+# --- through jax-triton, for AMD ------------------------------------------------------------------------------
+
+EVERY = (1, 100352, 64, "bfloat16", "relu", True)
+AMD = [
+    ["mi300x", "gfx942:sramecc+:xnack-", [[EVERY, OPERATIONS], [(2, 4096, 65, "float16", "silu", False), BOTH]]],
+    ["mi210", "gfx90a:sramecc+:xnack-", [[(1, 100352, 256, "float32", None, True), BOTH]]],
+]
+FEW = (1, 64, 64, "float32", None, False)
+
+
+@pytest.fixture(scope="module")
+def for_amd():
+    """{(chip, case, operation): what was lowered}, see `triton_lowered`, for the device there and for none."""
+    for sentence in (deviceless.missing("h200"), triton_backend.missing("rocm")):  # JAX's part: in the plugins
+        if sentence is not None:
+            pytest.skip(sentence)
+    work = [*AMD, ["mi250x", None, [[FEW, ["moments"]]]], ["mi250x", "gfx942", [[FEW, ["moments"]]]]]
+    # Each in a process of its own: jax-triton compiles for one GPU.
+    found = [(index, answer(["triton_lowered.py"], [one])) for index, one in enumerate(work)]
+    return {(chip, index, tuple(case), name): said for index, each in found for chip, case, name, said in each}
+
+
+def test_for_amd_launches_and_passes_are_those_of_the_plan(for_amd):
+    checked = 0
+    for (chip, index, case, name), said in for_amd.items():
+        if index < len(AMD):
+            calls = said["launches"]
+            assert [target for target, _, _ in calls] == ["triton_kernel_call"] * len(said["planned_launches"])
+            counted = [sum(numbers) for numbers in list(zip(*calls, strict=True))[1:]]
+            assert counted == said["planned_passes"], (chip, case, name, calls)
+            checked += 1
+    assert checked == len(OPERATIONS) + 2 * len(BOTH)
+
+
+def test_for_amd_jax_triton_makes_code_for_the_architecture_that_does_not_spill(for_amd):
+    machines = {"mi300x": "gfx942", "mi210": "gfx90a"}
+    seen = 0
+    for (chip, index, *_), said in for_amd.items():
+        if index >= len(AMD):
+            continue
+        for kernel in said["kernels"]:
+            assert kernel["machine"] == machines[chip] and kernel["wavefront_size"] == 64, kernel
+            assert kernel["max_flat_workgroup_size"] == 64 * kernel["warps"], kernel
+            assert kernel["shared"] <= CHIPS[chip].shared_memory_per_block
+            for spilled in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+                assert kernel[spilled] == 0, kernel
+            seen += "dwordx4" in kernel["loads"]
+    assert seen >= 10
+
+
+def test_without_the_amd_gpu_one_sentence_says_why_nothing_is_lowered(for_amd):
+    errors = [said["error"] for (_, index, *_), said in for_amd.items() if index >= len(AMD)]
+    for error, there in zip(errors, ("there is none", "that is gfx942"), strict=True):
+        wanted = f"for the first AMD GPU of the process alone, and {there}: triton cannot be lowered for gfx90a here"
+        assert wanted in error and "\n" not in error
 
 
 # --- within XLA's programs ------------------------------------------------------------------------------------

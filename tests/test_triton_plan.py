@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bn_fused import kernels
 from bn_fused.kernels import triton_backend
-from bn_fused.kernels.chips import CHIPS, GpuChip
+from bn_fused.kernels.chips import CHIPS, AmdChip, GpuChip
 from bn_fused.kernels.registry import BackendError, Problem, Target, choose
 from bn_fused.kernels.triton_plan import (
     MERGE_TILE,
@@ -27,6 +27,8 @@ from bn_fused.kernels.triton_plan import (
 )
 
 A100, H200 = Target("cuda", CHIPS["a100"]), Target("cuda", CHIPS["h200"])
+MI250X, MI300X = Target("rocm", CHIPS["mi250x"]), Target("rocm", CHIPS["mi300x"])
+GPUS = [chip.name for chip in CHIPS.values() if chip.platform in ("cuda", "rocm")]
 SHAPES = [
     (groups, rows, channels)
     for groups in (1, 3)
@@ -38,11 +40,11 @@ SHAPES = [
 @pytest.fixture
 def installed(monkeypatch):
     """As if jax-triton and Triton were installed, in versions that fit."""
-    monkeypatch.setattr(triton_backend, "missing", lambda: None)
+    monkeypatch.setattr(triton_backend, "missing", lambda platform: None)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("chip", ["a100", "h200", "b200", "mi250x", "mi300x"])
 def test_every_plan_of_every_configuration_fits_its_array(chip, itemsize):
     for groups, rows, channels in SHAPES:
         for config in search_set(groups, rows, channels, itemsize, CHIPS[chip]):
@@ -56,14 +58,25 @@ def test_every_plan_of_every_configuration_fits_its_array(chip, itemsize):
             for inputs in (1, 2, 3):
                 tile = plan.rows_of(inputs) * columns
                 # Shared memory for the tiles in flight, where there are several.
-                if plan.stages > 1:
+                if plan.stages > 1 and chip.startswith(("a", "h", "b")):
                     assert inputs * plan.stages * tile * itemsize <= CHIPS[chip].shared_memory_per_block
             entries, merge_columns, warps = merge_tile(plan, channels)
             assert entries * merge_columns <= MERGE_TILE and merge_columns < 2 * channels
-            assert entries < 2 * plan.splits * plan.fold and warps in (4, 8)
+            assert entries < 2 * plan.splits * plan.fold and warps * plan.lanes in (128, 256)
 
 
-@pytest.mark.parametrize("chip", ["a100", "h200", "b200"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("chip", GPUS)
+def test_every_thread_of_a_block_loads_16_bytes_at_once_from_large_arrays(chip, itemsize):
+    """32 threads a warp on NVIDIA, 64 on AMD."""
+    for channels in (64, 256, 2048):
+        plan = make_plan(1, 100352, channels, itemsize, CHIPS[chip])
+        assert plan.lanes == CHIPS[chip].lanes == (64 if chip.startswith("mi") else 32)
+        for inputs in (1, 2, 3):
+            assert plan.rows_of(inputs) * plan.columns * itemsize >= 16 * plan.warps * plan.lanes, (channels, plan)
+
+
+@pytest.mark.parametrize("chip", GPUS)
 def test_large_arrays_keep_the_whole_chip_busy(chip):
     """Blocks of threads for every multiprocessor, and no more in a launch than it has places for at once."""
     chip = CHIPS[chip]
@@ -109,9 +122,11 @@ def test_the_search_set_starts_with_the_heuristic_and_is_small():
 def test_a_plan_says_its_passes_and_launches():
     problem = Problem(1, 100352, 64, "float32", "relu", residual=True)
     plan = triton_backend.plan(problem, H200)
-    assert plan.capability == 90
+    assert plan.architecture == 90
     assert plan.passes("forward") == (3, 1) and plan.passes("backward") == (6, 2)
     assert plan.launches("forward") == ("bn_fused_moments", "bn_fused_merge_moments", "bn_fused_normalise")
+    assert triton_backend.plan(problem, MI250X).architecture == "gfx90a"
+    assert triton_backend.plan(problem, MI300X).architecture == "gfx942"
     assert plan == triton_backend.plan(problem, H200) and hash(plan) == hash(triton_backend.plan(problem, H200))
 
 
@@ -123,10 +138,24 @@ def test_a_plan_says_its_passes_and_launches():
         (Problem(1, 64, 8, "float32"), Target("cuda"), "not known for which GPU"),
         (Problem(1, 64, 8, "float32"), Target("cpu"), "written for GPUs"),
         (Problem(1, 64, 8, "float32"), Target("tpu", CHIPS["v5e"]), "written for GPUs"),
-        (Problem(1, 64, 8, "float32"), Target("rocm"), "no AMD GPU is in the table"),
+        (Problem(1, 64, 8, "float32"), Target("rocm"), "not known for which GPU"),
+        (Problem(1, 64, 8, "float64"), MI300X, "float32, bfloat16, float16, not float64"),
+        (Problem(1, 64, 8, "float32", mask=True), MI250X, "take no mask"),
+        (Problem(1, 64, 8, "float32"), Target("rocm", CHIPS["mi300x"], True), "partitions"),
+        (
+            Problem(1, 64, 8, "float32"),
+            Target("rocm", AmdChip("rx", "AMD Radeon RX 7900 XTX", "gfx1100", 48, 1 << 16)),
+            "compiled for AMD's gfx90a and gfx942 .*, and AMD Radeon RX 7900 XTX is gfx1100",
+        ),
+        (Problem(1 << 27, 2, 8, "float32"), MI300X, r"of 2\^32 threads or more .* 134217728 times 8 channels"),
         (Problem(1, 64, 8, "float32"), Target("cuda", CHIPS["a100"], True), "partitions"),
         (Problem(1, 1 << 31, 8, "float32"), H200, "in 32 bits, and there are 2147483648 rows"),
         (Problem(1 << 28, 1, 8, "float32"), H200, "268435456 times 8 channels"),
+        (
+            Problem(1, 128, 1 << 27, "float32"),
+            H200,
+            "within a tile of rows in 32 bits, and there are 134217728 channels",
+        ),
         (Problem(1, 64, 8, "float32"), Target("cuda", GpuChip("t4", "T4", (7, 5), 40, 65536)), "t4 has 7.5"),
         (Problem(1, 64, 8, "float32"), Target("cuda", GpuChip("thor", "T", (11, 0), 20, 1)), "capability 11.0 .thor"),
     ],
@@ -137,9 +166,10 @@ def test_what_the_kernels_do_not_take_is_refused_in_a_sentence(problem, target, 
     assert str(error.value).startswith("backend 'triton' cannot run on ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("chip", ["a100", "h100", "h200", "b200"])
+@pytest.mark.parametrize("chip", GPUS)
 def test_what_the_kernels_take_is_taken_by_name_and_not_by_auto(chip, installed):
-    problem, target = Problem(2, 63, 17, "bfloat16", "silu", residual=True), Target("cuda", CHIPS[chip])
+    target = Target(CHIPS[chip].platform, CHIPS[chip])
+    problem = Problem(2, 63, 17, "bfloat16", "silu", residual=True)
     choice = choose(problem, target, "triton")
     assert choice.name == "triton" and isinstance(choice.plan, Plan)
     assert choice.reason == "asked for by name; auto does not take it: its kernels never ran on this chip"
@@ -171,12 +201,41 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
         triton_backend.missing.cache_clear()
 
 
+@pytest.mark.parametrize(("version", "works"), [("3.6.0", True), ("3.7.1", False), ("3.10.0", False)])
+def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version, works, monkeypatch):
+    versions = {"jax-triton": "0.3.1", "triton": version}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    triton_backend.missing.cache_clear()
+    try:
+        assert choose(Problem(1, 64, 8, "float32"), A100, "triton").name == "triton"
+        if works:
+            assert choose(Problem(1, 64, 8, "float32"), MI300X, "triton").name == "triton"
+        else:
+            with pytest.raises(
+                BackendError, match=f"triton 3.6 alone, and {version} is installed: pip install 'triton==3"
+            ):
+                choose(Problem(1, 64, 8, "float32"), MI300X, "triton")
+    finally:
+        triton_backend.missing.cache_clear()
+
+
 @pytest.mark.parametrize(
-    "change", [{"fold": 5}, {"splits": 0}, {"splits": 65}, {"columns": 12}, {"tile_rows": 0}, {"stages": 0}]
+    "change",
+    [
+        {"fold": 5},
+        {"splits": 0},
+        {"splits": 65},
+        {"columns": 12},
+        {"tile_rows": 0},
+        {"stages": 0},
+        {"warps": 64},
+        {"architecture": "gfx942", "warps": 32},
+    ],
 )
 def test_a_plan_that_does_not_fit_the_array_is_refused(change):
     plan = Plan(
-        **{"capability": 90, "fold": 1, "columns": 16, "tile_rows": 8, "splits": 4, "warps": 4, "stages": 1} | change
+        **{"architecture": 90, "fold": 1, "columns": 16, "tile_rows": 8, "splits": 4, "warps": 4, "stages": 1} | change
     )
     with pytest.raises(ValueError, match="does not fit 64 rows of 24 channels"):
         triton_backend.moments(jnp.ones((1, 64, 24)), spec=kernels.Spec("grc", plan=plan))

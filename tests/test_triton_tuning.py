@@ -17,6 +17,8 @@ from bn_fused.kernels.registry import Problem, Target
 from bn_fused.kernels.triton_plan import Config, heuristic, make_plan, search_set
 from bn_fused.kernels.triton_tuning import FOLDER, VARIABLE, Entry
 
+import bn_fused
+
 H200 = CHIPS["h200"]
 KIND = H200.device_kind
 TUNED = Config(row_bytes=512, values=8, warps=8, stages=3, blocks_per_core=2)
@@ -63,6 +65,34 @@ def test_a_tuned_configuration_is_used_wherever_the_file_is(where, tmp_path, mon
     else:
         monkeypatch.setenv(VARIABLE, str(path if where == "file" else tmp_path))
     assert planned(100352) == with_config(TUNED, 100352) != with_config(None, 100352)
+
+
+def test_a_plan_names_the_file_that_it_is_from(tuned):
+    tuned.write_text(text(entry()))
+    plan, other = planned(100352), planned(100352, channels=128)
+    assert plan.tuning == str(tuned) and f"tuning='{tuned}'" in repr(plan)
+    assert other.tuning == "by rule"
+    # Which file it is from does not make it another plan.
+    moved = dataclasses.replace(plan, tuning="elsewhere.json")
+    assert moved == plan and hash(moved) == hash(plan)
+
+
+def test_explain_shows_it_and_the_files_in_use_are_listed(tuned, monkeypatch):
+    monkeypatch.setattr(triton_backend, "missing", lambda platform: None)
+    tuned.write_text(text(entry()))
+    choice = bn_fused.explain((100352, 64), "bfloat16", target="h200", backend="triton")
+    assert str(tuned) in str(choice)
+    packaged = tuned.parent / "package" / tuned.name
+    packaged.parent.mkdir()
+    packaged.write_text(text(entry(), entry(10)))
+    monkeypatch.setattr(triton_tuning, "FOLDER", packaged.parent)
+    assert triton_tuning.in_use(KIND) == [
+        f"{tuned} (by BN_FUSED_TUNING), entries: 1",
+        f"{packaged} (from the package), entries: 2",
+    ]
+    tuned.write_text("{")
+    assert triton_tuning.in_use(KIND)[0] == f"{tuned} (by BN_FUSED_TUNING) is ignored: it is not JSON"
+    assert triton_tuning.in_use("Some GPU") == ["no file for Some GPU: plans are made by rule"]
 
 
 def test_it_is_used_for_about_as_many_rows_and_for_nothing_else(tuned):

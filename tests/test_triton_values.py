@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 def plan(**changes):
     """Small tiles, so that a few rows have several ranges of several tiles, with a last one that is not full."""
-    fields = {"capability": 90, "fold": 1, "columns": 16, "tile_rows": 4, "splits": 3, "warps": 4, "stages": 1}
+    fields = {"architecture": 90, "fold": 1, "columns": 16, "tile_rows": 4, "splits": 3, "warps": 4, "stages": 1}
     return Plan(**(fields | changes))
 
 
@@ -64,6 +64,14 @@ CASES = {
     "one row": Case(1, 5, plan(splits=1), coefficients=BLEND, operations=ALL),
     "images": Case(12, 20, plan(), activation="relu", layout="rcr"),
     "planned": Case(2051, 7, make_plan(1, 2051, 7, 4, CHIPS["h200"]), activation="relu", operations=ALL),
+    "planned for an MI300X": Case(
+        2051, 24, make_plan(1, 2051, 24, 4, CHIPS["mi300x"], residual=True, derivative=True), activation="gelu",
+        residual=True, coefficients=BLEND, operations=ALL,
+    ),
+    "planned for an MI250X": Case(
+        1500, 65, make_plan(2, 1500, 65, 2, CHIPS["mi250x"]), groups=2, dtype="bfloat16", centre=100.0,
+        activation="relu", operations=ALL,
+    ),
 }  # fmt: skip
 
 

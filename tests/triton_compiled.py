@@ -17,23 +17,30 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import triton
 from bn_fused.kernels import triton_backend
-from bn_fused.kernels.chips import GpuChip
+from bn_fused.kernels.chips import CHIPS, GpuChip
 from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.triton_plan import Config, make_plan
+from bn_fused.kernels.triton_plan import Config, make_plan, most_threads
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16"}
-# Multiprocessors, and warp sizes: of an A100, an A10, an L4, an H100, a B200, an RTX 5090, an MI250, an MI300X.
-CORES = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170, "gfx90a": 104, "gfx942": 304}
+# Multiprocessors of an A100, an A10, an L4, an H100, a B200, an RTX 5090.
+CORES = {80: 108, 86: 72, 89: 58, 90: 132, 100: 148, 120: 170}
+
+
+def chip_with(architecture):
+    """A chip of an architecture: of AMD's, the one of the table with the most compute units."""
+    if isinstance(architecture, int):
+        return GpuChip("some", "some", divmod(architecture, 10), CORES[architecture], 0)
+    chips = [chip for chip in CHIPS.values() if getattr(chip, "architecture", None) == architecture]
+    return max(chips, key=lambda chip: chip.cores)
 
 
 def launches(case, architecture, operations):
     """(operation, name, kernel, signature, constants, warps) of every launch of a case's operations."""
     groups, rows, channels, dtype, activation, residual, config = case
-    capability = divmod(architecture, 10) if isinstance(architecture, int) else (9, 0)
-    chip = GpuChip("some", "some", capability, CORES[architecture], 0)
+    chip = chip_with(architecture)
     itemsize = jax.numpy.dtype(dtype).itemsize
     config = None if config is None else Config(**config)
     plan = make_plan(
@@ -47,10 +54,11 @@ def launches(case, architecture, operations):
         "coefficients": shape((groups, 6), "float32"),
     }
     left_out = ("mask",) if residual else ("mask", "residual")
-    found = []
+    found, threads = [], []
 
-    def record(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
-        assert 0 < grid < 1 << 31
+    def record(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
+        assert 0 < grid < 1 << 31 and architecture == plan.architecture
+        threads.append(grid * warps * plan.lanes)
         arrays = [*inputs, *outputs]
         signature = dict(zip(kernel.arg_names, (TYPES[str(array.dtype)] for array in arrays), strict=False))
         found.append((operation, name, kernel, signature, constants, warps))
@@ -63,6 +71,7 @@ def launches(case, architecture, operations):
         spec = Spec("grc", 1e-5, activation, "triton", plan)
         function = getattr(triton_backend, operation)
         jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)
+    assert max(threads) == most_threads(plan, groups, channels)
     return found
 
 
@@ -83,6 +92,8 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
             re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1)
         )
         found["loads"] = re.findall(r"\b(?:global|buffer)_load_(\w+)", text)
+        # By how much numbers of 64 bits are shifted: products with powers of two.
+        found["shifts"] = [int(value) for value in re.findall(r"s_lshl_b64 s\[.*?\], s\[.*?\], (\d+)\b", text)]
         found["stores"] = re.findall(r"\b(?:global|buffer)_store_(\w+)", text)
         return found
     text = made.asm["ptx"]

@@ -55,9 +55,9 @@ class Tensor:
     set_ = copy_ = storage_offset = size = stride = nothing
 
 
-def launch(kernel, name, inputs, outputs, *, grid, warps, capability, **constants):
+def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
     """`triton_backend.launch` in the interpreter."""
-    del warps, capability
+    del warps, architecture
     given = [Tensor(value.shape, value.dtype, np.asarray(value)) for value in inputs]
     results = [Tensor(spec.shape, spec.dtype) for spec in outputs]
     kernel[(grid,)](*given, *results, **constants)

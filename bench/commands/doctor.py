@@ -24,6 +24,8 @@ def print_doctor(console: Console) -> bool:
     say(console, f"backends that run here: {', '.join(able)}")
     for name, reason in refusals.items():
         say(console, f"  {name} does not: {reason}")
+    for line in doctor.tuning():
+        say(console, f"configurations of triton: {line}")
     for what, found in (("rivals", doctor.rivals()), ("compilers for the audit", doctor.compilers())):
         say(console, f"{what}:")
         for name, state in found.items():
