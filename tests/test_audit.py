@@ -684,13 +684,14 @@ def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeyp
         assert done.exit_code == 2 and said in done.output.splitlines()[-1] and str(path) in done.output
 
 
-def test_the_document_of_the_tpus_is_that_of_the_recorded_audits(tmp_path):
-    recorded = sorted((ROOT / "bench" / "results" / "audit" / "tpu").glob("*.json"))
+@pytest.mark.parametrize(("chips", "title"), [("tpu", "a TPU"), ("gpu", "an NVIDIA GPU")])
+def test_the_document_of_the_chips_is_that_of_the_recorded_audits(chips, title, tmp_path):
+    recorded = sorted((ROOT / "bench" / "results" / "audit" / chips).glob("*.json"))
     assert recorded
     sources = [argument for path in recorded for argument in ("--from", path)]
-    done = run(*sources, "--summary", tmp_path / "made.md", "--title", "What each layer moves on a TPU")
+    done = run(*sources, "--summary", tmp_path / "made.md", "--title", f"What each layer moves on {title}")
     assert done.exit_code == 0, done.output
-    assert (tmp_path / "made.md").read_text() == (ROOT / "docs" / "tpu-audit.md").read_text()
+    assert (tmp_path / "made.md").read_text() == (ROOT / "docs" / f"{chips}-audit.md").read_text()
 
 
 def test_one_form_of_a_rival_can_be_asked_for():
