@@ -136,8 +136,9 @@ def bound(names):
             devices = ", ".join(map(repr, sorted(device_axis_names(), key=str)))
             raise NameError(
                 f"unbound axis name: {name!r}, which is in axis_name, is an axis of no surrounding vmap, shard_map or "
-                f"pmap{f' (of devices there are here {devices})' if devices else ''}; a layer runs on one example, as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), "
-                "out_axes=(0, None))(x, state)"
+                f"pmap{f'; the axes of devices are {devices}' if devices else ''}. A layer is called on one example, "
+                f"as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), out_axes=(0, None))(x, state); "
+                "bn_fused.batch_norm needs no name for the examples of x"
             ) from None
 
 
@@ -156,7 +157,10 @@ def check_stats(stats):
         array(f"stats.{name}", value)
     mean, var = stats.mean, stats.var
     if mean.ndim != 1:
-        raise ValueError(f"stats.mean has shape {mean.shape}; accepted is one value for each channel, as in (64,)")
+        raise ValueError(
+            f"stats.mean has shape {mean.shape}; accepted is [channels], one value for each (of what pmap has stacked, "
+            "the first: value[0])"
+        )
     if (mean.shape, mean.dtype) != (var.shape, var.dtype):
         raise ValueError(
             f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
@@ -171,7 +175,12 @@ def check_stats(stats):
 
 
 def same_on_devices(new, old):
-    """ValueError if new running statistics differ over devices over which the old ones are the same."""
+    """ValueError if new running statistics differ over devices over which the old ones are the same, or lie elsewhere."""
+    if jax.typeof(old.mean).sharding.mesh.empty and not jax.typeof(new.mean).sharding.mesh.empty:
+        raise ValueError(
+            "state does not lie on x's mesh, whose axes are explicit: put the layer and the state there, as in "
+            "jax.device_put(arrays, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))"
+        )
     apart = varying_axes(new.mean) - varying_axes(old.mean)
     if apart:
         names = ", ".join(sorted(map(repr, apart)))

@@ -261,12 +261,18 @@ class BatchNorm(eqx.nn.StatefulLayer):
             )
         try:
             mean, var = state.get(self.state_index)
-            return RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
+            stats = RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
         except KeyError:
             raise ValueError(
                 "state holds nothing of this layer; make both together: layer, state = "
                 "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it"
             ) from None
+        if mean.shape != (self.input_size,) or var.shape != mean.shape:
+            raise ValueError(
+                f"state holds running statistics of shapes {mean.shape} and {var.shape}, those of another layer; "
+                f"accepted are {(self.input_size,)}, as input_size is {self.input_size}"
+            )
+        return stats
 
 
 def _approach_and_debias(approach, mode, debias):

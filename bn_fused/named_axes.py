@@ -24,9 +24,8 @@ from .kernels.dispatch import SPREAD, bind, insert_axis, jitted, result_types
 from .kernels.jax_internals import (
     Primitive,
     ad,
-    drop_sharding_and_manual_axes,
     fancy_primitive_batchers,
-    lower_fun,
+    lower_plainly,
     register_lowering,
     tell_devices,
 )
@@ -174,7 +173,7 @@ def define(name, operands, results, compute, **rules):
             results = compute(spec, averaged, present)
             return [results[result] for result in operation.result_kinds(names)]
 
-        return lower_fun(traced, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+        return lower_plainly(traced, context, *values)
 
     fancy_primitive_batchers[primitive] = batch
     register_lowering(primitive, lower)

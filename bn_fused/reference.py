@@ -57,7 +57,8 @@ def _average(call, mask):
 def _sum(value, names):
     """psum. On a mesh, which is around it in a shard_map too, JAX's own fails for a vmap's name."""
     vmaps, devices = split_names(names)
-    if vmaps and not jax.sharding.get_abstract_mesh().empty:
+    on_a_mesh = not (jax.sharding.get_abstract_mesh().empty and jax.typeof(value).sharding.mesh.empty)
+    if vmaps and on_a_mesh:
         value, names = named_sum(value, Averaged(vmaps)), devices
     return jax.lax.psum(value, names) if names else value
 
@@ -70,6 +71,7 @@ def _average_in_virtual_batch(values, mask, names, size):
     place = jnp.arange(jax.lax.axis_size(name) // size, dtype=mine.dtype) == mine
 
     def in_my_batch(value):
-        return _sum(jnp.where(place, value, jnp.zeros_like(value)), (name,))[mine]
+        totals = _sum(jnp.where(place, value, jnp.zeros_like(value)), (name,))
+        return jnp.sum(jnp.where(place, totals, jnp.zeros_like(totals)))
 
     return in_my_batch(total) / jnp.maximum(in_my_batch(jnp.sum(mask, dtype=values.dtype)), 1)

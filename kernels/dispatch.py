@@ -16,21 +16,21 @@ from .chips import chip_of
 from .contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
 from .jax_internals import (
     Primitive,
-    drop_sharding_and_manual_axes,
     fancy_primitive_batchers,
     is_partitioned,
-    lower_fun,
+    lower_plainly,
     lowering_device,
     output_type,
     partitioned_mesh,
     register_lowering,
     runs_on_several_devices,
     tell_devices,
+    threads_agree_on_x64,
     vary_together,
 )
 from .layout import CHANNEL, GROUP, axes_of
 from .partition import ASKING_PLATFORMS, partitioned
-from .registry import PLATFORMS, Target, check_plan, choose, is_partitionable, operation_of, problem_of
+from .registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 
@@ -146,22 +146,21 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     if chip is not None and chip.platform != platform:  # the code for AMD of a program for both, on an NVIDIA GPU
         chip = None
     problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
-    # Where the kernels can be given each device's part, they are chosen as on one device.
-    by_parts = split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None
+    # Where each device's part can be computed, the backend is chosen as on one device.
+    by_parts = (
+        split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None and threads_agree_on_x64()
+    )
     target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
     choice = choose(problem, target, spec.backend)
-    if by_parts and not is_partitionable(choice):
+    if by_parts:
         run_part = functools.partial(_run_chosen, target)
         function = partitioned(run, run_part, operation, spec, names, choice.name)
-        return lower_fun(function, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
-    if by_parts:
-        target = replace(target, partitioned=True)
-        choice = choose(problem, target, spec.backend)
+        return lower_plainly(function, context, *values)
 
     def compute(*arrays):
         return _run_choice(choice, problem, target, operation, spec, dict(zip(names, arrays, strict=True)))
 
-    return lower_fun(compute, multiple_results=True)(drop_sharding_and_manual_axes(context), *values)
+    return lower_plainly(compute, context, *values)
 
 
 for _platform in PLATFORMS:

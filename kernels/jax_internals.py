@@ -4,6 +4,8 @@
 that name and not by a failure somewhere inside a transform.
 """
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
@@ -21,10 +23,10 @@ __all__ = [
     "barrier_wait",
     "custom_partitioning",
     "device_axis_names",
-    "drop_sharding_and_manual_axes",
     "fancy_primitive_batchers",
     "is_partitioned",
     "lower_fun",
+    "lower_plainly",
     "lowering_device",
     "output_type",
     "partitioned_mesh",
@@ -32,6 +34,7 @@ __all__ = [
     "runs_on_several_devices",
     "shard_like",
     "tell_devices",
+    "threads_agree_on_x64",
     "varying_axes",
     "vary_together",
     "zero_tangent",
@@ -67,10 +70,12 @@ def shard_like(value, like, axes):
     `axes` has one entry per axis of the value, the axis of `like` that it goes with, or None for one of its own.
     """
     sharding, own = jax.typeof(like).sharding, jax.typeof(value).sharding
+    if sharding.mesh.empty:
+        return value
     spec = jax.sharding.PartitionSpec(*(None if axis is None else sharding.spec[axis] for axis in axes))
     if own.spec == spec:
         # An array that a function in a shard_map closes over has another mesh in its type than what is traced there.
-        meshes_differ = own.mesh != sharding.mesh and not own.mesh.empty and not sharding.mesh.empty
+        meshes_differ = own.mesh != sharding.mesh and not own.mesh.empty
         return jnp.copy(value) if meshes_differ and not isinstance(value, jax.core.Tracer) else value
     return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
 
@@ -155,13 +160,30 @@ def zero_tangent(value):
     return ad.Zero(jax.typeof(value).to_tangent_aval())
 
 
-def drop_sharding_and_manual_axes(context):
-    """A lowering context whose types carry neither explicit sharding nor device axes, so that any code traces in it."""
+def lower_plainly(function, context, *values):
+    """Lower a function of arrays, which returns a list, with types that carry neither explicit sharding nor device axes.
+
+    So any code traces in it, wherever it stands; and no sharding is written down that nobody asked for (a mesh that is
+    set would have all that is traced replicated).
+    """
 
     def plain(types):
         return [ShapedArray(type_.shape, type_.dtype) for type_ in types]
 
-    return context.replace(avals_in=plain(context.avals_in), avals_out=plain(context.avals_out))
+    context = context.replace(avals_in=plain(context.avals_in), avals_out=plain(context.avals_out))
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return lower_fun(function, multiple_results=True)(context, *values)
+
+
+def threads_agree_on_x64():
+    """Whether the threads from which XLA asks back have this one's setting of 64-bit types.
+
+    With JAX 0.10 `with jax.enable_x64()` holds in its own thread alone, and what XLA asks for has other types.
+    """
+    if jax.__version_info__ >= (0, 11):
+        return True
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: jax.config.jax_enable_x64).result() == jax.config.jax_enable_x64
 
 
 def barrier_signal(counter):

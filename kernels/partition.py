@@ -1,7 +1,8 @@
-"""Operations of opaque kernels on arrays that XLA partitions over devices: a kernel runs on each device's part.
+"""Operations on arrays that XLA partitions over devices: each device's part is computed by itself.
 
-XLA would gather x whole on every device for code it cannot see into. `partitioned` wraps an operation so that XLA
-asks how x lies on the devices, keeps it so, and compiles the operation for a device's part:
+For code that it cannot see into XLA would gather x whole on every device, and of jnp's it makes more exchanges than
+there need be. `partitioned` wraps an operation of any backend so that XLA asks how x lies on the devices, keeps it so,
+and compiles the operation for a device's part:
 
     forward             local moments, one packed all-reduce over the devices that share the rows, local normalisation
     backward            local sums, one packed all-reduce, dx from the totals
@@ -10,7 +11,7 @@ asks how x lies on the devices, keeps it so, and compiles the operation for a de
     the others          local
 
 Values per channel lie as x's channels do, y and dx as x does. Where no rows are shared nothing is exchanged, and
-the operation is a single launch as on one device. On TPUs, whose compiler does not ask, kernels are refused.
+the operation is the one of one device. On TPUs, whose compiler does not ask, kernels are refused, and XLA partitions jnp.
 """
 
 import hashlib

@@ -93,7 +93,6 @@ class Backend:
     - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. It is asked where nothing is refused.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
     - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
-    - `partitionable`: whether XLA itself can partition its code over devices; if not, `partition` does.
     """
 
     name: str
@@ -102,7 +101,6 @@ class Backend:
     verdict: Callable = not_taken
     plan: Callable = no_plan
     plan_refusal: Callable = no_plan_refusal
-    partitionable: bool = False
 
 
 def _jnp_verdict(problem, target):
@@ -137,7 +135,6 @@ register(
         {name: getattr(jnp_backend, name) for name in OPERATIONS},
         verdict=_jnp_verdict,
         plan=jnp_backend.plan,
-        partitionable=True,
     )
 )
 
@@ -217,11 +214,6 @@ def check_plan(choice, plan, problem, target):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
-
-
-def is_partitionable(choice):
-    """Whether XLA can partition a chosen backend's code over devices without gathering x."""
-    return _BACKENDS[choice.name].partitionable
 
 
 def problem_of(spec: Spec, x, present):

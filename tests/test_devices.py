@@ -6,12 +6,14 @@ without types (check_vma=False) or pmap, it counts what all devices share once f
 reference is the comparison.
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
 
 import bn_fused
 import bn_fused.devices
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -308,7 +310,7 @@ def test_statistics_on_the_devices_may_be_closed_over(inference, check_vma):
 
 def test_what_does_not_fit_the_mesh_is_said_with_the_mesh_in_mind():
     program, _, inputs = make("batch", axis_name=("dve", "batch"))
-    with pytest.raises(NameError, match="'dve'.*of devices there are here 'dev'"):
+    with pytest.raises(NameError, match="'dve'.*the axes of devices are 'dev'"):
         spread(program, make_mesh())(inputs)
     program, _, inputs = make("virtual-all")
     case = dataclasses.replace(program.case, virtual_batch_size=EXAMPLES)
@@ -539,6 +541,42 @@ def test_types_on_explicit_meshes_are_those_of_the_operands_wherever_those_lie(p
         assert jax.typeof(result) == jax.typeof(operand)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("set_mesh", [False, True], ids=["mesh_not_set", "mesh_set"])
+def test_statistics_may_lie_outside_of_an_explicit_mesh(set_mesh, backend):
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((EXAMPLES, DEVICES, POSITIONS)))
+    stats = bn_fused.RunningStats.init(DEVICES, jnp.float64)
+    mesh = make_mesh(axis_type=AxisType.Explicit)
+
+    def step(x, stats, backend):
+        return bn_fused.batch_norm(x, stats, channel_axis=1, approach="ema", backend=backend)
+
+    expected, expected_after = step(x, stats, "reference")
+    for place in (P("dev"), P(None, "dev")):
+        placed = jax.device_put(x, NamedSharding(mesh, place))
+        with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+            y, after = jax.jit(functools.partial(step, backend=backend))(placed, stats)
+        assert_trees_close((y, *after[:3]), (expected, *expected_after[:3]), n=EXAMPLES * POSITIONS)
+        assert jax.typeof(y).sharding.spec == jax.typeof(placed).sharding.spec
+
+
+def test_a_layers_state_outside_of_an_explicit_mesh_is_refused_with_what_to_do():
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch")
+    mesh = make_mesh(axis_type=AxisType.Explicit)
+    x = jax.device_put(jnp.ones((EXAMPLES, CHANNELS, POSITIONS)), NamedSharding(mesh, P("dev")))
+
+    @eqx.filter_jit
+    def step(layer, state, x):
+        return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+
+    with pytest.raises(ValueError, match="state does not lie on x's mesh.*device_put"):
+        step(layer, state, x)
+    arrays, static = eqx.partition((layer, state), eqx.is_array)
+    layer, state = eqx.combine(jax.device_put(arrays, NamedSharding(mesh, P())), static)
+    y, _ = step(layer, state, x)
+    assert jax.typeof(y).sharding.spec[0] == "dev"
+
+
 def test_channels_sharded_under_jit():
     rng = np.random.default_rng(3)
     x = jnp.asarray(rng.standard_normal((EXAMPLES, DEVICES, POSITIONS)))
@@ -618,20 +656,33 @@ def test_inference_exchanges_nothing():
     assert collectives(step.lower(x).compile()) == []
 
 
-def test_jit_over_sharded_arrays_exchanges_nothing_of_the_size_of_x():
-    x = jnp.asarray(float32_data())
-    sharding = NamedSharding(make_mesh(), P("dev"))
-    stats = bn_fused.RunningStats.init(CHANNELS)
+@pytest.mark.parametrize("set_mesh", [False, True], ids=["mesh_not_set", "mesh_set"])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
+@pytest.mark.parametrize(
+    "place", [P("dev"), P(None, None, "dev"), P(None, "dev")], ids=["rows", "positions", "channels"]
+)
+def test_jit_over_sharded_arrays_exchanges_moments_and_sums_alone(place, axis_type, set_mesh):
+    """One all-reduce each way where rows are shared, none where channels are split; y and dx lie as x does."""
+    mesh = make_mesh(axis_type=axis_type)
+    x = jax.device_put(jnp.ones((12 * DEVICES, DEVICES, 4 * DEVICES)), NamedSharding(mesh, place))
+    stats = bn_fused.RunningStats.init(DEVICES)
 
-    def loss(x):
+    def loss(x, stats):
         y, after = bn_fused.batch_norm(x, stats, channel_axis=1)
         return jnp.sum(y**3), after
 
-    compiled = jax.jit(jax.grad(loss, has_aux=True), in_shardings=sharding).lower(x).compile()
-    found = collectives(compiled)
-    assert found
-    assert all(values < x.size // DEVICES for _, values in found), found
-    assert compiled.output_shardings[0].is_equivalent_to(sharding, x.ndim)
+    with jax.set_mesh(mesh) if set_mesh else contextlib.nullcontext():
+        normalised = (
+            jax.jit(lambda x, stats: bn_fused.batch_norm(x, stats, channel_axis=1)[0]).lower(x, stats).compile()
+        )
+        gradient = jax.jit(jax.grad(loss, has_aux=True)).lower(x, stats).compile()
+    moments, sums = ("all-reduce", DEVICES * (3 * DEVICES + 1)), ("all-reduce", 2 * DEVICES)
+    shared = place != P(None, "dev")
+    assert collectives(normalised) == ([moments] if shared else [])
+    found = [entry for entry in collectives(gradient) if entry[1] > 1]  # the loss itself is summed over devices
+    # Beside them, what of the new statistics lies on other devices than the old: a value for each channel.
+    assert sorted(found) == sorted([moments, sums] if shared else []), found
+    assert gradient.output_shardings[0].is_equivalent_to(x.sharding, x.ndim)
 
 
 @pytest.mark.parametrize("path", ["packed", "two_sums"])

@@ -207,6 +207,15 @@ def test_running_statistics_may_be_what_numpy_has():
     bn_fused.batch_norm(jnp.ones((4, CHANNELS, 5)), stats, channel_axis=1)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_the_state_of_a_layer_with_other_channels_is_refused(channels, inference):
+    layer, _ = make(inference=inference)
+    _, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(channels, "batch", "batch")
+    with pytest.raises(ValueError, match=names("state", f"({channels},)", f"({CHANNELS},)", "input_size")):
+        apply(layer, state, jnp.ones((4, CHANNELS, 5)))
+
+
 def test_a_virtual_batch_divides_the_batch():
     x = jnp.ones((4, CHANNELS, 5))
     with pytest.raises(ValueError, match=names("virtual_batch_size", "3", "4")):

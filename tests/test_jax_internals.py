@@ -232,23 +232,33 @@ def probe_zero_tangent(internals):
     assert internals.zero_tangent(jnp.ones(2, jnp.int32)).aval.dtype == jax.dtypes.float0
 
 
-def probe_drop_sharding_and_manual_axes(internals):
-    """below shard_map's type check a lowering rule traces code with plain types"""
-    primitive = internals.Primitive("bn_fused_probe_dropped")
+def probe_lower_plainly(internals):
+    """below types of shardings and device axes a lowering rule traces code with plain types"""
+    primitive = internals.Primitive("bn_fused_probe_plain")
     primitive.def_abstract_eval(lambda x: x)
     seen = []
 
-    def rule(context, value):
-        context = internals.drop_sharding_and_manual_axes(context)
-        return internals.lower_fun(traced, multiple_results=False)(context, value)
-
     def traced(x):
-        seen.append(set(internals.varying_axes(x)))
-        return x + jnp.ones(x.shape, x.dtype)
+        seen.append((set(internals.varying_axes(x)), jax.sharding.get_abstract_mesh().empty))
+        return [x + jnp.ones(x.shape, x.dtype)]
 
-    internals.register_lowering(primitive, rule)
+    internals.register_lowering(primitive, lambda context, value: internals.lower_plainly(traced, context, value))
     np.testing.assert_array_equal(on_devices(lambda split, whole: primitive.bind(split)), 1 + np.arange(4.0))
-    assert seen == [set()]
+    # Where a mesh with explicit axes is set, nothing is gathered that nobody asked for.
+    mesh = jax.make_mesh((2,), ("e",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    array = jax.device_put(jnp.arange(4.0), jax.sharding.NamedSharding(mesh, P("e")))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lambda x: primitive.bind(x)).lower(array).compile()
+    np.testing.assert_array_equal(compiled(array), 1 + np.arange(4.0))
+    assert "all-gather" not in compiled.as_text()
+    assert seen == [(set(), True)] * 2
+
+
+def probe_threads_agree_on_x64(internals):
+    """a setting of 64-bit types in this thread alone is told from one of the whole process, where that matters"""
+    assert internals.threads_agree_on_x64()
+    with jax.enable_x64(True):
+        assert internals.threads_agree_on_x64() == (jax.__version_info__ >= (0, 11))
 
 
 def probe_is_partitioned(internals):
@@ -367,10 +377,10 @@ PROBES = {
     "barrier_wait": probe_barrier,
     "custom_partitioning": probe_custom_partitioning,
     "device_axis_names": probe_device_axis_names,
-    "drop_sharding_and_manual_axes": probe_drop_sharding_and_manual_axes,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
     "is_partitioned": probe_is_partitioned,
     "lower_fun": probe_lowering,
+    "lower_plainly": probe_lower_plainly,
     "lowering_device": probe_lowering_device,
     "output_type": probe_output_type,
     "partitioned_mesh": probe_custom_partitioning,
@@ -378,6 +388,7 @@ PROBES = {
     "runs_on_several_devices": probe_runs_on_several_devices,
     "shard_like": probe_shard_like,
     "tell_devices": probe_lowering_device,
+    "threads_agree_on_x64": probe_threads_agree_on_x64,
     "varying_axes": probe_varying_axes,
     "vary_together": probe_vary_together,
     "zero_tangent": probe_zero_tangent,
