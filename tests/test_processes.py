@@ -14,8 +14,10 @@ import time
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerances import assert_close
 
 import bn_fused
 
@@ -117,6 +119,47 @@ def test_when_a_process_dies_the_others_end_with_an_error_and_the_last_checkpoin
     momentum = 0.99
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(restored[1])]
     assert any(leaf.shape == () and np.isclose(leaf, momentum ** (STEPS - 1)) for leaf in leaves), leaves
+
+
+PLAIN_JIT = """
+import json, sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+import bn_fused
+
+address, process = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, int(process))
+mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+examples = np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32)
+mine = np.split(examples, 2)[jax.process_index()]
+x = jax.make_array_from_process_local_data(NamedSharding(mesh, P("data")), mine)
+stats = jax.device_put(bn_fused.RunningStats.init(5), NamedSharding(mesh, P()))
+
+@jax.jit
+@jax.value_and_grad
+def loss(x, stats):
+    return jnp.sum(bn_fused.batch_norm(x, stats)[0] ** 3)
+
+(value, dx), compiled = loss(x, stats), loss.lower(x, stats).compile().as_text()
+parts = {part.index[0].start: np.asarray(part.data).tolist() for part in dx.addressable_shards}
+print(json.dumps([float(value), parts, "all-gather" in compiled]))
+"""
+
+
+def test_plain_jit_over_the_devices_of_two_processes_is_one_process_with_the_whole_batch():
+    address = f"127.0.0.1:{free_port()}"
+    ended = run([["-c", PLAIN_JIT, address, str(process)] for process in range(2)], devices=2)
+    assert [status for status, *_ in ended] == [0, 0], [errors[-2000:] for *_, errors in ended]
+    x = jnp.asarray(np.random.default_rng(0).normal(3, 2, (16, 5)).astype(np.float32))
+    stats = bn_fused.RunningStats.init(5)
+    expected, dx = jax.value_and_grad(lambda x: jnp.sum(bn_fused.batch_norm(x, stats)[0] ** 3))(x)
+    parts = {}
+    for value, found, gathered in (result(output) for _, output, _ in ended):
+        assert not gathered
+        assert_close(np.float32(value), expected, scale=x.size)  # of the terms of the loss
+        parts |= {int(start): rows for start, rows in found.items()}
+    whole = np.concatenate([np.asarray(parts[start], np.float32) for start in sorted(parts)])
+    assert_close(whole, dx, scale=1 + np.abs(dx).max())
 
 
 def test_the_program_of_the_document_gives_every_process_the_same_statistics():
