@@ -176,7 +176,8 @@ def check_stats(stats):
 
 def same_on_devices(new, old):
     """ValueError if new running statistics differ over devices over which the old ones are the same, or lie elsewhere."""
-    if jax.typeof(old.mean).sharding.mesh.empty and not jax.typeof(new.mean).sharding.mesh.empty:
+    mesh = jax.typeof(new.mean).sharding.mesh
+    if jax.typeof(old.mean).sharding.mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             "state does not lie on x's mesh, whose axes are explicit: put the layer and the state there, as in "
             "jax.device_put(arrays, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))"
