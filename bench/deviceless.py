@@ -50,7 +50,7 @@ def gpu_description(chip: GpuChip) -> str:
           fpus_per_core: {64 if (major, minor) == (8, 0) else 128}
           threads_per_warp: 32
           threads_per_block_limit: 1024
-          threads_per_core_limit: 2048
+          threads_per_core_limit: {2048 if minor == 0 else 1536}
           registers_per_block_limit: 65536
           registers_per_core_limit: 65536
           shared_memory_per_block: 49152
@@ -225,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(*requirements(platform), sep="\n")
     if not platforms:
         for target in TARGETS:
-            print(f"{target:6} {missing(target) or 'can be compiled for'}")
+            print(f"{target:7} {missing(target) or 'can be compiled for'}")
     return 0
 
 

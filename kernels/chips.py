@@ -121,6 +121,9 @@ def _table(*chips: Chip) -> Mapping[str, Chip]:
 
 CHIPS = _table(
     GpuChip("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 164 * _KIB, 40 * _MIB, 85 * _GB, 2039 * _GB, 1.41),
+    GpuChip("l4", "NVIDIA L4", (8, 9), 58, 100 * _KIB, 48 * _MIB, 24 * _GIB, 300 * _GB, 2.04),
+    GpuChip("l40s", "NVIDIA L40S", (8, 9), 142, 100 * _KIB, 96 * _MIB, 48 * _GIB, 864 * _GB, 2.52),
+    GpuChip("rtx4090", "NVIDIA GeForce RTX 4090", (8, 9), 128, 100 * _KIB, 72 * _MIB, 24 * _GIB, 1008 * _GB, 2.52),
     GpuChip("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 228 * _KIB, 50 * _MIB, 85 * _GB, 3350 * _GB, 1.98),
     GpuChip("h200", "NVIDIA H200", (9, 0), 132, 228 * _KIB, 50 * _MIB, 150 * _GB, 4800 * _GB, 1.98),
     GpuChip("b200", "NVIDIA B200", (10, 0), 148, 228 * _KIB, 126 * _MIB, 190 * _GB, 8 * _TB, 1.96),

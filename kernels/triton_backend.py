@@ -19,6 +19,11 @@ running statistics, or from the sums what the gradient needs per channel. Before
 tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
 through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
 
+Where the cache is large and the memory slow (Ada, MI300X: `triton_plan.heuristic`), forward and backward work slab by
+slab: the launches of a few channels, whose rows stay in the cache between both passes, then those of the next few. From
+memory that is R W forward and 2R W backward, for as many times more launches. The results are the same arrays, which
+each slab continues in place.
+
 x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing. Where XLA
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
 convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
@@ -38,6 +43,7 @@ Never run on a GPU: the kernels' numbers are checked in Triton's interpreter, an
 XLA's programs, for AMD up to what XLA is given.
 """
 
+import dataclasses
 import functools
 import importlib.metadata
 import importlib.util
@@ -49,7 +55,7 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .jax_internals import first_amd_architecture
-from .triton_plan import BY_RULE, Plan, check, make_plan, merge_tile, most_threads
+from .triton_plan import BY_RULE, Plan, check, make_plan, merge_tile, most_threads, slab_columns
 from .triton_tuning import config_for
 from .view import View
 
@@ -164,8 +170,11 @@ def _check_that_jax_triton_compiles_for(architecture):
         )
 
 
-def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
-    """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs."""
+def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, in_place, **constants):
+    """One launch of a kernel, whose parameters are inputs, outputs and constants, in order; returns the outputs.
+
+    `in_place`: {input: output} of the places of those that are the same memory.
+    """
     import jax_triton
 
     on_amd = isinstance(architecture, str)
@@ -180,10 +189,25 @@ def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **consta
         name=f"bn_fused_{name}",
         num_warps=warps,
         num_stages=1,
+        input_output_aliases=in_place,
         # For AMD jax-triton asks the device.
         compute_capability=None if on_amd else architecture,
         **constants,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slab:
+    """The columns of one launch: all of them, or as many as the slabs of a plan have.
+
+    `number`: int32 [1], which slab it is. It is what a slab's second pass gives to the launches of the next: these
+    cannot begin, and push this slab out of the cache, before that has ended.
+    """
+
+    columns: int
+    channels: int
+    number: jax.Array
+    whole: bool
 
 
 class _View(View):
@@ -196,25 +220,43 @@ class _View(View):
         check(spec.plan, self.rows, self.channels)
         self.plan, self.activation, self.eps = spec.plan, spec.activation or "none", spec.eps
 
-    def stream(self, kernel, name, inputs, *, arrays, sums=0, outputs=0, reverse=False, **constants):
-        """A pass that reads `arrays` of the inputs by tiles: outputs like the first, then the partial results."""
+    def slab(self, slabs=1):
+        """The first of that many slabs: of the plan's, or of one that has all columns."""
+        number, width = jnp.zeros((1,), jnp.int32), self.folded[-1]
+        if slabs == 1:
+            return _Slab(width, self.channels, number, True)
+        columns = slab_columns(self.plan, width)
+        return _Slab(columns, columns, number, False)
+
+    def stream(self, kernel, name, slab, inputs, *, arrays, before=(), sums=0, outputs=0, reverse=False, **constants):
+        """A pass over a slab that reads `arrays` of the inputs by tiles. Returns its results, and the slab after it.
+
+        The results are `outputs` arrays like the first input, then the partial results, if there are `sums`. `before`
+        are the outputs as the slab before this one has left them, which this one continues in the same memory; before
+        the first slab each is None.
+        """
         plan, (groups, rows, width) = self.plan, self.folded
-        blocks = -(-width // plan.columns)
+        blocks = -(-slab.columns // plan.columns)
+        grid = groups * plan.splits * blocks
         results = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
         if sums:
-            results.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, width), F32))
-        grid = groups * plan.splits * blocks
-        return launch(
+            results.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, slab.columns), F32))
+        elif not slab.whole:
+            results.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+        found = launch(
             kernel,
             name,
-            inputs,
+            # A pointer that is not read stands where there is nothing before.
+            [slab.number, *(slab.number if array is None else array for array in before), *inputs],
             results,
+            in_place={1 + place: place for place, array in enumerate(before) if array is not None},
             grid=grid,
             warps=plan.warps,
             architecture=plan.architecture,
             ROWS=rows,
             WIDTH=width,
             CHANNELS=self.channels,
+            SLAB=slab.columns,
             SPLITS=plan.splits,
             BLOCKS=blocks,
             GRID=grid,
@@ -224,22 +266,28 @@ class _View(View):
             REVERSE=reverse,
             **constants,
         )
+        if sums or slab.whole:
+            return found, slab
+        *found, number = found
+        return found, dataclasses.replace(slab, number=number)
 
-    def merge(self, kernel, name, inputs, number, **constants):
-        """A launch of O(channels): `number` results [groups, channels]."""
+    def merge(self, kernel, name, slab, inputs, number, **constants):
+        """A launch of O(channels): `number` results [groups, slab.channels]."""
         plan, (groups, rows, _) = self.plan, self.folded
-        entries, columns, warps = merge_tile(plan, self.channels)
+        entries, columns, warps = merge_tile(plan, slab.channels)
         return launch(
             kernel,
             name,
-            inputs,
-            [jax.ShapeDtypeStruct((groups, self.channels), F32)] * number,
-            grid=groups * -(-self.channels // columns),
+            [slab.number, *inputs],
+            [jax.ShapeDtypeStruct((groups, slab.channels), F32)] * number,
+            in_place={},
+            grid=groups * -(-slab.channels // columns),
             warps=warps,
             architecture=plan.architecture,
             ROWS=rows,
             FOLD=plan.fold,
             CHANNELS=self.channels,
+            SLAB=slab.channels,
             SPLITS=plan.splits,
             ENTRIES=entries,
             COLUMNS=columns,
@@ -249,6 +297,12 @@ class _View(View):
     def channels_of(self, *values):
         return [self.channel(value) for value in values]
 
+    def joined(self, parts):
+        """Values per channel [groups, channels] from those of each slab, [groups, slab.channels]: lists of them."""
+        if len(parts) == 1:
+            return parts[0]
+        return [jnp.concatenate(values, axis=1)[:, : self.channels] for values in zip(*parts, strict=True)]
+
 
 def _kernels():
     from . import triton_kernels, triton_merges
@@ -256,58 +310,69 @@ def _kernels():
     return triton_kernels, triton_merges
 
 
-def _partial_moments(view, flat):
+def _partial_moments(view, slab, flat):
     kernels, _ = _kernels()
-    (partial,) = view.stream(kernels.moments, "moments", [flat], arrays=1, sums=3)
+    (partial,), _ = view.stream(kernels.moments, "moments", slab, [flat], arrays=1, sums=3)
     return partial
 
 
 def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
     _no_mask(mask)
-    view, (_, merges) = _View(x, spec), _kernels()
-    found = view.merge(merges.merge_moments, "merge_moments", [_partial_moments(view, view.spread(x))], 3)
-    return tuple(view.unchannel(value) for value in found)
+    view = _View(x, spec)
+    return tuple(view.unchannel(value) for value in _moments(view, view.spread(x)))
+
+
+def _moments(view, flat):
+    _, merges = _kernels()
+    slab = view.slab()
+    return view.merge(merges.merge_moments, "merge_moments", slab, [_partial_moments(view, slab, flat)], 3)
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
     _no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
-    flat = view.spread(x)
-    partial = _partial_moments(view, flat)
-    if running_mean.dtype == F32 and running_var.dtype == F32:
-        packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
-        inputs = [partial, *view.channels_of(running_mean, running_var), packed]
-        found = view.merge(merges.merge_and_blend, "merge_moments", inputs, 7, EPS=view.eps)
-        pivot, _, _, _, _, offset, rstd = found
-        found = [view.unchannel(value) for value in found[:5]]
-    else:
-        merged = view.merge(merges.merge_moments, "merge_moments", [partial], 3)
-        moments = [view.unchannel(value) for value in merged]
+    flat, added = view.spread(x), None if residual is None else view.spread(residual)
+    scale_and_shift = view.channels_of(weight, bias)
+    if running_mean.dtype != F32 or running_var.dtype != F32:
+        moments = [view.unchannel(value) for value in _moments(view, flat)]
         offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
-        pivot, offset, rstd = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
-        found = [*moments, *new]
-    channels = [pivot, offset, rstd, *view.channels_of(weight, bias)]
-    return _normalise(view, flat, residual, channels, reverse=True), *found
+        channels = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
+        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *scale_and_shift], reverse=True)
+        return view.unspread(y), *moments, *new
+    packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
+    per_channel = [*view.channels_of(running_mean, running_var), packed]
+    slab, y, parts = view.slab(view.plan.slabs), None, []
+    for _ in range(view.plan.slabs):
+        inputs = [_partial_moments(view, slab, flat), *per_channel]
+        found = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
+        pivot, _, _, _, _, offset, rstd = found
+        channels = [pivot, offset, rstd, *scale_and_shift]
+        y, slab = _normalise(view, slab, flat, added, channels, before=y, reverse=True)
+        parts.append(found[:5])
+    return view.unspread(y), *(view.unchannel(value) for value in view.joined(parts))
 
 
-def _normalise(view, flat, residual, channels, reverse):
+def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
+    """y with this slab, and the slab after it."""
     kernels, _ = _kernels()
-    # Where there is no residual its pointer is never read.
-    added = channels[0] if residual is None else view.spread(residual)
-    (y,) = view.stream(
+    (y,), following = view.stream(
         kernels.normalise,
         "normalise",
-        [flat, added, *channels],
-        arrays=1 if residual is None else 2,
+        slab,
+        # Where there is no residual its pointer is never read.
+        [flat, channels[0] if added is None else added, *channels],
+        arrays=1 if added is None else 2,
+        before=(before,),
         outputs=1,
         reverse=reverse,
-        RESIDUAL=residual is not None,
+        RESIDUAL=added is not None,
         ACTIVATION=view.activation,
         SLOPE=LEAKY_RELU_SLOPE,
+        **({"following": None} if slab.whole else {}),
     )
-    return view.unspread(y)
+    return y, following
 
 
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
@@ -315,25 +380,31 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
     _no_mask(mask)
     view = _View(x, spec)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    return _normalise(view, view.spread(x), residual, channels, reverse=False)
+    added = None if residual is None else view.spread(residual)
+    y, _ = _normalise(view, view.slab(), view.spread(x), added, channels, reverse=False)
+    return view.unspread(y)
 
 
-def _gradient(view, name, arrays, channels, through=None, *, sums, dx, reverse=False):
+def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, before=None, reverse=False):
     """A pass of a backward over dy, x and, where it matters, the residual: see the kernel."""
     kernels, _ = _kernels()
     residual = len(arrays) == 3
     dz = dx and residual
     # The pointers that are not read, and those that are not written.
     inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
-    outputs = dx + dz + sums
-    unused = {place: None for place in ("first", "second", "third")[outputs:]}
+    outputs = dx + dz
+    written = outputs + (sums or not slab.whole)
+    unused = {place: None for place in ("first", "second", "third")[written:]}
+    before = [None] * outputs if before is None else list(before)
     return view.stream(
         kernels.gradient,
         name,
+        slab,
         inputs,
         arrays=len(arrays),
+        before=(*before, *[None] * (2 - outputs)),
         sums=2 * sums,
-        outputs=dx + dz,
+        outputs=outputs,
         reverse=reverse,
         RESIDUAL=residual,
         ACTIVATION=view.activation,
@@ -369,21 +440,28 @@ def backward(
     view, (_, merges) = _View(x, spec), _kernels()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    (partial,) = _gradient(view, "backward_sums", arrays, channels, sums=True, dx=False)
-    inputs = [partial, *channels[1:4], *view.channels_of(dmean, dvar, delta), view.group(batch), view.group(count)]
-    *sums, slope, level = view.merge(merges.merge_backward, "merge_sums", inputs, 4)
-    results = _gradient(view, "backward_dx", arrays, channels, (slope, level), sums=False, dx=True, reverse=True)
-    return view.gradients(results, sums, dy, residual)
+    per_channel = [*channels[1:4], *view.channels_of(dmean, dvar, delta), view.group(batch), view.group(count)]
+    slab, results, parts = view.slab(view.plan.slabs), None, []
+    for _ in range(view.plan.slabs):
+        (partial,), _ = _gradient(view, "backward_sums", slab, arrays, channels, sums=True, dx=False)
+        *sums, slope, level = view.merge(merges.merge_backward, "merge_sums", slab, [partial, *per_channel], 4)
+        through = slope, level
+        results, slab = _gradient(
+            view, "backward_dx", slab, arrays, channels, through, sums=False, dx=True, before=results, reverse=True
+        )
+        parts.append(sums)
+    return view.gradients(results, view.joined(parts), dy, residual)
 
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
     _no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
+    slab = view.slab()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    *results, partial = _gradient(view, "normalise_backward", arrays, channels, sums=True, dx=True)
-    sums = view.merge(merges.merge_sums, "merge_sums", [partial, *channels[1:3]], 2)
+    (*results, partial), _ = _gradient(view, "normalise_backward", slab, arrays, channels, sums=True, dx=True)
+    sums = view.merge(merges.merge_sums, "merge_sums", slab, [partial, *channels[1:3]], 2)
     return view.gradients(results, sums, dy, residual)
 
 
@@ -392,7 +470,7 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     _no_mask(mask)
     view, (kernels, _) = _View(x, spec), _kernels()
     inputs = [view.spread(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
-    (dx,) = view.stream(kernels.moments_gradient, "moments_backward", inputs, arrays=1, outputs=1)
+    (dx,), _ = view.stream(kernels.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
     return (view.unspread(dx),)
 
 

@@ -3,8 +3,12 @@
 They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows
 of one block of columns, and walks through it tile by tile; each value of a tile has a place of its own in the registers
 of one thread, where it is added up, and only the end of the range is summed across threads. The partial results of the
-ranges lie in memory as [groups, splits, values, width], and `triton_merges` merges them in a fixed order: two runs give
+ranges lie in memory as [groups, splits, values, slab], and `triton_merges` merges them in a fixed order: two runs give
 the same bits.
+
+A launch has all columns, or those of one slab: SLAB neighbouring columns, less in the last. Which slab it is, is read
+from memory, where the second pass over the slab before it has written it: so that launches of different slabs are the
+same program, and none begins before those of the slab before it have ended.
 
 Moments are (pivot, delta, squares about the mean), the pivot being the mean of the range's first tile, or 0 where that
 is not finite. What is read beyond the end of a range or a row is replaced by a selection, never by a product: a value
@@ -39,9 +43,24 @@ def range_of(split, ROWS: tl.constexpr, SPLITS: tl.constexpr):
 
 
 @triton.jit
-def _columns_of(block, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(columns, the channel of each, whether there is one) of a block of columns."""
-    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+def first_of(slab, WIDTH: tl.constexpr, SLAB: tl.constexpr):
+    """The first column of a launch."""
+    first = 0
+    if SLAB != WIDTH:
+        first = tl.load(slab) * SLAB
+    return first
+
+
+@triton.jit
+def _say_which_is_next(following, slab):
+    """For the slab that comes after this one."""
+    tl.store(following, tl.load(slab) + 1, mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def _columns_of(begin, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(columns, the channel of each, whether there is one) of the block of columns that begins there."""
+    columns = begin + tl.arange(0, COLUMNS)
     channel = columns
     if WIDTH != CHANNELS:
         channel = columns % CHANNELS
@@ -49,9 +68,9 @@ def _columns_of(block, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
-def _tile_at(group, row, block, ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    """Where the tile of these columns begins, counted in values."""
-    return (group.to(tl.int64) * ROWS + row) * WIDTH + block * COLUMNS
+def _tile_at(group, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Where a tile begins, counted in values."""
+    return (group.to(tl.int64) * ROWS + row) * WIDTH + column
 
 
 @triton.jit
@@ -156,11 +175,13 @@ def through_moments(dmean, dvar, delta, count):
 
 @triton.jit
 def moments(
+    slab,
     x,
     partial,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GRID: tl.constexpr,
@@ -169,12 +190,14 @@ def moments(
     STAGES: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """The moments of each range of rows: pivot, delta, squares about the mean, [groups, splits, 3, width]."""
+    """The moments of each range of rows: pivot, delta, squares about the mean, [groups, splits, 3, slab]."""
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
-    columns, _, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    first_column = first_of(slab, WIDTH, SLAB)
+    column = first_column + block * COLUMNS
+    columns, _, there = _columns_of(column, WIDTH, CHANNELS, COLUMNS)
     rows = tl.arange(0, TILE_ROWS)
-    array = x + _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    array = x + _tile_at(group, start, column, ROWS, WIDTH)
     within = _within(TILE_ROWS, COLUMNS, WIDTH)
 
     first = _read(array, within, (rows < count)[:, None] & there[None, :], False)
@@ -190,14 +213,16 @@ def moments(
         squares += d * d
     total_sum = tl.sum(total, axis=0)
     delta = total_sum / count.to(tl.float32)
-    result = partial + (group.to(tl.int64) * SPLITS + split) * (3 * WIDTH) + columns
+    result = partial + (group.to(tl.int64) * SPLITS + split) * (3 * SLAB) + (columns - first_column)
     tl.store(result, pivot, mask=there)
-    tl.store(result + WIDTH, delta, mask=there)
-    tl.store(result + 2 * WIDTH, _variance_sum(tl.sum(squares, axis=0), total_sum, delta), mask=there)
+    tl.store(result + SLAB, delta, mask=there)
+    tl.store(result + 2 * SLAB, _variance_sum(tl.sum(squares, axis=0), total_sum, delta), mask=there)
 
 
 @triton.jit
 def normalise(
+    slab,
+    before,
     x,
     residual,
     pivot,
@@ -206,9 +231,11 @@ def normalise(
     weight,
     bias,
     y,
+    following,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GRID: tl.constexpr,
@@ -220,18 +247,26 @@ def normalise(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
 ):
-    """y = activation((x - pivot - offset) * rstd * weight + bias + residual). `residual` is read if RESIDUAL."""
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual). `residual` is read if RESIDUAL.
+
+    `pivot`, `offset` and `rstd` are those of the slab's channels, [groups, slab]. `before` is y with the slabs that are
+    done, in the same memory; it is not read.
+    """
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
-    _, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    first_column = first_of(slab, WIDTH, SLAB)
+    column = first_column + block * COLUMNS
+    _, channel, there = _columns_of(column, WIDTH, CHANNELS, COLUMNS)
     rows = tl.arange(0, TILE_ROWS)
-    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    begin = _tile_at(group, start, column, ROWS, WIDTH)
     within = _within(TILE_ROWS, COLUMNS, WIDTH)
 
-    scale = _per_channel(rstd, group, channel, there, CHANNELS) * _per_channel(weight, group, channel, there, CHANNELS)
+    of_slab = channel - first_column
+    FOUND: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
+    scale = _per_channel(rstd, group, of_slab, there, FOUND) * _per_channel(weight, group, channel, there, CHANNELS)
     shift = _per_channel(bias, group, channel, there, CHANNELS)
-    shift = shift - _per_channel(offset, group, channel, there, CHANNELS) * scale
-    centre = _per_channel(pivot, group, channel, there, CHANNELS)
+    shift = shift - _per_channel(offset, group, of_slab, there, FOUND) * scale
+    centre = _per_channel(pivot, group, of_slab, there, FOUND)
     steps = tl.cdiv(count, TILE_ROWS)
     for step in tl.range(0, steps, num_stages=STAGES):
         row = step * TILE_ROWS
@@ -243,10 +278,15 @@ def normalise(
         if RESIDUAL:
             z += _read(residual + tile, within, inside, REVERSE)
         tl.store(y + tile + within, _activate(z, ACTIVATION, SLOPE).to(y.dtype.element_ty), mask=inside)
+    if SLAB != WIDTH:
+        _say_which_is_next(following, slab)
 
 
 @triton.jit
 def gradient(
+    slab,
+    before_first,
+    before_second,
     dy,
     x,
     residual,
@@ -263,6 +303,7 @@ def gradient(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GRID: tl.constexpr,
@@ -280,17 +321,21 @@ def gradient(
 ):
     """The passes of a backward, of dz = dy * activation'(z) and d = x - pivot.
 
-    - SUMS: the sums of dz and dz * d of each range of rows, [groups, splits, 2, width].
+    - SUMS: the sums of dz and dz * d of each range of rows, [groups, splits, 2, slab].
     - WRITE_DX: dx = dz * scale, and with MOMENTS + d * slope + level; WRITE_DZ: dz, the residual's gradient.
 
-    Results are written to `first`, `second` and `third`: dx, dz and the sums, those that there are, in this order; the
-    other pointers are None. `residual`, `slope` and `level` are read if RESIDUAL and MOMENTS.
+    Results are written to `first`, `second` and `third`: dx, dz and the sums, or in their place the number of the next
+    slab, those that there are, in this order; the other pointers are None. `residual`, `slope` and `level` are read if
+    RESIDUAL and MOMENTS; the latter two are those of the slab's channels, [groups, slab]. `before_first` and
+    `before_second` are dx and dz with the slabs that are done, in the same memory; they are not read.
     """
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
-    columns, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    first_column = first_of(slab, WIDTH, SLAB)
+    column = first_column + block * COLUMNS
+    columns, channel, there = _columns_of(column, WIDTH, CHANNELS, COLUMNS)
     rows = tl.arange(0, TILE_ROWS)
-    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    begin = _tile_at(group, start, column, ROWS, WIDTH)
     within = _within(TILE_ROWS, COLUMNS, WIDTH)
 
     scale = _per_channel(rstd, group, channel, there, CHANNELS) * _per_channel(weight, group, channel, there, CHANNELS)
@@ -298,8 +343,10 @@ def gradient(
     shift = shift - _per_channel(offset, group, channel, there, CHANNELS) * scale
     centre = _per_channel(pivot, group, channel, there, CHANNELS)
     if MOMENTS:
-        slopes = _per_channel(slope, group, channel, there, CHANNELS)
-        levels = _per_channel(level, group, channel, there, CHANNELS)
+        of_slab = channel - first_column
+        FOUND: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
+        slopes = _per_channel(slope, group, of_slab, there, FOUND)
+        levels = _per_channel(level, group, of_slab, there, FOUND)
     if SUMS:
         sum_dz = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
         sum_dz_d = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
@@ -334,13 +381,19 @@ def gradient(
             sums = second
         else:
             sums = first
-        result = sums + (group.to(tl.int64) * SPLITS + split) * (2 * WIDTH) + columns
+        result = sums + (group.to(tl.int64) * SPLITS + split) * (2 * SLAB) + (columns - first_column)
         tl.store(result, tl.sum(sum_dz, axis=0), mask=there)
-        tl.store(result + WIDTH, tl.sum(sum_dz_d, axis=0), mask=there)
+        tl.store(result + SLAB, tl.sum(sum_dz_d, axis=0), mask=there)
+    elif SLAB != WIDTH:
+        if WRITE_DZ:
+            _say_which_is_next(third, slab)
+        else:
+            _say_which_is_next(second, slab)
 
 
 @triton.jit
 def moments_gradient(
+    slab,
     x,
     pivot,
     delta,
@@ -351,6 +404,7 @@ def moments_gradient(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr,
     GRID: tl.constexpr,
@@ -359,12 +413,13 @@ def moments_gradient(
     STAGES: tl.constexpr,
     REVERSE: tl.constexpr,
 ):
-    """dx = dmean/n + (x - pivot - delta) * 2 * dvar/n."""
+    """dx = dmean/n + (x - pivot - delta) * 2 * dvar/n, of all columns in one launch."""
+    tl.static_assert(SLAB == WIDTH)
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
-    _, channel, there = _columns_of(block, WIDTH, CHANNELS, COLUMNS)
+    _, channel, there = _columns_of(block * COLUMNS, WIDTH, CHANNELS, COLUMNS)
     rows = tl.arange(0, TILE_ROWS)
-    begin = _tile_at(group, start, block, ROWS, WIDTH, COLUMNS)
+    begin = _tile_at(group, start, block * COLUMNS, ROWS, WIDTH)
     within = _within(TILE_ROWS, COLUMNS, WIDTH)
 
     slope, level = through_moments(

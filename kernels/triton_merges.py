@@ -3,20 +3,24 @@
 Each block of threads has a few channels, and adds up in a fixed order what the ranges of rows found of them. Moments
 are merged about the first range's pivot: Chan, Golub & LeVeque, The American Statistician 37, 1983.
 What the second pass needs per channel is computed in the same launch.
+
+A launch has all channels, or the SLAB channels of one slab, see `triton_kernels`. What is given per channel is of all,
+[groups, channels]; partial results and what is written are those of the slab, [groups, slab].
 """
 
 import triton
 import triton.language as tl
 
-from .triton_kernels import range_of, through_moments, times
+from .triton_kernels import first_of, range_of, through_moments, times
 
 
 @triton.jit
-def _merge_place(CHANNELS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(group, channels, whether there is one) of this block of threads of a merge."""
-    blocks: tl.constexpr = (CHANNELS + COLUMNS - 1) // COLUMNS
-    channel = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
-    return tl.program_id(0) // blocks, channel, channel < CHANNELS
+def _merge_place(slab, CHANNELS: tl.constexpr, SLAB: tl.constexpr, COLUMNS: tl.constexpr):
+    """(group, channels counted in the slab, channels of all, whether there is one) of this block of a merge."""
+    blocks: tl.constexpr = (SLAB + COLUMNS - 1) // COLUMNS
+    of_slab = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
+    channel = first_of(slab, CHANNELS, SLAB) + of_slab
+    return tl.program_id(0) // blocks, of_slab, channel, (of_slab < SLAB) & (channel < CHANNELS)
 
 
 @triton.jit
@@ -24,48 +28,48 @@ def _entry(
     partial,
     entries,
     group,
-    channel,
+    of_slab,
     there,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     NUMBER: tl.constexpr,
 ):
     """Where the partial results of some entries lie, whether there are any, and how many values each comes from.
 
-    An entry is a range of rows and one of the `FOLD` copies of the channels in its columns.
+    An entry is a range of rows and one of the `FOLD` copies of the slab's channels in its columns.
     """
     split = entries // FOLD
     inside = (entries < SPLITS * FOLD)[:, None] & there[None, :]
-    place = split * (NUMBER * FOLD * CHANNELS) + entries % FOLD * CHANNELS
+    place = split * (NUMBER * FOLD * SLAB) + entries % FOLD * SLAB
     _, count = range_of(split, ROWS, SPLITS)
-    group_place = group.to(tl.int64) * (SPLITS * NUMBER * FOLD * CHANNELS)
-    return partial + group_place + place[:, None] + channel[None, :], inside, count.to(tl.float32)[:, None]
+    group_place = group.to(tl.int64) * (SPLITS * NUMBER * FOLD * SLAB)
+    return partial + group_place + place[:, None] + of_slab[None, :], inside, count.to(tl.float32)[:, None]
 
 
 @triton.jit
 def _merged_moments(
     partial,
     group,
-    channel,
+    of_slab,
     there,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """pivot, delta and variance of the whole from those of its parts, about the first part's pivot."""
-    WIDTH: tl.constexpr = FOLD * CHANNELS
+    WIDTH: tl.constexpr = FOLD * SLAB
     share: tl.constexpr = 1.0 / (ROWS * FOLD)
     start = partial + group.to(tl.int64) * (SPLITS * 3 * WIDTH)
-    pivot = tl.load(start + channel, mask=there, other=0.0)
+    pivot = tl.load(start + of_slab, mask=there, other=0.0)
     deltas = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     for first in tl.range(0, SPLITS * FOLD, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
-        part, inside, n = _entry(partial, entries, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, 3)
+        part, inside, n = _entry(partial, entries, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, 3)
         part_pivot = tl.load(part, mask=inside, other=0.0)
         offset = (part_pivot - pivot[None, :]) + tl.load(part + WIDTH, mask=inside, other=0.0)
         deltas += tl.where(inside, offset * (n * share), 0.0)
@@ -73,7 +77,7 @@ def _merged_moments(
     squares = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     for first in tl.range(0, SPLITS * FOLD, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
-        part, inside, n = _entry(partial, entries, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, 3)
+        part, inside, n = _entry(partial, entries, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, 3)
         part_pivot = tl.load(part, mask=inside, other=0.0)
         offset = (part_pivot - pivot[None, :]) + tl.load(part + WIDTH, mask=inside, other=0.0)
         distance = offset - delta[None, :]
@@ -84,6 +88,7 @@ def _merged_moments(
 
 @triton.jit
 def merge_moments(
+    slab,
     partial,
     pivot,
     delta,
@@ -91,23 +96,25 @@ def merge_moments(
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The moments of each channel, [groups, channels], from those of its parts."""
-    group, channel, there = _merge_place(CHANNELS, COLUMNS)
+    """The moments of each channel, [groups, slab], from those of its parts."""
+    group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
     found_pivot, found_delta, found_var = _merged_moments(
-        partial, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, ENTRIES, COLUMNS
+        partial, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    place = group * CHANNELS + channel
-    tl.store(pivot + place, found_pivot, mask=there)
-    tl.store(delta + place, found_delta, mask=there)
-    tl.store(var + place, found_var, mask=there)
+    found = group * SLAB + of_slab
+    tl.store(pivot + found, found_pivot, mask=there)
+    tl.store(delta + found, found_delta, mask=there)
+    tl.store(var + found, found_var, mask=there)
 
 
 @triton.jit
 def merge_and_blend(
+    slab,
     partial,
     running_mean,
     running_var,
@@ -122,21 +129,23 @@ def merge_and_blend(
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
     EPS: tl.constexpr,
 ):
     """`merge_moments`, and what `contract.blend` makes of the moments; `coefficients` [groups, 6]."""
-    group, channel, there = _merge_place(CHANNELS, COLUMNS)
+    group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
     found_pivot, found_delta, found_var = _merged_moments(
-        partial, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, ENTRIES, COLUMNS
+        partial, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    place = group * CHANNELS + channel
-    tl.store(pivot + place, found_pivot, mask=there)
-    tl.store(delta + place, found_delta, mask=there)
-    tl.store(var + place, found_var, mask=there)
+    found = group * SLAB + of_slab
+    tl.store(pivot + found, found_pivot, mask=there)
+    tl.store(delta + found, found_delta, mask=there)
+    tl.store(var + found, found_var, mask=there)
 
+    place = group * CHANNELS + channel
     old_mean = tl.load(running_mean + place, mask=there, other=0.0)
     old_var = tl.load(running_var + place, mask=there, other=0.0)
     batch = tl.load(coefficients + group * 6)
@@ -147,12 +156,12 @@ def merge_and_blend(
     keep = tl.load(coefficients + group * 6 + 5)
     # norm_mean - pivot, without going through the rounded mean: see `contract.blend_channels`.
     rest = times(batch - 1, found_pivot) + times(running, old_mean)
-    tl.store(offset + place, times(batch, found_delta) + rest, mask=there)
+    tl.store(offset + found, times(batch, found_delta) + rest, mask=there)
     norm_var = times(batch, found_var) + times(running, old_var) + constant
-    tl.store(rstd + place, tl.rsqrt(norm_var + EPS), mask=there)
+    tl.store(rstd + found, tl.rsqrt(norm_var + EPS), mask=there)
     mean = found_pivot + found_delta
-    tl.store(new_mean + place, times(mean_gain, mean) + times(keep, old_mean), mask=there)
-    tl.store(new_var + place, times(var_gain, found_var) + times(keep, old_var), mask=there)
+    tl.store(new_mean + found, times(mean_gain, mean) + times(keep, old_mean), mask=there)
+    tl.store(new_var + found, times(var_gain, found_var) + times(keep, old_var), mask=there)
 
 
 @triton.jit
@@ -161,11 +170,13 @@ def _merged_sums(
     offset,
     rstd,
     group,
+    of_slab,
     channel,
     there,
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -175,9 +186,9 @@ def _merged_sums(
     second_sums = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     for first in tl.range(0, SPLITS * FOLD, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
-        part, inside, _ = _entry(partial, entries, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, 2)
+        part, inside, _ = _entry(partial, entries, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, 2)
         first_sums += tl.load(part, mask=inside, other=0.0)
-        second_sums += tl.load(part + FOLD * CHANNELS, mask=inside, other=0.0)
+        second_sums += tl.load(part + FOLD * SLAB, mask=inside, other=0.0)
     place = group * CHANNELS + channel
     reciprocal = tl.load(rstd + place, mask=there, other=0.0)
     total = tl.sum(first_sums, axis=0)
@@ -187,6 +198,7 @@ def _merged_sums(
 
 @triton.jit
 def merge_sums(
+    slab,
     partial,
     offset,
     rstd,
@@ -195,22 +207,24 @@ def merge_sums(
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """sum(dz) and sum(dz * xhat) of each channel, [groups, channels]."""
-    group, channel, there = _merge_place(CHANNELS, COLUMNS)
+    """sum(dz) and sum(dz * xhat) of each channel, [groups, slab]."""
+    group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
     first, second, _ = _merged_sums(
-        partial, offset, rstd, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, ENTRIES, COLUMNS
+        partial, offset, rstd, group, of_slab, channel, there, ROWS, FOLD, CHANNELS, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    place = group * CHANNELS + channel
-    tl.store(sum_dz + place, first, mask=there)
-    tl.store(sum_dz_xhat + place, second, mask=there)
+    found = group * SLAB + of_slab
+    tl.store(sum_dz + found, first, mask=there)
+    tl.store(sum_dz_xhat + found, second, mask=there)
 
 
 @triton.jit
 def merge_backward(
+    slab,
     partial,
     offset,
     rstd,
@@ -227,19 +241,21 @@ def merge_backward(
     ROWS: tl.constexpr,
     FOLD: tl.constexpr,
     CHANNELS: tl.constexpr,
+    SLAB: tl.constexpr,
     SPLITS: tl.constexpr,
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """`merge_sums`, and the part of dx that goes through the moments: d * slope + level."""
-    group, channel, there = _merge_place(CHANNELS, COLUMNS)
+    group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
     first, second, reciprocal = _merged_sums(
-        partial, offset, rstd, group, channel, there, ROWS, FOLD, CHANNELS, SPLITS, ENTRIES, COLUMNS
+        partial, offset, rstd, group, of_slab, channel, there, ROWS, FOLD, CHANNELS, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    place = group * CHANNELS + channel
-    tl.store(sum_dz + place, first, mask=there)
-    tl.store(sum_dz_xhat + place, second, mask=there)
+    found = group * SLAB + of_slab
+    tl.store(sum_dz + found, first, mask=there)
+    tl.store(sum_dz_xhat + found, second, mask=there)
 
+    place = group * CHANNELS + channel
     batch = tl.load(batches + group)
     # The cotangents of offset and norm_var: see `contract.statistics_cotangents`.
     scale = tl.load(weight + place, mask=there, other=0.0) * reciprocal
@@ -248,5 +264,5 @@ def merge_backward(
     slopes, levels = through_moments(
         mean_cotangent, var_cotangent, tl.load(delta + place, mask=there, other=0.0), tl.load(counts + group)
     )
-    tl.store(slope + place, slopes, mask=there)
-    tl.store(level + place, levels, mask=there)
+    tl.store(slope + found, slopes, mask=there)
+    tl.store(level + found, levels, mask=there)

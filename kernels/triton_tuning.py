@@ -25,8 +25,15 @@ FOLDER = pathlib.Path(__file__).parent / "tuned"
 FORMAT = 1
 # A configuration is taken for arrays with up to that many times more or fewer rows than the one it was timed with.
 NEAR = 2
-# What a file may say: powers of two within these bounds, but for stages and blocks.
-BOUNDS = {"row_bytes": (16, 4096), "values": (1, 256), "warps": (1, 32), "stages": (1, 8), "blocks_per_core": (1, 64)}
+# What a file may say: whole numbers within these bounds, and some powers of two.
+BOUNDS = {
+    "row_bytes": (16, 4096),
+    "values": (1, 256),
+    "warps": (1, 32),
+    "stages": (1, 8),
+    "blocks_per_core": (1, 64),
+    "slab_bytes": (0, 1 << 40),
+}
 POWERS_OF_TWO = ("row_bytes", "values", "warps")
 
 
@@ -141,8 +148,10 @@ def _entry(found):
         entry = Entry(**(found | {"config": config}))
     except (TypeError, KeyError):
         raise Unusable(f"an entry is {found!r}") from None
-    sizes = (entry.groups, entry.rows, entry.channels, *(getattr(config, name) for name in BOUNDS))
-    if not all(type(size) is int and size >= 1 for size in sizes) or not isinstance(entry.dtype, str):
+    sizes = (entry.groups, entry.rows, entry.channels)
+    numbers = (*sizes, *(getattr(config, name) for name in BOUNDS))
+    whole = all(type(number) is int for number in numbers)
+    if not whole or min(sizes) < 1 or not isinstance(entry.dtype, str):
         raise Unusable(f"an entry is {found!r}")
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)

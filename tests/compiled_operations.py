@@ -2,7 +2,8 @@
 
 Reads JSON from standard input: [backend, target, cases, programs], a case being [[groups, rows, channels, dtype,
 activation, residual], names of operations], and programs {"entrances": whether to try all of them, "plans": whether to
-try plans of pallas_gpu given by hand, "blocks": dtypes}. Writes what was counted in the compiled programs.
+try plans of pallas_gpu given by hand, "order": the [shape, dtype] of a step whose launches to list, "blocks": dtypes}.
+Writes what was counted in the compiled programs.
 
 For tests: `by_operation`, `check_traffic` and `check_block` read what it writes.
 """
@@ -16,7 +17,7 @@ import sys
 import jax
 import jax.numpy as jnp
 from bn_fused.bench.deviceless import compile_for
-from bn_fused.bench.traffic import passes
+from bn_fused.bench.traffic import parse, passes
 from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.dispatch import run
 
@@ -187,6 +188,39 @@ def plans(target):
     return found
 
 
+def order(backend, target, shape, dtype):
+    """The launches of a training step in the order in which they run, and its copies of arrays of x's size.
+
+    Of a launch: its name, the names of those, or of the constants and parameters, that its operands are from, and
+    whether a result takes the place of an operand.
+    """
+    stats = bn_fused.RunningStats.init(shape[-1])
+
+    def step(x, dy):
+        y, pullback, new = jax.vjp(
+            lambda x: bn_fused.batch_norm(x, stats, activation="relu", backend=backend), x, has_aux=True
+        )
+        return y, new, pullback(dy)
+
+    x = S(shape, dtype)
+    text = compile_for(target, step, x, x).as_text()
+    module = parse(text)
+    instructions = module.computations[module.entry]
+
+    def source(name):
+        while instructions[name].opcode in ("bitcast", "get-tuple-element"):
+            (name,) = instructions[name].operands
+        return name
+
+    launches = [
+        [each.name, [source(operand) for operand in each.operands], "output_to_operand_aliasing" in each.attributes]
+        for each in instructions.values()
+        if each.opcode == "custom-call"
+    ]
+    copies = passes(text, math.prod(shape), math.prod(shape) * jnp.dtype(dtype).itemsize).copies_or_transposes
+    return {"scheduled": "is_scheduled=true" in text, "launches": launches, "copies": copies}
+
+
 def main():
     backend, target, cases, programs = json.load(sys.stdin)
     found = {
@@ -194,6 +228,8 @@ def main():
     }
     if programs.get("entrances"):
         found["entrances"] = entrances(backend, target)
+    if programs.get("order"):
+        found["order"] = order(backend, target, *programs["order"])
     if programs.get("plans"):
         found["plans"] = plans(target)
     found["blocks"] = {

@@ -484,7 +484,7 @@ def test_every_target_has_a_process_of_its_own(no_compiler_needed):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--target", "h2000"), "'h2000' is not one of 'a100', 'h100', 'h200'"),
+        (("--target", "h2000"), "'h2000' is not one of 'a100', 'l4', 'l40s', 'rtx4090', 'h100'"),
         (("--shape", "32,x"), "'32,x'"),
         (("--layout", "chwn"), "'chwn'"),
         (("--backend", "cuda"), "'cuda': accepted are "),

@@ -23,8 +23,8 @@ def test_a_device_of_the_table_is_known_by_its_kind():
 
 
 def test_another_nvidia_gpu_is_described_by_what_it_says_of_itself():
-    chip = chip_of(device("NVIDIA GeForce RTX 4090", compute_capability="8.9", core_count=128))
-    assert (chip.name, chip.compute_capability, chip.cores) == ("geforce rtx 4090", (8, 9), 128)
+    chip = chip_of(device("NVIDIA GeForce RTX 4080", compute_capability="8.9", core_count=76))
+    assert (chip.name, chip.compute_capability, chip.cores) == ("geforce rtx 4080", (8, 9), 76)
     assert chip.shared_memory_per_block == 99 * 1024
 
 

@@ -151,6 +151,35 @@ def test_more_than_2_31_elements(shape, kind):
     assert process.stdout.strip() == kind
 
 
+SLABS = """
+x = jax.random.normal(jax.random.key(0), (25088, 520), jnp.bfloat16) + 3
+residual, dy = jnp.roll(x, 1, 0), jnp.roll(x, 2, 0)
+one = jnp.linspace(0.5, 2.0, 520)
+plan = bn_fused.explain(x.shape, x.dtype, activation="gelu", residual=True, backend="triton").plan
+
+def both(plan):
+    def forward(x, residual, weight, bias):
+        return kernels.fused_batch_norm(x, weight, bias, one, one, blend, eps=1e-5, activation="gelu",
+                                        residual=residual, backend="triton", plan=plan)
+    found, pullback = jax.vjp(forward, x, residual, one, one)
+    return found, pullback((dy, *map(jnp.ones_like, found[1:])))
+
+whole = jax.tree.leaves(jax.jit(lambda: both(dataclasses.replace(plan, slabs=1)))())
+for slabs in (2, 3, 5):  # of 128 columns each: 3 + 2, 2 + 2 + 1, one each
+    for one_, other in zip(whole, jax.tree.leaves(jax.jit(lambda: both(dataclasses.replace(plan, slabs=slabs)))())):
+        assert np.asarray(one_).tobytes() == np.asarray(other).tobytes(), slabs
+print(len(whole), plan.columns)
+"""
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_slabs_give_the_same_bits_as_none(backend):
+    """The ranges of rows are the same, and what is found of a column does not depend on its neighbours."""
+    process = on_gpu(COMMON + SLABS)
+    assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.strip() == "9 128"
+
+
 REPEATED = """
 x = jax.random.normal(jax.random.key(0), (12544, 512), jnp.bfloat16)
 assert bn_fused.explain(x.shape, x.dtype, backend="pallas_gpu").plan.forward is not None

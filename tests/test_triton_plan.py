@@ -3,6 +3,8 @@
 import importlib.metadata
 import importlib.util
 import math
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -24,6 +26,7 @@ from bn_fused.kernels.triton_plan import (
     make_plan,
     merge_tile,
     search_set,
+    slab_columns,
 )
 
 A100, H200 = Target("cuda", CHIPS["a100"]), Target("cuda", CHIPS["h200"])
@@ -86,10 +89,60 @@ def test_large_arrays_keep_the_whole_chip_busy(chip):
                 if rows * channels * itemsize < 8e6:
                     continue
                 plan = make_plan(1, rows, channels, itemsize, chip)
-                grid = plan.splits * math.ceil(channels / plan.columns)
+                grid = plan.splits * math.ceil(slab_columns(plan, channels) / plan.columns)
                 most = heuristic(1, rows, channels, itemsize, chip).blocks_per_core * chip.cores
                 assert chip.cores <= grid <= most, (rows, channels, plan)
                 assert plan.fold == 1
+
+
+def test_slabs_are_for_chips_with_a_large_cache_before_a_slow_memory():
+    assert [name for name in GPUS if heuristic(1, 50176, 512, 2, CHIPS[name]).slab_bytes] == [
+        "l4",
+        "l40s",
+        "rtx4090",
+        "mi300x",
+    ]
+    unknown = GpuChip("rtx", "RTX", (8, 9), 76, 1 << 16)
+    assert heuristic(1, 50176, 512, 2, unknown).slab_bytes == 0
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("chip", ["l4", "rtx4090", "mi300x"])
+def test_a_slab_stays_in_half_of_the_cache_with_all_that_a_backward_reads_of_it(chip, itemsize):
+    half = CHIPS[chip].last_cache // 2
+    several = 0
+    for groups, rows, channels in (*SHAPES, (1, 50176, 512), (1, 200704, 256), (1, 802816, 64), (1, 12544, 4096)):
+        for residual in (False, True):
+            plan = make_plan(groups, rows, channels, itemsize, CHIPS[chip], residual=residual, derivative=residual)
+            check(plan, rows, channels)
+            read = groups * rows * itemsize * (3 if residual else 2)
+            columns = slab_columns(plan, channels * plan.fold)
+            if plan.slabs > 1:
+                several += 1
+                assert read * columns <= half < read * channels
+                assert columns % plan.columns == 0 and plan.columns * itemsize >= 128
+                # One slab less would be too much for it.
+                assert read * math.ceil(math.ceil(channels / plan.columns) / (plan.slabs - 1)) * plan.columns > half
+            else:
+                assert columns == channels * plan.fold
+                # All fits, or not even the narrowest slab does, or a channel is in several columns.
+                assert read * channels <= half or read * min(channels, 128 // itemsize) > half or plan.fold > 1
+    assert several > 5
+
+
+def test_with_slabs_forward_and_backward_are_launched_for_each_and_nothing_else_is():
+    plan = make_plan(1, 50176, 512, 2, CHIPS["rtx4090"])
+    assert plan.slabs == 4 and plan.kind("forward") == plan.kind("backward") == "slab"
+    assert plan.launches("forward") == 4 * ("bn_fused_moments", "bn_fused_merge_moments", "bn_fused_normalise")
+    assert plan.launches("normalise") == ("bn_fused_normalise",) and plan.kind("normalise") == "streaming"
+    assert plan.passes("forward") == (2, 1) and plan.passes("backward") == (4, 1)
+
+
+def test_the_document_says_what_its_example_prints(installed, capsys):
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "kernels-gpu.md").read_text()
+    ((code, printed),) = re.findall(r"```py\n(.*?)```\n\nprints `(.*?)`", text, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.strip() == printed
 
 
 def test_partial_results_are_small_beside_x():
@@ -117,6 +170,7 @@ def test_the_search_set_starts_with_the_heuristic_and_is_small():
     configs = search_set(1, 100352, 64, 2, CHIPS["h200"])
     assert configs[0] == heuristic(1, 100352, 64, 2, CHIPS["h200"])
     assert len(configs) == len(set(configs)) <= 20
+    assert {config.slab_bytes for config in configs} == {0, 50 << 18, 50 << 19}  # a quarter and a half of the cache
 
 
 def test_a_plan_says_its_passes_and_launches():
@@ -231,6 +285,9 @@ def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version,
         {"stages": 0},
         {"warps": 64},
         {"architecture": "gfx942", "warps": 32},
+        {"slabs": 0},
+        {"slabs": 3},
+        {"slabs": 2, "fold": 2},
     ],
 )
 def test_a_plan_that_does_not_fit_the_array_is_refused(change):

@@ -125,6 +125,11 @@ DAMAGED = {
     "a size of text": (text(entries=[dataclasses.asdict(entry()) | {"rows": "100352"}]), "an entry is"),
     "a size of 0": (text(entries=[dataclasses.asdict(entry()) | {"rows": 0}]), "an entry is"),
     "seven warps": (text(entry(config=dataclasses.replace(TUNED, warps=7))), "an entry's warps is 7"),
+    "slabs of half a byte": (text(entry(config=dataclasses.replace(TUNED, slab_bytes=0.5))), "an entry is"),
+    "slabs of less than nothing": (
+        text(entry(config=dataclasses.replace(TUNED, slab_bytes=-1))),
+        "an entry's slab_bytes is -1",
+    ),
     "too many stages": (text(entry(config=dataclasses.replace(TUNED, stages=9))), "an entry's stages is 9"),
 }
 
@@ -188,7 +193,8 @@ def test_the_fastest_configuration_is_found():
 
 
 def test_what_is_hardly_faster_does_not_take_the_heuristics_place():
-    first, *_, other = search_set(1, *tune.sizes_of(WORKLOAD), 2, H200)
+    first, *others = search_set(1, *tune.sizes_of(WORKLOAD), 2, H200)
+    other = next(config for config in others if with_config(config, 100352) != with_config(first, 100352))
     (result,) = tune.tune([WORKLOAD], H200, fastest_is(other, 0.99))
     assert result.entry.config == first and result.entry.seconds == result.entry.heuristic_seconds == 1.0
 

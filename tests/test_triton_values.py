@@ -63,6 +63,13 @@ CASES = {
     ),
     "one row": Case(1, 5, plan(splits=1), coefficients=BLEND, operations=ALL),
     "images": Case(12, 20, plan(), activation="relu", layout="rcr"),
+    # Of channels, the last with fewer: 2 slabs of 32 and 16 channels; 3 of 16, 16 and 8.
+    "slabs": Case(
+        29, 48, plan(slabs=2), activation="gelu", residual=True, coefficients=BLEND, operations=ALL, dtype="bfloat16"
+    ),
+    "slabs of groups": Case(
+        19, 40, plan(slabs=3, splits=2), groups=2, activation="relu", coefficients=BLEND, centre=1e3,
+    ),
     "planned": Case(2051, 7, make_plan(1, 2051, 7, 4, CHIPS["h200"]), activation="relu", operations=ALL),
     "planned for an MI300X": Case(
         2051, 24, make_plan(1, 2051, 24, 4, CHIPS["mi300x"], residual=True, derivative=True), activation="gelu",
@@ -126,6 +133,8 @@ def computed(tmp_path_factory):
     # A state that is not finite, of which the approach `batch` takes nothing for its results.
     state = {"running_mean": np.full((1, 17), np.inf, np.float32), "running_var": np.full((1, 17), np.nan, np.float32)}
     given["state"] = dataclasses.replace(CASES["far from zero"], operations=()), given["far from zero"][1] | state
+    whole = dataclasses.replace(CASES["slabs"], plan=dataclasses.replace(CASES["slabs"].plan, slabs=1))
+    given["slabs, whole"] = dataclasses.replace(whole, operations=("backward",)), given["slabs"][1]
     given["folded, again"] = dataclasses.replace(CASES["folded"], operations=("backward",)), given["folded"][1]
     results = interpreted(given, tmp_path_factory.mktemp("interpreted"))
     return {name: (arrays, results[name]) for name, (_, arrays) in given.items()}
@@ -177,6 +186,13 @@ def test_two_runs_give_the_same_bits(computed):
     assert len(second) > 15
     for result, value in second.items():
         np.testing.assert_array_equal(value, first[result], err_msg=result)
+
+
+def test_slabs_give_the_same_bits_as_none(computed):
+    (_, slabs), (_, whole) = computed["slabs"], computed["slabs, whole"]
+    assert len(whole) > 15
+    for result, value in whole.items():
+        np.testing.assert_array_equal(value, slabs[result], err_msg=result)
 
 
 def test_the_cases_have_several_ranges_of_several_tiles_and_the_last_is_not_full():

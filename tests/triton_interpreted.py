@@ -30,8 +30,9 @@ class Tensor:
 
     def __init__(self, shape, dtype, values=None):
         size = int(np.prod(shape))
-        # Where nothing was written there is NaN, and around it too.
-        self.memory = np.full(size + 2 * GUARD, np.nan, jnp.dtype(dtype))
+        # Where nothing was written there is NaN, or -1, and around it too: bytes of 255.
+        self.memory = np.empty(size + 2 * GUARD, jnp.dtype(dtype))
+        self.memory.view(np.uint8)[:] = 255
         self.array = self.memory[GUARD : GUARD + size].reshape(shape)
         self.dtype = jnp.dtype(dtype).name
         if values is not None:
@@ -41,9 +42,7 @@ class Tensor:
         return self.array.ctypes.data
 
     def guards_hold(self):
-        return bool(np.isnan(self.memory[:GUARD].astype(np.float32)).all()) and bool(
-            np.isnan(self.memory[-GUARD:].astype(np.float32)).all()
-        )
+        return all((guard.view(np.uint8) == 255).all() for guard in (self.memory[:GUARD], self.memory[-GUARD:]))
 
     def itself(self, *_, **__):
         return self
@@ -55,14 +54,17 @@ class Tensor:
     set_ = copy_ = storage_offset = size = stride = nothing
 
 
-def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, **constants):
+def launch(kernel, name, inputs, outputs, *, grid, warps, architecture, in_place, **constants):
     """`triton_backend.launch` in the interpreter."""
     del warps, architecture
     given = [Tensor(value.shape, value.dtype, np.asarray(value)) for value in inputs]
     results = [Tensor(spec.shape, spec.dtype) for spec in outputs]
+    for place, continued in in_place.items():
+        results[continued] = given[place]
     kernel[(grid,)](*given, *results, **constants)
-    for tensor, value in zip(given, inputs, strict=True):
-        assert tensor.array.tobytes() == np.asarray(value).tobytes(), f"{name} has changed an operand"
+    for place, (tensor, value) in enumerate(zip(given, inputs, strict=True)):
+        if place not in in_place:
+            assert tensor.array.tobytes() == np.asarray(value).tobytes(), f"{name} has changed an operand"
     assert all(tensor.guards_hold() for tensor in (*given, *results)), f"{name} wrote outside"
     return [jnp.asarray(tensor.array) for tensor in results]
 
