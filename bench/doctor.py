@@ -1,6 +1,7 @@
 """What is installed, which devices there are, which backends can run and which of them compute the right numbers."""
 
 import collections
+import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -45,8 +46,14 @@ def devices() -> list[str]:
 
 
 def tuning() -> list[str]:
-    """Which files of timed configurations the backend triton uses on JAX's default device, one line each."""
-    return triton_tuning.in_use(jax.devices()[0].device_kind)
+    """Which files of timed configurations the backend triton uses on JAX's default device, one line each.
+
+    On what is no GPU there are none to use: then only a file that somebody names is spoken of.
+    """
+    device = jax.devices()[0]
+    if device.platform not in ("gpu", "cuda", "rocm") and not os.environ.get(triton_tuning.VARIABLE):
+        return []
+    return triton_tuning.in_use(device.device_kind)
 
 
 def compilers() -> dict[str, str]:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -489,7 +490,21 @@ def test_the_doctor_names_devices_backends_rivals_and_compilers(capsys):
     assert f"{len(jax.devices())} x {jax.default_backend()}" in out and jax.__version__ in out
     assert all(name in out for name in (*kernels.backend_names(), "flax", "torch", "cuda", "tpu"))
     assert "FAILED" not in out
-    assert f"configurations of triton: no file for {jax.devices()[0].device_kind}: plans are made by rule" in out
+
+
+def test_the_doctor_speaks_of_tuning_files_where_there_is_a_gpu_or_somebody_names_one(monkeypatch, tmp_path):
+    here = jax.devices()[0]
+    monkeypatch.delenv("BN_FUSED_TUNING", raising=False)
+    assert bool(doctor.tuning()) == (here.platform == "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="Some GPU")])
+    assert doctor.tuning() == ["no file for Some GPU: plans are made by rule"]
+    monkeypatch.setattr(jax, "devices", lambda: [here])
+    monkeypatch.setenv("BN_FUSED_TUNING", str(tmp_path / "mine.json"))
+    (line,) = doctor.tuning()
+    assert (
+        line
+        == f"{tmp_path / 'mine.json'} (by BN_FUSED_TUNING) is ignored: it cannot be read (No such file or directory)"
+    )
 
 
 def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_backend, capsys):
