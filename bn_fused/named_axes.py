@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from . import arguments
 from .kernels.contract import present_results
-from .kernels.dispatch import SPREAD, bind, insert_axis, jitted, result_types
+from .kernels.dispatch import SPREAD, bind, define_eager_form, insert_axis, result_types
 from .kernels.jax_internals import (
     Primitive,
     ad,
@@ -152,7 +152,7 @@ def define(name, operands, results, compute, **rules):
     tell_devices(primitive)
     operation = NamedOperation(primitive, operands, results, compute, **rules)
 
-    primitive.def_impl(lambda *values, **parameters: jitted(primitive, **parameters)(*values))
+    define_eager_form(primitive)
 
     @primitive.def_abstract_eval
     def types(*types, names, spec, averaged):
@@ -262,7 +262,7 @@ def _define_linear(primitive, function, batch):
     def apply(value, averaged):
         return value if isinstance(value, ad.Zero) else function(value, averaged)
 
-    primitive.def_impl(lambda value, averaged: jitted(primitive, averaged=averaged)(value))
+    define_eager_form(primitive)
     primitive.def_abstract_eval(value_type)
     register_lowering(primitive, lower)
     fancy_primitive_batchers[primitive] = batch

@@ -12,6 +12,7 @@ the standard deviation. norm_mean = pivot + offset and norm_var are what x is no
     y = activation((x - norm_mean) * rstd * weight + bias + residual)
 """
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -206,6 +207,7 @@ class Blend(NamedTuple):
     new_running_var: jax.Array
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
 def blend(pivot, delta, var, running_mean, running_var, coefficients):
     """Batch moments and running statistics to what x is normalised with and to the new running statistics.
 

@@ -95,16 +95,24 @@ def insert_axis(spec, kinds, values, dims, size, role):
     return spec, values, result_dim
 
 
-@functools.cache
-def jitted(primitive, **parameters):
-    """The eager form of a primitive with these parameters, compiled once per operand types."""
-    return jax.jit(functools.partial(primitive.bind, **parameters))
+def define_eager_form(primitive):
+    """Compile a primitive where it is called outside of `jax.jit`: once per parameters and operand types."""
+
+    @functools.cache
+    def jitted(**parameters):
+        return jax.jit(functools.partial(primitive.bind, **parameters))
+
+    @primitive.def_impl
+    def eager(*values, **parameters):
+        # Under jax.disable_jit too: there is nothing else that computes it.
+        with jax.disable_jit(False):
+            return jitted(**parameters)(*values)
 
 
 dispatch_p = Primitive("bn_fused_dispatch")
 dispatch_p.multiple_results = True
 tell_devices(dispatch_p)
-dispatch_p.def_impl(lambda *values, **parameters: jitted(dispatch_p, **parameters)(*values))
+define_eager_form(dispatch_p)
 
 
 @dispatch_p.def_abstract_eval

@@ -14,6 +14,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 import pytest
+from bn_fused.kernels import contract
 from jax.flatten_util import ravel_pytree
 from programs import (
     CASES,
@@ -35,6 +36,8 @@ from programs import (
     varied,
     with_state,
 )
+
+import bn_fused
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -652,6 +655,12 @@ def test_eager_agrees_with_plain_autodiff_of_the_definition(name):
     compare(value_and_grad, {**CASES, **MORE_CASES}[name], compiled=False)
 
 
+@pytest.mark.parametrize("program_type", [Program, Function])
+def test_with_jit_disabled_it_agrees_with_plain_autodiff_of_the_definition(program_type):
+    with jax.disable_jit():
+        compare(value_and_grad, CASES["ema-all"], compiled=False, program_type=program_type)
+
+
 def test_while_loop_and_its_tangents_agree_with_plain_autodiff_of_the_definition():
     def run(program, inputs):
         def loop(inputs):
@@ -757,3 +766,24 @@ def test_the_functional_form_is_one_fused_operation_each_way(case):
     program = Function(case, "auto", mask_of(case), count)
     assert fused_operations(program.batch, inputs) == {"forward": 1}
     assert fused_operations(gradient(program.batch), inputs) == FORWARD_AND_BACKWARD
+
+
+def test_what_layers_of_the_same_channels_have_in_common_is_traced_once(monkeypatch):
+    """The blend has many small operations and is differentiated twice: for each layer it took most of the time."""
+    traced = []
+    blend_channels = contract.blend_channels
+    monkeypatch.setattr(contract, "blend_channels", lambda *values: traced.append(1) or blend_channels(*values))
+
+    def loss(x, layers):
+        stats = bn_fused.RunningStats.init(x.shape[-1])
+        for _ in range(layers):
+            x, stats = bn_fused.batch_norm(x, stats)
+        return jnp.sum(x**2)
+
+    def times_for(channels, layers):
+        traced.clear()
+        jax.jit(jax.grad(loss), static_argnums=1).lower(jnp.ones((8, channels)), layers)
+        return len(traced)
+
+    # Numbers of channels that no other test of this process has traced.
+    assert 0 < times_for(613, 1) == times_for(617, 5)
