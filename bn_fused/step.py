@@ -39,8 +39,9 @@ class RunningStats(NamedTuple):
         """The statistics before the first step. `dtype`: float32 or float64; 16-bit floats raise ValueError."""
         positive_integer("num_channels", num_channels)
         dtype = state_dtype(dtype)
-        zeros = jnp.zeros((num_channels,), dtype)
-        return RunningStats(zeros, zeros, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
+        # Two arrays, not one twice: a step may be given their memory (`donate_argnums`).
+        mean, var = jnp.zeros((num_channels,), dtype), jnp.zeros((num_channels,), dtype)
+        return RunningStats(mean, var, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
 
 
 # So that an exported function may take and return them.

@@ -413,3 +413,21 @@ def test_the_warm_up_moves_from_batch_to_running_statistics():
     inferred, _ = bn_fused.batch_norm(x, new, approach="ema", inference=True, channel_axis=1)
     np.testing.assert_allclose(late, inferred, rtol=0, atol=10 * tol(np.float32))
     assert eps(np.float32) < 1e-6
+
+
+def test_a_step_can_be_given_the_memory_of_the_state_from_the_first_step_on():
+    """Training loops donate what they replace; JAX refuses an array that is given twice."""
+    stats = bn_fused.RunningStats.init(8)
+    kept = bn_fused.RunningStats.init(8)
+    step, donating = (jax.jit(bn_fused.batch_norm, donate_argnums=donated) for donated in ((), 1))
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(8, "batch", "batch")
+    mapped = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    x, first = jnp.arange(32.0).reshape(4, 8), stats.mean
+    for _ in range(2):
+        _, stats = donating(x, stats)
+        _, kept = step(x, kept)
+        _, state = eqx.filter_jit(mapped, donate="all-except-first")(x, state)
+    assert first.is_deleted()
+    for given_away, other, of_layer in zip(stats, kept, state.get(layer.state_index), strict=False):
+        assert_same_bits(given_away, other)
+        assert_same_bits(of_layer, other)
