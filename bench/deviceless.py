@@ -77,6 +77,7 @@ TPU_TOPOLOGIES = MappingProxyType(
     }
 )
 TARGETS = CHIPS
+COMPILABLE = tuple(name for name, chip in CHIPS.items() if chip.platform in INSTALLABLE)  # not AMD's
 
 # The GPU that this process compiles for, once there is one.
 _chosen_gpu: GpuChip | None = None

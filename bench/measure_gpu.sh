@@ -6,19 +6,32 @@
 # that fails or runs too long does not keep the others from running. Without parts all of them, in the order below, which
 # puts first what the rest depends on: about an hour, mostly compilation.
 #
-# It runs the Python of $PYTHON (default: python3), which needs bn_fused with the extras bench, test and cuda; the extra
-# triton, flax and torch take part where they are installed. `bn-bench report --add FOLDER/PART.json` records a run.
+# It runs the Python of $PYTHON (default: python3), which needs bn_fused with the extras bench, test and cuda, for the
+# Triton kernels the extra triton too; flax and torch take part where they are installed. `bn-bench report --add
+# FOLDER/PART.json` records a run.
 set -uo pipefail
-out=${1:?the folder for what is found}
+parts="doctor numbers quick bfloat16 float32 mlp tune step"
+if [[ $# == 0 || $1 == -* ]]; then
+    echo "usage: $0 FOLDER [PART...], the parts being $parts" >&2
+    exit 2
+fi
+for word in "${@:2}"; do
+    [[ " $parts " == *" $word "* ]] || { echo "$word is no part; the parts are $parts" >&2; exit 2; }
+done
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
 shift
-cd "$(dirname "$0")/.."
-mkdir -p "$out"
 python=${PYTHON:-python3}
+[[ $python == */* ]] && python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+cd "$(dirname "$0")/.."
 bench="$python -m bn_fused.bench"
 rivals="--against equinox --against flax --against torch"
 if "$python" -c 'import bn_fused.bench' 2>/dev/null; then :; else
-    echo "$python has no bn_fused: pip install -e '.[bench,test,cuda]', or name another one in PYTHON" >&2
+    echo "$python has no bn_fused: pip install -e '.[bench,test,cuda,triton]', or name another one in PYTHON" >&2
     exit 2
+fi
+if "$python" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then :; else
+    echo "there is no GPU that JAX sees here: the tests are skipped, and what is timed is not a GPU" >&2
 fi
 
 # part NAME SECONDS COMMAND...: run it if it is asked for.

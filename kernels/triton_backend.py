@@ -55,7 +55,7 @@ import jax.numpy as jnp
 from .activations import LEAKY_RELU_SLOPE
 from .contract import blend, reciprocal_std
 from .jax_internals import first_amd_architecture
-from .triton_plan import BY_RULE, Plan, check, make_plan, merge_tile, most_threads, slab_columns
+from .triton_plan import BY_RULE, Plan, architecture_of, check, make_plan, merge_tile, most_threads, slab_columns
 from .triton_tuning import config_for
 from .view import View
 
@@ -68,7 +68,8 @@ JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail wi
 OLDEST_TRITON = (3, 6)
 # With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with them.
 NEWEST_TRITON_FOR_AMD = (3, 6)
-INSTALL = "pip install 'bn_fused[triton]'"
+INSTALL = f"pip install jax-triton=={JAX_TRITON} triton"
+ELSE = "backend='auto' takes one that does"
 F32 = jnp.float32
 
 
@@ -76,13 +77,16 @@ def refusal(problem, target):
     """None, or one sentence: why these kernels cannot compute the problem on the target."""
     chip = target.chip
     if target.platform not in ("cuda", "rocm"):
-        return "it is written for GPUs"
+        return "it is written for GPUs; backend='auto' takes one that runs there"
     if problem.dtype not in DTYPES:
-        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
+        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}; {ELSE}"
     if problem.mask:
-        return "its kernels take no mask"
+        return f"its kernels take no mask; {ELSE}"
     if chip is None:
-        return "it is not known for which GPU it is compiled, and its code depends on that"
+        return (
+            "it is not known for which GPU it is compiled, and its code depends on that: name one of "
+            "bn_fused.kernels.CHIPS, or ask where the GPU is, without a target"
+        )
     unsuited = _unsuited(chip)
     if unsuited is not None:
         return unsuited
@@ -127,20 +131,45 @@ def missing(platform="cuda"):
     for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed: {INSTALL}"
-    found = importlib.metadata.version("jax-triton")
+    found, triton = _version("jax-triton"), _version("triton")
+    if found is None or triton is None:
+        package = "jax-triton" if found is None else "triton"
+        return f"{package} is there without its metadata, so that its version is not known: {INSTALL}"
     if found != JAX_TRITON:
         return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
-    found = importlib.metadata.version("triton")
-    numbers = tuple(int(number) for number in re.findall(r"\d+", found)[:2])
+    numbers = tuple(int(number) for number in re.findall(r"\d+", triton)[:2])
     if numbers < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))
-        return f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {found} is installed"
+        return (
+            f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {triton} is installed: "
+            f"pip install 'triton>={oldest}'"
+        )
     if platform == "rocm" and numbers > NEWEST_TRITON_FOR_AMD:
         newest = ".".join(map(str, NEWEST_TRITON_FOR_AMD))
         return (
-            f"for AMD GPUs jax-triton {JAX_TRITON} works with triton {newest} alone, and {found} is installed: "
+            f"for AMD GPUs jax-triton {JAX_TRITON} works with triton {newest} alone, and {triton} is installed: "
             f"pip install 'triton=={newest}.*'"
         )
+    return None
+
+
+def _version(package):
+    """The installed version of a package, None where its metadata is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def plan_refusal(plan, problem, target):
+    """None, or one sentence: why a plan that was given by hand cannot run."""
+    architecture = architecture_of(target.chip)
+    if plan.architecture != architecture:
+        return f"its architecture is {plan.architecture!r}, and that of {target.chip.name} is {architecture!r}"
+    try:
+        check(plan, problem.rows, problem.channels)
+    except ValueError as error:
+        return str(error)
     return None
 
 

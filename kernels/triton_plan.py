@@ -25,6 +25,7 @@ LEAST_BYTES = 192
 # channels a block has, the more blocks share the work.
 MERGE_COLUMNS = 8
 MERGE_TILE = 2048  # values: with 4096 there are not enough registers
+MOST_STAGES = 8
 # Of slabs: the least that a slab has of a row, a line of the cache; and what its three launches are taken to cost, in
 # seconds, beside reading it once more.
 LEAST_ROW_BYTES = 128
@@ -268,7 +269,7 @@ def check(plan, rows, channels):
         and all(number >= 1 and number & (number - 1) == 0 for number in (plan.columns, plan.tile_rows, plan.warps))
         and plan.columns * plan.tile_rows <= 1 << 20
         and plan.warps * plan.lanes <= 1024
-        and plan.stages >= 1
+        and 1 <= plan.stages <= MOST_STAGES
         # Every slab has columns; folded rows have a channel in several places, which may lie in several slabs.
         and plan.slabs >= 1
         and (plan.slabs == 1 or (plan.fold == 1 and (plan.slabs - 1) * slab_columns(plan, channels) < channels))

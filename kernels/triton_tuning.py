@@ -1,6 +1,6 @@
 """Configurations of the backend `triton` that were timed on a device: JSON files, one for each device kind.
 
-`bn-bench tune` writes them. They are looked for in the environment variable BN_FUSED_TUNING, which names a file or a
+`bn-bench tune` writes them; the versions in them are for the record, `revision` says for which kernels they are. They are looked for in the environment variable BN_FUSED_TUNING, which names a file or a
 folder of files, and then in this package, in the folder `tuned`. A file that cannot be read, or that was made for
 other kernels than these, is ignored with one warning, and `triton_plan.heuristic` is used.
 
@@ -18,7 +18,7 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 
-from .triton_plan import REVISION, Config
+from .triton_plan import MOST_STAGES, REVISION, Config
 
 VARIABLE = "BN_FUSED_TUNING"
 FOLDER = pathlib.Path(__file__).parent / "tuned"
@@ -30,7 +30,7 @@ BOUNDS = {
     "row_bytes": (16, 4096),
     "values": (1, 256),
     "warps": (1, 32),
-    "stages": (1, 8),
+    "stages": (1, MOST_STAGES),
     "blocks_per_core": (1, 64),
     "slab_bytes": (0, 1 << 40),
 }
@@ -80,14 +80,17 @@ def config_for(device_kind, groups, rows, channels, dtype):
 
 def in_use(device_kind):
     """One line for each file that is looked into for a device kind, first to last; or that there is none."""
-    lines = []
+    lines, told = [], []
+    given = os.environ.get(VARIABLE)
+    if given and _is_folder(pathlib.Path(given)) and not _exists(pathlib.Path(given) / file_name(device_kind)):
+        told.append(f"{given} (by {VARIABLE}) has no {file_name(device_kind)}")
     for path in _files(device_kind):
         where = "from the package" if path.parent == FOLDER else f"by {VARIABLE}"
         try:
             lines.append(f"{path} ({where}), entries: {len(read(path, device_kind))}")
         except Unusable as error:
             lines.append(f"{path} ({where}) is ignored: {error}")
-    return lines or [f"no file for {device_kind}: plans are made by rule"]
+    return told + (lines or [f"no file for {device_kind}: plans are made by rule"])
 
 
 def _files(device_kind):
@@ -95,13 +98,27 @@ def _files(device_kind):
     given = os.environ.get(VARIABLE)
     if given:
         path = pathlib.Path(given)
-        if not path.is_dir():
+        if not _is_folder(path):
             yield path  # also if it is not there: then it is said so
-        elif (path / file_name(device_kind)).exists():
+        elif _exists(path / file_name(device_kind)):
             yield path / file_name(device_kind)
     packaged = FOLDER / file_name(device_kind)
-    if packaged.exists():
+    if _exists(packaged):
         yield packaged
+
+
+def _is_folder(path):
+    try:
+        return path.is_dir()
+    except OSError:  # what no path can be: too long a name
+        return False
+
+
+def _exists(path):
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _entries(path, device_kind):
@@ -129,7 +146,7 @@ def read(path, device_kind):
         found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise Unusable(f"it cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Unusable("it is not JSON") from None
     if not isinstance(found, dict) or found.get("backend") != "triton":
         raise Unusable('it is not one of the backend "triton"')
@@ -148,15 +165,19 @@ def _entry(found):
         entry = Entry(**(found | {"config": config}))
     except (TypeError, KeyError):
         raise Unusable(f"an entry is {found!r}") from None
-    sizes = (entry.groups, entry.rows, entry.channels)
-    numbers = (*sizes, *(getattr(config, name) for name in BOUNDS))
-    whole = all(type(number) is int for number in numbers)
-    if not whole or min(sizes) < 1 or not isinstance(entry.dtype, str):
-        raise Unusable(f"an entry is {found!r}")
+    for name, accepted in {
+        **dict.fromkeys(("groups", "rows", "channels"), lambda value: type(value) is int and value >= 1),
+        "dtype": lambda value: isinstance(value, str),
+        **dict.fromkeys(
+            ("seconds", "heuristic_seconds"), lambda value: isinstance(value, float) and 0 < value < math.inf
+        ),
+    }.items():
+        if not accepted(getattr(entry, name)):
+            raise Unusable(f"an entry's {name} is {getattr(entry, name)!r}")
     for name, (least, most) in BOUNDS.items():
         value = getattr(config, name)
-        if not least <= value <= most or (name in POWERS_OF_TWO and value & (value - 1)):
-            raise Unusable(f"an entry's {name} is {value}")
+        if type(value) is not int or not least <= value <= most or (name in POWERS_OF_TWO and value & (value - 1)):
+            raise Unusable(f"an entry's {name} is {value!r}")
     return entry
 
 

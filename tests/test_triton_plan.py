@@ -1,5 +1,6 @@
 """The tiles of the backend `triton`, in plain Python: what is covered, what is chosen, what is refused."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import math
@@ -15,7 +16,7 @@ import pytest
 from bn_fused import kernels
 from bn_fused.kernels import triton_backend
 from bn_fused.kernels.chips import CHIPS, AmdChip, GpuChip
-from bn_fused.kernels.registry import BackendError, Problem, Target, choose
+from bn_fused.kernels.registry import BackendError, Problem, Target, check_plan, choose
 from bn_fused.kernels.triton_plan import (
     MERGE_TILE,
     MOST_FOLDED,
@@ -233,10 +234,10 @@ def test_what_the_kernels_take_is_taken_by_name_and_not_by_auto(chip, installed)
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        ({"jax_triton": None}, "jax-triton is not installed: pip install 'bn_fused.triton.'"),
-        ({"triton": None}, "triton is not installed: pip install 'bn_fused.triton.'"),
+        ({"jax_triton": None}, "jax-triton is not installed: pip install jax-triton==0.3.1 triton"),
+        ({"triton": None}, "triton is not installed: pip install jax-triton==0.3.1 triton"),
         ({"jax_triton": "0.4.1"}, "works with jax-triton 0.3.1, and 0.4.1 is installed: pip install"),
-        ({"triton": "3.5.1"}, "needs triton 3.6 or later, and 3.5.1 is installed"),
+        ({"triton": "3.5.1"}, "needs triton 3.6 or later, and 3.5.1 is installed: pip install 'triton>=3.6'"),
         ({}, None),
     ],
 )
@@ -253,6 +254,36 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
                 choose(Problem(1, 64, 8, "float32"), A100, "triton")
     finally:
         triton_backend.missing.cache_clear()
+
+
+@pytest.mark.parametrize("package", ["jax-triton", "triton"])
+def test_a_package_without_metadata_is_named_and_auto_takes_another_backend(package, monkeypatch):
+    def version(name):
+        if name == package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return {"jax-triton": "0.3.1", "triton": "3.6.0"}[name]
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    triton_backend.missing.cache_clear()
+    try:
+        with pytest.raises(BackendError, match=f" {package} is there without its metadata.*: pip install jax-triton"):
+            choose(Problem(1, 64, 8, "float32"), A100, "triton")
+        assert choose(Problem(1, 64, 8, "float32"), A100).name == "jnp"
+    finally:
+        triton_backend.missing.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [({"architecture": "gfx942"}, "architecture is 'gfx942', and that of h200 is 90"), ({"stages": 9}, "does not fit")],
+)
+def test_a_plan_by_hand_that_cannot_run_is_refused_before_it_is_lowered(change, sentence, installed):
+    problem = Problem(1, 4096, 64, "float32")
+    choice = choose(problem, H200, "triton")
+    check_plan(choice, choice.plan, problem, H200)
+    with pytest.raises(BackendError, match=sentence):
+        check_plan(choice, dataclasses.replace(choice.plan, **change), problem, H200)
 
 
 @pytest.mark.parametrize(("version", "works"), [("3.6.0", True), ("3.7.1", False), ("3.10.0", False)])
@@ -283,6 +314,7 @@ def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version,
         {"columns": 12},
         {"tile_rows": 0},
         {"stages": 0},
+        {"stages": 9},
         {"warps": 64},
         {"architecture": "gfx942", "warps": 32},
         {"slabs": 0},

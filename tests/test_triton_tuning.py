@@ -92,7 +92,7 @@ def test_explain_shows_it_and_the_files_in_use_are_listed(tuned, monkeypatch):
     ]
     tuned.write_text("{")
     assert triton_tuning.in_use(KIND)[0] == f"{tuned} (by BN_FUSED_TUNING) is ignored: it is not JSON"
-    assert triton_tuning.in_use("Some GPU") == ["no file for Some GPU: plans are made by rule"]
+    assert triton_tuning.in_use("Some GPU")[1:] == ["no file for Some GPU: plans are made by rule"]
 
 
 def test_it_is_used_for_about_as_many_rows_and_for_nothing_else(tuned):
@@ -113,6 +113,15 @@ def test_it_is_used_for_about_as_many_rows_and_for_nothing_else(tuned):
 DAMAGED = {
     "nothing": (None, "it cannot be read"),
     "not JSON": ("{", "it is not JSON"),
+    "JSON too deep": ("[" * 200_000, "it is not JSON"),
+    "a time that is none": (
+        text(entries=[dataclasses.asdict(entry()) | {"seconds": -1.0}]),
+        "an entry's seconds is -1",
+    ),
+    "a time of text": (
+        text(entries=[dataclasses.asdict(entry()) | {"heuristic_seconds": "1"}]),
+        "heuristic_seconds is '1'",
+    ),
     "not text": (b"\xff\xfe\x00", "it is not JSON"),
     "a list": ("[]", "not one of the backend"),
     "of another backend": (text(entry(), backend="other"), "not one of the backend"),
@@ -122,10 +131,13 @@ DAMAGED = {
     "no entries": (text(entries=None), "no entries"),
     "an entry that is none": (text(entries=[3]), "an entry is 3"),
     "a field too many": (text(entries=[dataclasses.asdict(entry()) | {"more": 1}]), "an entry is"),
-    "a size of text": (text(entries=[dataclasses.asdict(entry()) | {"rows": "100352"}]), "an entry is"),
-    "a size of 0": (text(entries=[dataclasses.asdict(entry()) | {"rows": 0}]), "an entry is"),
+    "a size of text": (text(entries=[dataclasses.asdict(entry()) | {"rows": "100352"}]), "an entry's rows is '100352'"),
+    "a size of 0": (text(entries=[dataclasses.asdict(entry()) | {"rows": 0}]), "an entry's rows is 0"),
     "seven warps": (text(entry(config=dataclasses.replace(TUNED, warps=7))), "an entry's warps is 7"),
-    "slabs of half a byte": (text(entry(config=dataclasses.replace(TUNED, slab_bytes=0.5))), "an entry is"),
+    "slabs of half a byte": (
+        text(entry(config=dataclasses.replace(TUNED, slab_bytes=0.5))),
+        "an entry's slab_bytes is 0.5",
+    ),
     "slabs of less than nothing": (
         text(entry(config=dataclasses.replace(TUNED, slab_bytes=-1))),
         "an entry's slab_bytes is -1",
@@ -148,6 +160,18 @@ def test_a_file_that_is_no_use_is_ignored_with_one_warning(name, tmp_path, monke
         warnings.simplefilter("error")
         assert planned(100352) == with_config(None, 100352)
         assert planned(50176) == with_config(None, 50176)
+
+
+def test_what_cannot_be_a_path_is_ignored_with_a_warning(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "x" * 5000)
+    with pytest.warns(UserWarning, match="is ignored: it cannot be read"):
+        assert planned(100352) == with_config(None, 100352)
+
+
+def test_a_folder_without_a_file_for_the_device_is_named(tuned):
+    (tuned.parent / "nvidia-a100.json").write_text(text(entry()))
+    folder = tuned.parent
+    assert triton_tuning.in_use(KIND)[0] == f"{folder} (by BN_FUSED_TUNING) has no nvidia-h200.json"
 
 
 def test_a_file_that_is_mended_is_read_again(tuned):

@@ -28,7 +28,7 @@ def _repeatable(name, destination, choices, default, text):
 
 
 @click.command("audit")
-@_repeatable("--target", "targets", deviceless.TARGETS, ("h200",), "The chip to compile for.")
+@_repeatable("--target", "targets", deviceless.COMPILABLE, ("h200",), "The chip to compile for.")
 @click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads; default: quick.")
 @click.option("--workload", "names", multiple=True, type=click.Choice(tuple(WORKLOADS)), metavar="NAME",
               help="A workload by its name. Repeatable.")  # fmt: skip

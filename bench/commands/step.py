@@ -41,7 +41,7 @@ SMALLEST_IMAGE = 16
               "Flax's is. Repeatable; default: nchw, and nhwc beside an installed Flax.")  # fmt: skip
 @click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
               help="Time for the samples of all rows, without compilation.")  # fmt: skip
-@click.option("--audit", "target", type=click.Choice(tuple(deviceless.TARGETS)),
+@click.option("--audit", "target", type=click.Choice(deviceless.COMPILABLE),
               help="Compile for this chip, without having it, and count what is moved; nothing is timed.")  # fmt: skip
 @click.option("--time-limit", type=Number(min=0, min_open=True), default=600.0, show_default=True,
               help="With --audit: seconds after which a compilation is ended.")  # fmt: skip
