@@ -127,6 +127,25 @@ def axis_names(axis_name):
     return names
 
 
+def index_groups(value):
+    """axis_index_groups as tuples: groups of as many indices each, in which every index from 0 on stands once."""
+    if value is None:
+        return None
+    try:
+        groups = tuple(tuple(group) for group in value)
+    except TypeError:
+        raise TypeError(f"axis_index_groups is {value!r}; accepted are None and lists of indices") from None
+    indices = [index for group in groups for index in group]
+    for index in indices:
+        integer("an index in axis_index_groups", index)
+    if not indices or len(set(map(len, groups))) != 1 or sorted(indices) != list(range(len(indices))):
+        raise ValueError(
+            f"axis_index_groups is {value!r}; accepted are groups of the same size in which each index of the axis "
+            "stands once, as [[0, 1], [2, 3]]"
+        )
+    return tuple(tuple(int(index) for index in group) for group in groups)
+
+
 def bound(names):
     """NameError for a name that no surrounding vmap, shard_map or pmap has."""
     for name in names:

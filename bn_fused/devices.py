@@ -6,6 +6,7 @@ import jax
 
 from . import arguments
 from .kernels.jax_internals import device_axis_names
+from .kernels.merging import Devices
 
 
 def split_names(names):
@@ -13,6 +14,21 @@ def split_names(names):
     arguments.bound(names)
     devices = device_axis_names()
     return tuple(name for name in names if name not in devices), tuple(name for name in names if name in devices)
+
+
+def devices_of(names, groups):
+    """The `Devices` of names of devices, all or those of a device's group; ValueError if the groups are of other ones."""
+    if groups is None:
+        return Devices(names)
+    if len(names) != 1:
+        raise ValueError(
+            f"axis_index_groups is {groups!r}, which needs exactly one axis of devices in axis_name; there are "
+            f"{len(names)}: {names!r}"
+        )
+    size = jax.lax.axis_size(*names)
+    if sum(map(len, groups)) != size:
+        raise ValueError(f"axis_index_groups is {groups!r}; axis {names[0]!r} has the indices 0 to {size - 1}")
+    return Devices(names, groups)
 
 
 def total_size(names):

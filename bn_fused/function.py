@@ -22,6 +22,7 @@ def batch_norm(
     warmup_period=1,
     channel_axis=-1,
     axis_name=None,
+    axis_index_groups=None,
     activation=None,
     residual=None,
     mask=None,
@@ -47,6 +48,9 @@ def batch_norm(
     - `channel_axis`: the axis of the channels, any but 0.
     - `axis_name`: further named axes to average over (of `jax.vmap`, `jax.shard_map`, `jax.pmap`): a name, a
         sequence of names, or None for this batch alone.
+    - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same size, as
+        [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's collectives
+        have it: under `pmap` and in `shard_map(..., check_vma=False)`.
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count. Of
@@ -70,7 +74,7 @@ def batch_norm(
     settings = arguments.Settings(
         approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
     )
-    names = arguments.axis_names(axis_name)
+    names, groups = arguments.axis_names(axis_name), arguments.index_groups(axis_index_groups)
     arguments.boolean("inference", inference)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
@@ -88,7 +92,7 @@ def batch_norm(
     if residual is not None:
         residual = shard_like(residual, x, range(x.ndim))
 
-    call = Call(settings, channel_axis - 1, (EXAMPLES, *names))
+    call = Call(settings, channel_axis - 1, (EXAMPLES, *names), groups)
     with jax.named_scope("bn_fused.batch_norm"):
         if inference:
             y = jax.vmap(lambda x, residual: infer(call, x, stats, weight, bias, residual))(x, residual)

@@ -106,6 +106,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     activation: str | None = eqx.field(static=True)
     debias: str = eqx.field(static=True)
     virtual_batch_size: int | None = eqx.field(static=True)
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = eqx.field(static=True)
     backend: str = eqx.field(static=True)
 
     def __init__(
@@ -123,6 +124,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         activation: str | None = None,
         debias: str = "axis",
         virtual_batch_size: int | None = None,
+        axis_index_groups: Sequence[Sequence[int]] | None = None,
         backend: str = "auto",
         mode: str | None = None,
     ):
@@ -148,6 +150,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
             PyTorch. "none": 1, as in Flax.
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,
             and the running statistics move by the mean over these virtual batches.
+        - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same size,
+            as [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's
+            collectives have it: under `pmap` and in `shard_map(..., check_vma=False)`.
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
         - `mode`: `equinox.nn.BatchNorm`'s spelling, in place of `approach`: "ema" is `approach="ema_compatibility"`,
             "batch" is `approach="batch"` with `debias="none"` where the default is not replaced.
@@ -184,6 +189,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.activation = settings.activation
         self.debias = settings.debias
         self.virtual_batch_size = settings.virtual_batch_size
+        self.axis_index_groups = arguments.index_groups(axis_index_groups)
         self.backend = settings.backend
 
     @jax.named_scope("bn_fused.BatchNorm")
@@ -242,7 +248,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
             self.virtual_batch_size,
             self.backend,
         )
-        call = Call(settings, 0, arguments.axis_names(self.axis_name))
+        call = Call(settings, 0, arguments.axis_names(self.axis_name), self.axis_index_groups)
         stats = self._stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual), state

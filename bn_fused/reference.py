@@ -7,7 +7,7 @@ Per channel, mean = pmean(mean(x)) and var = pmean(mean((x - mean) conj(x - mean
 import jax
 import jax.numpy as jnp
 
-from .devices import split_names, total_size
+from .devices import devices_of, split_names, total_size
 from .kernels import reference as kernel_reference
 from .kernels.contract import accumulation_dtype, widest
 from .named_axes import Averaged, named_sum
@@ -45,18 +45,25 @@ def _average(call, mask):
     if size is not None:
         return lambda values: _average_in_virtual_batch(values, mask, names, size)
     if mask is None:
-        return lambda values: _sum(jnp.mean(values), names) / total_size(names)
+        size = total_size(split_names(names)[0]) * devices_of(split_names(names)[1], call.groups).size
+        return lambda values: _sum(jnp.mean(values), names, call.groups) / size
 
     def average(values):
-        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names)
-        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names), 1)
+        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, call.groups)
+        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names, call.groups), 1)
 
     return average
 
 
-def _sum(value, names):
+def _sum(value, names, groups=None):
     """psum. On a mesh, which is around it in a shard_map too, JAX's own fails for a vmap's name."""
     vmaps, devices = split_names(names)
+    if groups is not None:
+        # JAX's own sum over groups fails under a vmap, and channels are mapped here.
+        mine = devices_of(devices, groups).group
+        place = jnp.arange(len(groups), dtype=mine.dtype) == mine
+        totals = _sum(jnp.where(place, value, jnp.zeros_like(value)), names)
+        return jnp.sum(jnp.where(place, totals, jnp.zeros_like(totals)))
     on_a_mesh = not (jax.sharding.get_abstract_mesh().empty and jax.typeof(value).sharding.mesh.empty)
     if vmaps and on_a_mesh:
         value, names = named_sum(value, Averaged(vmaps)), devices

@@ -1,6 +1,5 @@
 """One training step or inference of BatchNorm on one example: what the layer and the function have in common."""
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,11 +9,11 @@ from jax import export
 
 from . import approaches, reference
 from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
-from .devices import split_names, total_size
+from .devices import devices_of, split_names, total_size
 from .kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
 from .kernels.jax_internals import device_axis_names, shard_like, vary_together
 from .kernels.layout import CHANNEL, ROW
-from .kernels.merging import merge_moments
+from .kernels.merging import Devices, merge_moments
 from .kernels.registry import REFERENCE
 from .named_axes import NOTHING, Averaged, named_mean, named_sum
 from .primitives import forward, moments, normalise
@@ -55,6 +54,7 @@ class Call:
     settings: Settings
     channel_axis: int
     axis_names: tuple = ()
+    groups: tuple | None = None
 
     def spec(self, x):
         """The static part of the primitives' operands, for one example x."""
@@ -79,10 +79,11 @@ def train(call, x, stats, weight, bias, residual, mask):
     `mask` has x's shape with one channel (bool), or is None.
     """
     settings = call.settings
-    vmaps, devices = split_names(call.axis_names)
+    vmaps, names = split_names(call.axis_names)
+    devices = devices_of(names, call.groups)
     averaged = Averaged(vmaps, settings.virtual_batch_size)
     _check_virtual(settings, vmaps)
-    examples = total_size(call.axis_names) if settings.virtual_batch_size is None else settings.virtual_batch_size
+    examples = total_size(vmaps) * devices.size if settings.virtual_batch_size is None else settings.virtual_batch_size
     positions = examples * (x.size // x.shape[call.channel_axis])
     warn_of_few_values(settings, positions, examples)
     warn_of_low_precision(stats.mean.dtype)
@@ -95,7 +96,7 @@ def train(call, x, stats, weight, bias, residual, mask):
         settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
     )
     # Virtual batches stay on one device: their counts are not summed over devices.
-    across = devices if settings.virtual_batch_size is None else ()
+    across = devices if settings.virtual_batch_size is None else Devices()
     if mask is not None:
         local = jnp.sum(mask, dtype=wide)
         positions = _sum_over(local, averaged, across)
@@ -149,7 +150,7 @@ class Mix(NamedTuple):
 def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, mask):
     spec = call.spec(x)
     packed = mix.coefficients(call.settings)
-    if not devices or averaged.virtual_batch_size is not None:
+    if not devices.names or averaged.virtual_batch_size is not None:
         weight, bias = _affine(x, call, weight, bias)
         results = forward(
             spec,
@@ -168,7 +169,7 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     count = jnp.asarray(x.size // x.shape[call.channel_axis], local["var"].dtype)
     if mask is not None:
         count = jnp.sum(mask, dtype=local["var"].dtype)
-    count = _sum_over(count, averaged, ()) if mask is not None else count * total_size(averaged.names)
+    count = _sum_over(count, averaged, Devices()) if mask is not None else count * total_size(averaged.names)
     pivot, *merged, _ = merge_moments(local["pivot"], local["delta"], local["var"], count, devices)
     # The mean is what it is, as pivot + delta, whatever the pivot: all of its gradient is delta's.
     pivot = jax.lax.stop_gradient(pivot)
@@ -251,8 +252,7 @@ def _wide(stats):
 
 
 def _sum_over(value, averaged, devices):
-    value = named_sum(value, averaged)
-    return jax.lax.psum(value, devices) if devices else value
+    return devices.sum(named_sum(value, averaged))
 
 
 def _check_virtual(settings, vmaps):
@@ -274,7 +274,7 @@ def _mean_of_virtual_batches(mix, vmaps, devices, new, stats):
     """The running statistics as the mean over those virtual batches in which anything counts."""
     averaged = Averaged(vmaps)
     if mix.nothing is None:
-        size = math.prod(jax.lax.axis_size(name) for name in (*vmaps, *devices))
+        size = total_size(vmaps) * devices.size
         return tuple(_sum_over(value, averaged, devices) / size for value in new)
     counted = 1 - mix.nothing.astype(mix.zero_frac.dtype)
     size = _sum_over(counted, averaged, devices)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,55 @@ import jax.numpy as jnp
 PACKED_DEVICES = 64  # up to here one all-reduce of every device's moments, beyond it two dependent ones of O(channels)
 
 
-def merge_moments(pivot, delta, var, count, names):
-    """The moments over all devices of `names` from each device's own, by Chan's formula, with one small all-reduce.
+@dataclass(frozen=True)
+class Devices:
+    """The devices that share statistics: all along some named axes, or the members of a device's group on one axis.
+
+    `groups`: None, or tuples of as many indices each, as JAX's `axis_index_groups`, which needs exactly one name.
+    """
+
+    names: tuple = ()
+    groups: tuple | None = None
+
+    @property
+    def size(self):
+        """How many they are."""
+        return math.prod(jax.lax.axis_size(name) for name in self.names) if self.groups is None else len(self.groups[0])
+
+    @property
+    def index(self):
+        """Which of them this device is."""
+        if self.groups is None:
+            return jax.lax.axis_index(self.names)
+        return self._look_up({member: place for group in self.groups for place, member in enumerate(group)})
+
+    @property
+    def group(self):
+        """The number of this device's group."""
+        return self._look_up({member: number for number, group in enumerate(self.groups) for member in group})
+
+    def _look_up(self, values):
+        index = jax.lax.axis_index(self.names)
+        return jnp.asarray([values[member] for member in sorted(values)], index.dtype)[index]
+
+    def sum(self, value):
+        """The sum over them; the value itself where there are no names."""
+        if not self.names:
+            return value
+        try:
+            return jax.lax.psum(value, self.names, axis_index_groups=self.groups)
+        except NotImplementedError:
+            if self.groups is None:
+                raise
+            raise NotImplementedError(
+                f"axis_index_groups is {self.groups!r}, and JAX sums over groups of devices under pmap and inside of "
+                "shard_map(..., check_vma=False), but for values that a vmap has mapped: give the mesh one axis for "
+                "the groups and one for their members, and name the latter in axis_name"
+            ) from None
+
+
+def merge_moments(pivot, delta, var, count, devices):
+    """The moments over all of the `Devices` from each device's own, by Chan's formula, with one small all-reduce.
 
     `pivot`, `delta` and `var` have shape [channels], a device's mean being the sum of the first two; `count` is the
     number of positions behind them: devices may differ, a device without any contributes nothing. Returns pivot, delta,
@@ -21,32 +69,31 @@ def merge_moments(pivot, delta, var, count, names):
     lose all digits of the variance where |mean| is large. Chan, Golub & LeVeque, "Algorithms for computing the sample
     variance", 1983. The derivative is one sum of 2 channels values over the devices.
     """
-    pivot, delta, var, total = _merge(tuple(names), pivot, delta, var, jnp.reshape(count, (1,)))
+    pivot, delta, var, total = _merge(devices, pivot, delta, var, jnp.reshape(count, (1,)))
     return pivot, delta, var, total
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _merge(names, pivot, delta, var, count):
-    devices = math.prod(jax.lax.axis_size(name) for name in names)
-    if devices <= PACKED_DEVICES:
-        return _chan(*_slots(names, devices, pivot, delta, var, count))
-    return _two_sums(names, pivot, delta, var, count)
+def _merge(devices, pivot, delta, var, count):
+    if devices.size <= PACKED_DEVICES:
+        return _chan(*_slots(devices, pivot, delta, var, count))
+    return _two_sums(devices, pivot, delta, var, count)
 
 
 @_merge.defjvp
-def _merge_jvp(names, values, tangents):
+def _merge_jvp(devices, values, tangents):
     """One sum, as small as the moments, where JAX's own rule has one of all slots, or two, one after the other.
 
     The mean's tangent is all in delta's. The variance is spread - delta^2, with the spread around the pivot, which is
     no function of anything that is differentiated, and neither is the count.
     """
     (pivot, delta, var, count), (dpivot, ddelta, dvar, _) = values, tangents
-    merged = _merge(names, pivot, delta, var, count)
+    merged = _merge(devices, pivot, delta, var, count)
     whole_pivot, whole_delta, _, whole = merged
     dmean = dpivot + ddelta
     deviation = (pivot - whole_pivot) + delta
     changes = jnp.concatenate([_times(count, dmean), _times(count, dvar + 2 * _unless_empty(count, deviation) * dmean)])
-    dwhole_delta, dspread = jnp.split(jax.lax.psum(changes, names) / jnp.maximum(whole, 1), 2)
+    dwhole_delta, dspread = jnp.split(devices.sum(changes) / jnp.maximum(whole, 1), 2)
     zeros = jnp.zeros_like
     return merged, (zeros(whole_pivot), dwhole_delta, dspread - 2 * whole_delta * dwhole_delta, zeros(whole))
 
@@ -60,14 +107,14 @@ def _times(count, value):
     return _unless_empty(count, count * value)
 
 
-def _slots(names, devices, *values):
+def _slots(devices, *values):
     """Every device's values, stacked [devices, ...], by one sum in which each fills its own slot."""
     packed = jnp.concatenate(values)
-    index = jax.lax.axis_index(names)
-    mine = jnp.arange(devices, dtype=index.dtype) == index
+    index = devices.index
+    mine = jnp.arange(devices.size, dtype=index.dtype) == index
     slots = jnp.where(mine[:, None], packed[None, :], jnp.zeros((1, packed.shape[0]), packed.dtype))
     ends = [sum(value.shape[0] for value in values[:place]) for place in range(1, len(values))]
-    return jnp.split(jax.lax.psum(slots, names), ends, 1)
+    return jnp.split(devices.sum(slots), ends, 1)
 
 
 def _chan(pivots, deltas, variances, counts):
@@ -82,12 +129,12 @@ def _chan(pivots, deltas, variances, counts):
     return first, shift, spread / total, jnp.sum(counts)
 
 
-def _two_sums(names, pivot, delta, var, count):
+def _two_sums(devices, pivot, delta, var, count):
     """The mean in one number; then, around it, what that number lacks, and the variance."""
-    sums = jax.lax.psum(jnp.concatenate([_times(count, pivot + delta), count]), names)
+    sums = devices.sum(jnp.concatenate([_times(count, pivot + delta), count]))
     total = jnp.maximum(sums[-1], 1)
     merged = sums[:-1] / total
     shift = (pivot - merged) + delta
     changes = jnp.concatenate([_times(count, shift), _times(count, var + shift * shift)])
-    missing, spread = jnp.split(jax.lax.psum(changes, names) / total, 2)
+    missing, spread = jnp.split(devices.sum(changes) / total, 2)
     return merged, missing, jnp.maximum(spread - missing * missing, 0), sums[-1]

@@ -36,7 +36,7 @@ from .contract import (
 )
 from .jax_internals import SdyShardingRule, custom_partitioning
 from .layout import CHANNEL, GROUP, ROW, axes_of, channel_shape, count_rows, group_shape, sum_rows
-from .merging import merge_moments
+from .merging import Devices, merge_moments
 
 # Those whose compiler asks how to partition an operation. libtpu does not: "Custom emitter for CustomSPMDPartitioning
 # not found".
@@ -166,7 +166,7 @@ def _moments(run, spec, operands, rows):
         count = sum_rows(mask.astype(dtype), spec.layout)[..., 0]
 
     def merge(pivot, delta, var, count):
-        return merge_moments(pivot, delta, var, count, rows)[:3]
+        return merge_moments(pivot, delta, var, count, Devices(tuple(rows)))[:3]
 
     values = [jnp.reshape(value, (-1, shape[-1])) for value in (pivot, delta, var)]
     merged = jax.vmap(merge)(*values, jnp.reshape(count, (-1,)))

@@ -21,7 +21,8 @@ def moments(x, average):
 def normalise(x, mean, var, eps, weight=None, bias=None):
     """(x - mean) / sqrt(var + eps) * weight + bias, for one channel's values."""
     out = (x - mean) / jnp.sqrt(var + eps)
-    return out if weight is None else out * weight + bias
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
 
 
 def activate(y, activation):

@@ -55,6 +55,11 @@ BAD_SETTINGS = [
     ("eps", None, TypeError),
     ("virtual_batch_size", 0, ValueError),
     ("virtual_batch_size", 2.0, TypeError),
+    ("axis_index_groups", [[0, 1], [2]], ValueError),
+    ("axis_index_groups", [[0, 0], [1, 2]], ValueError),
+    ("axis_index_groups", [[1, 2]], ValueError),
+    ("axis_index_groups", [], ValueError),
+    ("axis_index_groups", [0, 1], TypeError),
 ]
 
 

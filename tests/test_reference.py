@@ -244,3 +244,19 @@ def test_ema_compatibility_gives_the_bits_of_equinox(affine, jitted, steps, dtyp
             assert_same_bits(running[1], wanted[1], f"running variance after step {number}")
         inferred = [step(layer, state, xs[0], True)[0] for layer, state in zip(layers, states, strict=True)]
         assert_same_bits(*inferred, "y at inference")
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("given", ["weight", "bias"])
+def test_weight_and_bias_can_be_given_one_without_the_other(given, backend):
+    x = jnp.arange(24.0).reshape(6, 4) ** 1.5
+    stats, values = bn_fused.RunningStats.init(4), np.linspace(0.5, 2.0, 4, dtype=np.float32)
+    y, _ = bn_fused.batch_norm(x, stats, **{given: values}, backend=backend)
+    plain, _ = bn_fused.batch_norm(x, stats, backend=backend)
+    plain = np.asarray(plain)
+    expected = plain * values if given == "weight" else plain + values
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    frozen, _ = bn_fused.batch_norm(x, stats, **{given: values}, inference=True, backend=backend)
+    plain, _ = bn_fused.batch_norm(x, stats, inference=True, backend=backend)
+    plain = np.asarray(plain)
+    np.testing.assert_allclose(frozen, plain * values if given == "weight" else plain + values, rtol=1e-5, atol=1e-6)

@@ -352,7 +352,7 @@ def test_the_arguments_stand_in_the_documented_order():
         return [p.name for p in inspect.signature(function).parameters.values() if p.kind == kind]
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    options = ["activation", "debias", "virtual_batch_size", "backend", "mode"]
+    options = ["activation", "debias", "virtual_batch_size", "axis_index_groups", "backend", "mode"]
     assert names(bn_fused.BatchNorm.__init__, keyword) == options
     assert names(bn_fused.BatchNorm.__call__, keyword) == ["residual", "mask", "key", "inference"]
     defaults = {p.name: p.default for p in inspect.signature(bn_fused.BatchNorm).parameters.values()}
@@ -363,7 +363,7 @@ def test_the_arguments_stand_in_the_documented_order():
     assert names(bn_fused.batch_norm, plain) == ["x", "stats", "weight", "bias"]
     assert set(names(bn_fused.batch_norm, keyword)) == set(
         "approach momentum eps warmup_period channel_axis axis_name activation residual mask debias "
-        "virtual_batch_size inference backend".split()
+        "virtual_batch_size axis_index_groups inference backend".split()
     )
 
 
