@@ -6,8 +6,8 @@ import sys
 
 import jax
 
-from .allocator import keep_freed_memory
-from .installing import has_compiler
+from bn_fused.bench.allocator import keep_freed_memory
+from bn_fused.bench.installing import has_compiler
 
 # What a Linux has where a driver of a GPU or TPU is loaded.
 DRIVERS = ("/dev/nvidia*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/*")
@@ -38,7 +38,7 @@ def main() -> None:
         print("bn-bench: there is no driver of a GPU or TPU here; JAX is told to use the CPU", file=sys.stderr)
         jax.config.update("jax_platforms", "cpu")
     try:
-        from . import cli
+        from bn_fused.bench import cli
 
         status = cli.main()
     except KeyboardInterrupt:  # while it was still importing

@@ -25,9 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_fused
-
-from .oracle import KINKED, OracleState, OracleStep, inference_oracle, initial_state, reduced, spread, train_oracle
-from .workloads import Workload
+from bn_fused.bench.oracle import (
+    KINKED,
+    OracleState,
+    OracleStep,
+    inference_oracle,
+    initial_state,
+    reduced,
+    spread,
+    train_oracle,
+)
+from bn_fused.bench.workloads import Workload
 
 CONSTANT, RIVAL_CONSTANT = 50, 8
 MOMENTUM = 0.9

@@ -5,11 +5,10 @@ import sys
 import click
 
 import bn_fused
-
-from .commands import audit, compare, doctor, report, run, stability, step, tune
-from .commands.common import FAILED, INTERRUPTED, UNUSABLE, make_console, say
-from .suite import Settings
-from .workloads import SUITES, WORKLOADS
+from bn_fused.bench.commands import audit, compare, doctor, report, run, stability, step, tune
+from bn_fused.bench.commands.common import FAILED, INTERRUPTED, UNUSABLE, make_console, say
+from bn_fused.bench.run.suite import Settings
+from bn_fused.bench.workloads import SUITES, WORKLOADS
 
 
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})

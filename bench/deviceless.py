@@ -23,10 +23,9 @@ import re
 import sys
 from types import MappingProxyType
 
+from bn_fused.bench.installing import has_compiler, pip_install, python
+from bn_fused.kernels.backends.triton.operations import JAX_TRITON, OLDEST_TRITON
 from bn_fused.kernels.chips import CHIPS, Chip, GpuChip, TpuChip
-from bn_fused.kernels.triton_backend import JAX_TRITON, OLDEST_TRITON
-
-from .installing import has_compiler, pip_install, python
 
 CUDA, TPU, TRITON = "cuda", "tpu", "triton"
 INSTALLABLE = (CUDA, TPU, TRITON)

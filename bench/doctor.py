@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from bn_fused import kernels
-from bn_fused.kernels import triton_tuning
-
-from .check import CHECKED, Check, check_approach
-from .providers import RIVALS
-from .suite import APPROACHES, refusal
+from bn_fused.bench.check import CHECKED, Check, check_approach
+from bn_fused.bench.providers import RIVALS
+from bn_fused.bench.run.suite import APPROACHES, refusal
+from bn_fused.kernels.backends.triton import tuning as triton_tuning
 
 
 def backends() -> tuple[list[str], dict[str, str]]:
@@ -58,6 +57,6 @@ def tuning() -> list[str]:
 
 def compilers() -> dict[str, str]:
     """For the targets of the audit: "installed", or what to install."""
-    from .deviceless import CUDA, TPU, missing
+    from bn_fused.bench.deviceless import CUDA, TPU, missing
 
     return {platform: missing(target) or "installed" for platform, target in ((CUDA, "h200"), (TPU, "v5e"))}

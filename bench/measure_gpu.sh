@@ -46,7 +46,7 @@ part() {
 }
 
 part doctor 120 $bench doctor
-part numbers 900 "$python" -m pytest -n 4 -q tests/test_gpu_device.py
+part numbers 900 "$python" -m pytest -n 4 -q tests/kernels/test_gpu_device.py
 part quick 300 $bench run --suite quick $rivals --seconds 3 --json "$out/quick.json"
 part bfloat16 900 $bench run --suite resnet50 --dtype bfloat16 --layout nhwc $rivals --pass fwd --pass bwd --seconds 3 --json "$out/bfloat16.json"
 part float32 900 $bench run --suite resnet50 --layout nhwc $rivals --pass fwd --pass bwd --seconds 3 --json "$out/float32.json"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .records import Row, Run
-from .stability import Curves
+from bn_fused.bench.run.records import Row, Run
+from bn_fused.bench.stability import Curves
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")

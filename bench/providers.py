@@ -13,12 +13,11 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from bn_fused.kernels.activations import ACTIVATIONS
 
 import bn_fused
-
-from .installing import pip_install
-from .workloads import Workload
+from bn_fused.bench.installing import pip_install
+from bn_fused.bench.workloads import Workload
+from bn_fused.kernels.activations import ACTIVATIONS
 
 EXAMPLES, DEVICES = "batch", "devices"
 
@@ -136,7 +135,7 @@ def _no_norm(workload, approach, names):
 
 
 def _torch(workload, approach, names):
-    raise NotImplementedError("torch's functions are not JAX's: see bench.torch_cases")
+    raise NotImplementedError("torch's functions are not JAX's: see `bench.run.torch_case`")
 
 
 EQUINOX = Provider("equinox", _equinox)

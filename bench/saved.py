@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping
 
-from . import records
+from bn_fused.bench.run import records
 
 SCHEMA = 1
 

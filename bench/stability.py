@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from . import digits
+from bn_fused.bench import digits
 
 LAST = 50
 # A run has trained if the median of its last `LAST` losses is below this; guessing costs log(10) = 2.3.

@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_fused import kernels
+from bn_fused.bench.run.cases import in_turn, sets_for
+from bn_fused.bench.timing import Timed, measure
+from bn_fused.bench.workloads import Workload
+from bn_fused.kernels.backends.triton.plan import Plan, make_plan, search_set
+from bn_fused.kernels.backends.triton.tuning import Entry
 from bn_fused.kernels.chips import GpuChip
-from bn_fused.kernels.triton_plan import Plan, make_plan, search_set
-from bn_fused.kernels.triton_tuning import Entry
-
-from .cases import in_turn, sets_for
-from .timing import Timed, measure
-from .workloads import Workload
 
 ACTIVATION = "relu"
 BLEND = kernels.Coefficients(batch=1.0, running=0.0, constant=0.0, mean_gain=0.01, var_gain=0.01, keep=0.99)

@@ -4,13 +4,13 @@
 and `bn_fused.kernels` holds the raw operations.
 """
 
-from . import kernels as kernels
-from .explain import explain as explain
-from .function import batch_norm as batch_norm
-from .kernels import BackendChoice as BackendChoice
-from .kernels import BackendError as BackendError
-from .layer import BatchNorm as BatchNorm
-from .step import RunningStats as RunningStats
+from bn_fused import kernels as kernels
+from bn_fused.explain import explain as explain
+from bn_fused.function import batch_norm as batch_norm
+from bn_fused.kernels import BackendChoice as BackendChoice
+from bn_fused.kernels import BackendError as BackendError
+from bn_fused.layer import BatchNorm as BatchNorm
+from bn_fused.step import RunningStats as RunningStats
 
 __version__ = "0.1.0"
 __all__ = ["BackendChoice", "BackendError", "BatchNorm", "RunningStats", "batch_norm", "explain", "kernels"]

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from .kernels import Coefficients
+from bn_fused.kernels import Coefficients
 
 APPROACHES = ("batch", "ema", "ema_compatibility")
 DEBIAS = ("axis", "samples", "none")

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .approaches import APPROACHES, DEBIAS
-from .kernels.activations import ACTIVATIONS
-from .kernels.jax_internals import device_axis_names, varying_axes
-from .kernels.registry import FLOATING, check_backend_name
+from bn_fused.approaches import APPROACHES, DEBIAS
+from bn_fused.kernels.activations import ACTIVATIONS
+from bn_fused.kernels.jax_internals import device_axis_names, varying_axes
+from bn_fused.kernels.registry import FLOATING, check_backend_name
 
 LOW_PRECISION = ("bfloat16", "float16")
 _PACKAGES = (__package__, "equinox", "jax")  # whose lines a warning does not point at

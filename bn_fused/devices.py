@@ -4,9 +4,9 @@ import math
 
 import jax
 
-from . import arguments
-from .kernels.jax_internals import device_axis_names
-from .kernels.merging import Devices
+from bn_fused import arguments
+from bn_fused.kernels.jax_internals import device_axis_names
+from bn_fused.kernels.merging import Devices
 
 
 def split_names(names):

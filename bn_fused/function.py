@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from . import arguments
-from .kernels.jax_internals import shard_like
-from .step import Call, RunningStats, infer, train
+from bn_fused import arguments
+from bn_fused.kernels.jax_internals import shard_like
+from bn_fused.step import Call, RunningStats, infer, train
 
 EXAMPLES = "bn_fused.examples"  # the name of the axis of examples while one example is traced
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from . import arguments
-from .approaches import APPROACHES
-from .step import Call, RunningStats, infer, train
+from bn_fused import arguments
+from bn_fused.approaches import APPROACHES
+from bn_fused.step import Call, RunningStats, infer, train
 
 _MODES = {"ema": "ema_compatibility", "batch": "batch"}
 

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from . import arguments
-from .kernels.contract import present_results
-from .kernels.dispatch import SPREAD, bind, define_eager_form, insert_axis, result_types
-from .kernels.jax_internals import (
+from bn_fused import arguments
+from bn_fused.kernels.contract import present_results
+from bn_fused.kernels.dispatch import SPREAD, bind, define_eager_form, insert_axis, result_types
+from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
     fancy_primitive_batchers,
@@ -29,7 +29,7 @@ from .kernels.jax_internals import (
     register_lowering,
     tell_devices,
 )
-from .kernels.layout import GROUP, ROW
+from bn_fused.kernels.layout import GROUP, ROW
 
 
 class Averaged(NamedTuple):

@@ -13,9 +13,9 @@ JAX's own, of the same jnp code, so every order exists.
 import jax
 import jax.numpy as jnp
 
-from .kernels import jnp_backend
-from .kernels.activations import ACTIVATIONS
-from .kernels.contract import (
+from bn_fused.kernels.activations import ACTIVATIONS
+from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.contract import (
     LIKE_X,
     MASK,
     OPERATIONS,
@@ -28,10 +28,10 @@ from .kernels.contract import (
     scaled,
     statistics_cotangents,
 )
-from .kernels.dispatch import run
-from .kernels.jax_internals import ad, zero_tangent
-from .kernels.layout import count_rows, expand, sum_rows
-from .named_axes import NOTHING, define, map_batched, named_sum, sum_batched
+from bn_fused.kernels.dispatch import run
+from bn_fused.kernels.jax_internals import ad, zero_tangent
+from bn_fused.kernels.layout import count_rows, expand, sum_rows
+from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
 _TANGENTS = {

@@ -7,10 +7,10 @@ Per channel, mean = pmean(mean(x)) and var = pmean(mean((x - mean) conj(x - mean
 import jax
 import jax.numpy as jnp
 
-from .devices import devices_of, split_names, total_size
-from .kernels import reference as kernel_reference
-from .kernels.contract import accumulation_dtype, widest
-from .named_axes import Averaged, named_sum
+from bn_fused.devices import devices_of, split_names, total_size
+from bn_fused.kernels.backends import reference as kernel_reference
+from bn_fused.kernels.contract import accumulation_dtype, widest
+from bn_fused.named_axes import Averaged, named_sum
 
 
 def moments(call, x, mask):

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from . import approaches, reference
-from .arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
-from .devices import devices_of, split_names, total_size
-from .kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
-from .kernels.jax_internals import device_axis_names, shard_like, vary_together
-from .kernels.layout import CHANNEL, ROW
-from .kernels.merging import Devices, merge_moments
-from .kernels.registry import REFERENCE
-from .named_axes import NOTHING, Averaged, named_mean, named_sum
-from .primitives import forward, moments, normalise
+from bn_fused import approaches, reference
+from bn_fused.arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
+from bn_fused.devices import devices_of, split_names, total_size
+from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
+from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
+from bn_fused.kernels.layout import CHANNEL, ROW
+from bn_fused.kernels.merging import Devices, merge_moments
+from bn_fused.kernels.registry import REFERENCE
+from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum
+from bn_fused.primitives import forward, moments, normalise
 
 
 class RunningStats(NamedTuple):

@@ -7,8 +7,8 @@ that whole network blocks move, compiled for each chip (docs/tpu-audit.md). `aut
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from .chips import CHIPS
-from .pallas_tpu_plan import LANES
+from bn_fused.kernels.backends.pallas_tpu.plan import LANES
+from bn_fused.kernels.chips import CHIPS
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from .chips import chip_of
-from .contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
-from .jax_internals import (
+from bn_fused.kernels.chips import chip_of
+from bn_fused.kernels.contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
+from bn_fused.kernels.jax_internals import (
     Primitive,
     fancy_primitive_batchers,
     is_partitioned,
@@ -28,9 +28,9 @@ from .jax_internals import (
     threads_agree_on_x64,
     vary_together,
 )
-from .layout import CHANNEL, GROUP, axes_of
-from .partition import ASKING_PLATFORMS, partitioned
-from .registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
+from bn_fused.kernels.layout import CHANNEL, GROUP, axes_of
+from bn_fused.kernels.partition import ASKING_PLATFORMS, partitioned
+from bn_fused.kernels.registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 

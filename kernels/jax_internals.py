@@ -1,6 +1,6 @@
 """Every semi-private JAX interface the library stands on, one import each.
 
-`tests/test_jax_internals.py` probes each name, so that a JAX release which changes one of them is reported by
+`tests/project/test_jax_internals.py` probes each name, so that a JAX release which changes one of them is reported by
 that name and not by a failure somewhere inside a transform.
 """
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .contract import (
+from bn_fused.kernels.contract import (
     COEFFICIENTS,
     LIKE_X,
     MASK,
@@ -34,9 +34,9 @@ from .contract import (
     scaled,
     statistics_cotangents,
 )
-from .jax_internals import SdyShardingRule, custom_partitioning
-from .layout import CHANNEL, GROUP, ROW, axes_of, channel_shape, count_rows, group_shape, sum_rows
-from .merging import Devices, merge_moments
+from bn_fused.kernels.jax_internals import SdyShardingRule, custom_partitioning
+from bn_fused.kernels.layout import CHANNEL, GROUP, ROW, axes_of, channel_shape, count_rows, group_shape, sum_rows
+from bn_fused.kernels.merging import Devices, merge_moments
 
 # Those whose compiler asks how to partition an operation. libtpu does not: "Custom emitter for CustomSPMDPartitioning
 # not found".

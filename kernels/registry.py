@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 import jax.numpy as jnp
 
-from . import jnp_backend, pallas_gpu, pallas_tpu, triton_backend
-from .auto import Verdict, verdict
-from .chips import Chip
-from .contract import OPERATIONS, Spec
-from .layout import axes_of, count_rows, group_shape
+from bn_fused.kernels.auto import Verdict, verdict
+from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
+from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
+from bn_fused.kernels.backends.triton import operations as triton_backend
+from bn_fused.kernels.chips import Chip
+from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.layout import axes_of, count_rows, group_shape
 
 REFERENCE = "reference"
 FLOATING = ("float32", "bfloat16", "float16", "float64")

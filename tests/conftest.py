@@ -57,7 +57,7 @@ def broken_backend():
     """The name of a backend that is jnp but for the gradient of x, which it doubles."""
     from bn_fused import kernels
 
-    operations = {name: getattr(kernels.jnp_backend, name) for name in kernels.contract.OPERATIONS}
+    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
     backward = operations["backward"]
 
     def doubled(**operands):
@@ -71,7 +71,8 @@ def broken_backend():
 
 def count_backends():
     """Count which backends are compiled, and for which platform."""
-    from bn_fused.kernels import dispatch, reference
+    from bn_fused.kernels import dispatch
+    from bn_fused.kernels.backends import reference
 
     choose, moments = dispatch.choose, reference.moments
 

@@ -7,17 +7,29 @@ from collections.abc import Sequence
 
 import click
 from click.core import ParameterSource
-from bn_fused.kernels.activations import ACTIVATIONS
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from bn_fused import kernels
-
-from .. import audit, audit_report, audit_rows, audit_summary, deviceless, records
-from ..blocks import BLOCKS, FORMS, RIVALS, Setting
-from ..suite import UNTIMED
-from ..workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
-from .common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
+from bn_fused.bench import deviceless
+from bn_fused.bench.audit import (
+    compile as audit,
+)
+from bn_fused.bench.audit import (
+    report as audit_report,
+)
+from bn_fused.bench.audit import (
+    rows as audit_rows,
+)
+from bn_fused.bench.audit import (
+    summary as audit_summary,
+)
+from bn_fused.bench.audit.blocks import BLOCKS, FORMS, RIVALS, Setting
+from bn_fused.bench.commands.common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
+from bn_fused.bench.run import records
+from bn_fused.bench.run.suite import UNTIMED
+from bn_fused.bench.workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
+from bn_fused.kernels.activations import ACTIVATIONS
 
 
 def _repeatable(name, destination, choices, default, text):

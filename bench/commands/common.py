@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from bn_fused import kernels
-
-from ..suite import APPROACHES
-from ..workloads import DTYPES, LAYOUTS, SUITES, WORKLOADS, Workload, parse_shape
+from bn_fused.bench.run.suite import APPROACHES
+from bn_fused.bench.workloads import DTYPES, LAYOUTS, SUITES, WORKLOADS, Workload, parse_shape
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 

@@ -3,10 +3,10 @@
 import click
 from rich.text import Text
 
-from .. import report
-from ..compare import NotComparable, check_comparable, differences, failed, pairs
-from ..records import UnreadableRun, load
-from .common import FAILED, make_console, say, show
+from bn_fused.bench.commands.common import FAILED, make_console, say, show
+from bn_fused.bench.run import report
+from bn_fused.bench.run.compare import NotComparable, check_comparable, differences, failed, pairs
+from bn_fused.bench.run.records import UnreadableRun, load
 
 
 @click.command("compare")

@@ -3,8 +3,9 @@
 import click
 from rich.console import Console
 
-from .. import doctor, records, report
-from .common import FAILED, first_device, make_console, progress_bar, say, show
+from bn_fused.bench import doctor
+from bn_fused.bench.commands.common import FAILED, first_device, make_console, progress_bar, say, show
+from bn_fused.bench.run import records, report
 
 
 @click.command("doctor")

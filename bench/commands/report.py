@@ -6,9 +6,9 @@ import shutil
 
 import click
 
-from ..performance import RESULTS, NoRecords, file_name, put, recorded, section
-from ..records import UnreadableRun, load
-from .common import FAILED
+from bn_fused.bench.commands.common import FAILED
+from bn_fused.bench.run.performance import RESULTS, NoRecords, file_name, put, recorded, section
+from bn_fused.bench.run.records import UnreadableRun, load
 
 
 @click.command("report")

@@ -11,13 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 import bn_fused
-
-from .. import records, report
-from ..doctor import devices
-from ..providers import RIVALS
-from ..suite import Settings, plan, refusal, run, with_backends
-from ..workloads import PASSES, SUITES, WORKLOADS, Workload
-from .common import (
+from bn_fused.bench.commands.common import (
     FAILED,
     INTERRUPTED,
     Backend,
@@ -31,6 +25,11 @@ from .common import (
     show,
     workload_options,
 )
+from bn_fused.bench.doctor import devices
+from bn_fused.bench.providers import RIVALS
+from bn_fused.bench.run import records, report
+from bn_fused.bench.run.suite import Settings, plan, refusal, run, with_backends
+from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 
 
 @click.command("run")
@@ -116,7 +115,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
         if path is not None:
             path.write_text(text(found), encoding="utf-8")
     if plot_file is not None:
-        from ..plots import plot_run
+        from bn_fused.bench.plots import plot_run
 
         plot_run(found, str(plot_file))
     context.exit(exit_status(found))

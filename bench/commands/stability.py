@@ -10,9 +10,18 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .. import digits, plots, records, saved, stability
-from .common import INTERRUPTED, OutputFile, first_device, make_console, progress_bar, say, show
-from .numbers import Number
+from bn_fused.bench import digits, plots, saved, stability
+from bn_fused.bench.commands.common import (
+    INTERRUPTED,
+    OutputFile,
+    first_device,
+    make_console,
+    progress_bar,
+    say,
+    show,
+)
+from bn_fused.bench.commands.numbers import Number
+from bn_fused.bench.run import records
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 DEFAULTS = stability.Settings()

@@ -7,10 +7,25 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from .. import deviceless, records, report, resnet, saved, step, step_audit, step_networks, suite
-from ..workloads import LAYOUTS
-from .common import FAILED, INTERRUPTED, Backend, OutputFile, first_device, make_console, progress_bar, say, show
-from .numbers import Number
+from bn_fused.bench import deviceless, saved
+from bn_fused.bench.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    Backend,
+    OutputFile,
+    first_device,
+    make_console,
+    progress_bar,
+    say,
+    show,
+)
+from bn_fused.bench.commands.numbers import Number
+from bn_fused.bench.run import records, report, suite
+from bn_fused.bench.step import audit as step_audit
+from bn_fused.bench.step import networks as step_networks
+from bn_fused.bench.step import resnet
+from bn_fused.bench.step import timed as step
+from bn_fused.bench.workloads import LAYOUTS
 
 # What is taken for an option that is not given: small on a CPU, what is usually trained elsewhere.
 ON_CPU = dict(model="resnet18", batch=8, image=32, dtype="float32")

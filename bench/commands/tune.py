@@ -4,12 +4,8 @@ import click
 from rich import box
 from rich.table import Table
 
-from bn_fused.kernels import triton_tuning
-from bn_fused.kernels.chips import chip_of
-
-from .. import records, tune
-from ..suite import refusal
-from .common import (
+from bn_fused.bench import tune
+from bn_fused.bench.commands.common import (
     FAILED,
     INTERRUPTED,
     OutputFile,
@@ -21,7 +17,11 @@ from .common import (
     show,
     size_options,
 )
-from .numbers import Number
+from bn_fused.bench.commands.numbers import Number
+from bn_fused.bench.run import records
+from bn_fused.bench.run.suite import refusal
+from bn_fused.kernels.backends.triton import tuning as triton_tuning
+from bn_fused.kernels.chips import chip_of
 
 
 @click.command("tune")

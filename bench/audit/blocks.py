@@ -1,0 +1,209 @@
+"""What the audit compiles: a BatchNorm alone or inside a network block, forward and backward, ours and its rivals.
+
+A block puts the function `apply` of a layer (see `providers`) between two convolutions or two linear maps. `make_program` gives the function of
+a pass and the shapes of its arguments: nothing is computed here.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from bn_fused.bench.providers import EQUINOX, EQUINOX_EMA, FLAX, FLAX_TWO_PASS, NO_NORM, Provider, bn_fused_layer
+from bn_fused.bench.workloads import Arranged
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting(Arranged):
+    """What is normalised, and what follows.
+
+    - `shape`: examples, channels, then the spatial sizes, whatever the layout.
+    - `layout`: "nchw" (channels second) or "nhwc" (channels last) in the program.
+    - `activation`, `residual`: applied and added after the normalisation; inside a block the activation is relu if none
+        is named.
+    - `block`: a name of `BLOCKS`, or None for the layer alone.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "nchw"
+    activation: str | None = None
+    residual: bool = False
+    block: str | None = None
+
+
+# The rivals that `--against` takes, each with the forms in which it is compiled. Our own backend `jnp` is the rival
+# that XLA compiles from plain jnp: the least that a kernel must beat.
+RIVALS: Mapping[str, tuple[Provider, ...]] = MappingProxyType(
+    {
+        "equinox": (dataclasses.replace(EQUINOX, name="equinox batch"), EQUINOX_EMA),
+        "flax": (FLAX, FLAX_TWO_PASS),
+        "jnp": (),
+    }
+)
+# Each form of a rival under its own name, where it is not the rival's.
+FORMS: Mapping[str, tuple[Provider, ...]] = MappingProxyType(
+    {provider.name: (provider,) for forms in RIVALS.values() for provider in forms if provider.name not in RIVALS}
+)
+_NAMED = {provider.name: provider for providers in ((NO_NORM,), *RIVALS.values()) for provider in providers}
+
+
+def layer_named(name: str) -> Provider:
+    """The provider with this name: a rival's, `NO_NORM`, or else ours with the backend of this name."""
+    return _NAMED.get(name) or bn_fused_layer(name)
+
+
+# ------------------------------------------------------------------------------------------------------- blocks
+
+
+def _convolution(setting):
+    """A convolution 3 x ... x 3 that keeps channels and positions, and the shape of its weight."""
+    spatial = len(setting.shape) - 2
+    letters = "DHW"[-spatial:]
+    lhs = f"NC{letters}" if setting.layout == "nchw" else f"N{letters}C"
+    kernel = f"OI{letters}" if setting.layout == "nchw" else f"{letters}IO"
+    sizes = {"O": setting.channels, "I": setting.channels}
+
+    def convolve(x, weight):
+        return jax.lax.conv_general_dilated(x, weight, (1,) * spatial, "SAME", dimension_numbers=(lhs, kernel, lhs))
+
+    return convolve, tuple(sizes.get(letter, 3) for letter in kernel)
+
+
+def _linear(setting):
+    """A linear map that keeps the number of channels, and the shape of its weight."""
+    return jnp.matmul, (setting.channels, setting.channels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Two linear maps with BatchNorm and an activation between them.
+
+    `linear(setting)` gives the map's function of (x, weight) and the weight's shape; `ranks` are the ranks of x it
+    takes, `takes` says so in words.
+    """
+
+    linear: Callable[[Setting], tuple[Callable, tuple[int, ...]]]
+    ranks: tuple[int, ...]
+    takes: str
+
+    def wrap(self, setting: Setting, apply: Callable) -> tuple[Callable, Any]:
+        """The block's `apply`, whose parameters are (those of the norm, both weights), and the weights' shapes."""
+        linear, weight_shape = self.linear(setting)
+
+        def block(parameters, state, x, residual):
+            norm, first, second = parameters
+            h, state = apply(norm, state, linear(x, first), residual)
+            # Some layers return float32 for 16-bit inputs; the next map takes the network's dtype.
+            return linear(h.astype(x.dtype), second), state
+
+        weight = jax.ShapeDtypeStruct(weight_shape, setting.dtype)
+        return block, (weight, weight)
+
+
+BLOCKS: Mapping[str, Block] = MappingProxyType(
+    {
+        "conv-bn-relu-conv": Block(_convolution, (3, 4, 5), "one to three spatial axes"),
+        "mlp": Block(_linear, (2,), "no spatial axes"),
+    }
+)
+
+
+# ------------------------------------------------------------------------------------------------------- programs
+
+
+class Program(NamedTuple):
+    """A function to compile and its arguments' shapes; the bytes kept from the forward for the backward (None: "fwd").
+
+    Kept is what JAX's derivative holds between the two: x if it is needed, and what was computed on the way, each array
+    once; parameters and state, which are there anyway, are not counted.
+    """
+
+    function: Callable
+    specs: tuple
+    kept_bytes: int | None
+
+
+def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
+    """The program of a pass; arguments as in `Setting`, `layer_named` and `PASSES`.
+
+    - "fwd": a training step, y and the new state.
+    - "fwd+bwd": the same, and the gradient with respect to x, the residual and all parameters.
+    - "bwd": the gradient alone, from what the forward keeps.
+    """
+    if setting.block is not None and setting.activation is None:
+        setting = dataclasses.replace(setting, activation="relu")
+    apply, state = layer_named(layer_name).make(setting, "batch", ())
+    parameter = jax.eval_shape(lambda: jnp.zeros(setting.channels))
+    parameters = (parameter, parameter)
+    if setting.block is not None:
+        apply, weights = BLOCKS[setting.block].wrap(setting, apply)
+        parameters = (parameters, *weights)
+    x = jax.ShapeDtypeStruct(setting.array_shape, setting.dtype)
+    operands = (parameters, state, x, x if setting.residual else None)
+    if pass_name == "fwd":
+        return Program(apply, operands, None)
+
+    def pull_back(parameters, state, x, residual):
+        def with_state(parameters, x, residual):
+            return apply(parameters, state, x, residual)
+
+        return jax.vjp(with_state, parameters, x, residual, has_aux=True)
+
+    kept = _Kept(pull_back)
+    dy, new_state, computed = jax.eval_shape(kept.forward, *operands)
+    del new_state
+    kept_bytes = kept.activation_bytes + sum(_nbytes(array) for array in computed)
+    if pass_name == "bwd":
+        return Program(kept.backward, (computed, operands, dy), kept_bytes)
+
+    def forward_backward(parameters, state, x, residual, dy):
+        y, pullback, new = pull_back(parameters, state, x, residual)
+        # In training dy follows from y: without that, XLA computes parts of both in one kernel.
+        y, dy = jax.lax.optimization_barrier((y, dy))
+        return y, new, pullback(dy)
+
+    return Program(forward_backward, (*operands, dy), kept_bytes)
+
+
+def _nbytes(array) -> int:
+    return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
+
+
+class _Kept:
+    """Takes a derivative apart: `forward` returns what is computed and kept, `backward` goes on from there.
+
+    What is kept as it was given is not returned from the forward, which would copy it: the backward is given it again.
+    """
+
+    def __init__(self, pull_back):
+        self.pull_back = pull_back
+        self.tree = None
+        self.places = []  # of each kept array: ("given", index) or ("computed", index)
+        self.activation_bytes = 0
+
+    def forward(self, parameters, state, x, residual):
+        y, pullback, new = self.pull_back(parameters, state, x, residual)
+        leaves, self.tree = jax.tree.flatten(pullback)
+        given = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves((parameters, state, x, residual)))}
+        computed, order = [], {}
+        for leaf in leaves:
+            if id(leaf) in given:
+                self.places.append(("given", given[id(leaf)]))
+                continue
+            if id(leaf) not in order:
+                order[id(leaf)] = len(computed)
+                computed.append(leaf)
+            self.places.append(("computed", order[id(leaf)]))
+        kept = {id(leaf) for leaf in leaves}
+        self.activation_bytes = sum(_nbytes(array) for array in (x, residual) if id(array) in kept)
+        return y, new, computed
+
+    def backward(self, computed, operands, dy):
+        sources = {"given": jax.tree.leaves(operands), "computed": computed}
+        leaves = [sources[source][index] for source, index in self.places]
+        return jax.tree.unflatten(self.tree, leaves)(dy)

@@ -1,0 +1,1 @@
+"""`bn-bench run`, `compare` and `report`: layers checked, timed, recorded and compared."""

@@ -1,0 +1,191 @@
+"""Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from bn_fused.bench.check import Check
+from bn_fused.bench.run.records import Environment, Row, Run
+
+NOTE = (
+    "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
+    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual and writes its "
+    "gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is timed in the "
+    "same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to the copy are medians "
+    "over the paired rounds; error is the largest against float64, as a share of a scale that rounding acts "
+    "on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, because it may compute in "
+    "them."
+)
+
+SYNC_NOTE = (
+    "/ no sync: the time over that of the same layer on the same devices, each with statistics of its own, the median "
+    "over the paired rounds. The parameters' gradients are summed over the devices with and without. exchanged B: bytes of "
+    "the arrays that the collectives of a call have on each device."
+)
+
+
+def environment_lines(environment: Environment) -> list[str]:
+    """Device and versions, in two lines."""
+    allocator = {True: "; the allocator keeps freed memory", False: "; the allocator gives back freed memory", None: ""}
+    devices = (
+        f"{environment.devices} {'virtual ' if environment.virtual else ''}devices, " if environment.devices > 1 else ""
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return [
+        f"device: {environment.platform} ({devices}{environment.device}{allocator[environment.allocator]})",
+        f"{versions}, Python {environment.python}" + (f", commit {environment.commit}" if environment.commit else ""),
+    ]
+
+
+def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table that fits into 80 columns: texts to the left, then figures to the right."""
+    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    made.collapse_padding = True
+    for name in left:
+        made.add_column(name, no_wrap=True)
+    for name in right:
+        made.add_column(name, justify="right", no_wrap=True)
+    return made
+
+
+def verdict(ok: bool) -> Text:
+    """ "ok" in green or "FAILED" in red."""
+    return Text("ok", "green") if ok else Text("FAILED", "bold red")
+
+
+def layer_name(row: Row, several_approaches: bool) -> str:
+    """The layer's name, with its approach where there are several."""
+    return f"{row.layer} {row.approach}" if several_approaches else row.layer
+
+
+def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> list[Text]:
+    error = Text("-" if row.error is None else f"{row.error:.0e} / {row.limit:.0e}")
+    columns = 4 + len(rivals) + len(devices)
+    if row.median is None:
+        shown = {"failed": Text("FAILED", "bold red")}.get(row.status, Text(row.status, "yellow"))
+        return [shown, *[Text("-")] * (columns - 1), error]
+    texts = [
+        f"{1e3 * row.median:.3g}",
+        f"{1e3 * row.p10:.3g}-{1e3 * row.p90:.3g}",
+        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios else "-" for rival in rivals),
+        _rate(row.bandwidth),
+        f"{100 * row.of_copy:.0f} %",
+    ]
+    for name, form in devices.items():
+        value = getattr(row, name)
+        texts.append("-" if value is None else format(value, form))
+    return [*map(Text, texts), error]
+
+
+# Columns that only some runs have: the row's field, the heading, the format.
+ON_DEVICES = (("collective_bytes", "exchanged B", "d"), ("sync_ratio", "/ no sync", ".2f"))
+
+
+def on_devices(rows: Sequence[Row]) -> dict[str, str]:
+    """The fields of `ON_DEVICES` that some row has, with their formats."""
+    return {name: form for name, _, form in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
+
+
+def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
+    """The headings of the columns of figures; `devices`: those of `on_devices`."""
+    columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
+    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error / limit"]
+
+
+def note(rows: Sequence[Row]) -> str:
+    """What the figures mean, in one paragraph."""
+    return f"{NOTE} {SYNC_NOTE}" if "sync_ratio" in on_devices(rows) else NOTE
+
+
+def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None = None) -> Table:
+    """The rows of one workload; a row whose check failed shows FAILED in place of its times."""
+    devices = on_devices(rows)
+    several = len({row.approach for row in rows}) > 1
+    made = table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
+    for row in rows:
+        name = layer_name(row, several)
+        made.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
+    return made
+
+
+def _rate(bandwidth: float) -> str:
+    """In GB/s, small ones too."""
+    return f"{bandwidth / 1e9:.1f}" if bandwidth >= 1e8 else f"{bandwidth / 1e9:.1g}"
+
+
+def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
+    """How one workload was timed: the copy's bandwidth, the caches, the rounds; nothing if nothing was timed."""
+    found = next((row for row in rows if row.copy_bandwidth is not None), None)
+    if found is None:
+        return []
+    caches = "cold" if cold else "warm"
+    lines = [f"copy of x: {_rate(found.copy_bandwidth)} GB/s; {caches} caches; {found.rounds} rounds"]
+    if found.rounds < FEW_ROUNDS:
+        lines.append("so few rounds say little: --seconds allows more")
+    if math.prod(found.shape) < SMALL:
+        lines.append("so small an array takes no time: what it costs to start a program is what is compared")
+    return lines
+
+
+# Below this, a median over rounds moves by more than what is mostly compared.
+FEW_ROUNDS = 10
+# Elements that any memory delivers in less time than it takes to start a program.
+SMALL = 1 << 14
+
+
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why rows are refused or missing, each reason once."""
+    return list(dict.fromkeys(row.reason for row in rows if row.status in ("refused", "missing")))
+
+
+def failures(rows: Sequence[Row]) -> list[str]:
+    """One line for every row whose check failed."""
+    return [
+        f"{row.layer}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
+        for row in rows
+        if row.status == "failed"
+    ]
+
+
+def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
+    """A line for every backend that does not run here, with the reason."""
+    return [f"{name} is skipped: {reason}" for name, reason in skipped.items()]
+
+
+def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
+    """What is said where no check failed; who was not compared is named, with the backends that were `skipped`."""
+    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    absent |= dict.fromkeys((name, "skipped") for name in skipped)
+    text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
+    if not absent:
+        return text
+    # A backend may run at one workload and be refused at another.
+    partly = {row.layer for row in rows if row.status == "ok"}
+    names = [f"{layer} ({status}{' at some workloads' if layer in partly else ''})" for layer, status in absent]
+    return f"{text}; not compared: {', '.join(names)}"
+
+
+def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:
+    """The checks of (backend, approach, check): the largest error as a share of its limit, and the verdict."""
+    made = table("every step of a small batch, against float64", ("backend", "approach"), ("error / limit", ""))
+    for backend, approach, check in checks:
+        share = max((error.share for error in check.errors), default=None)
+        made.add_row(backend, approach, "-" if share is None else f"{share:.2f}", verdict(check.ok))
+    return made
+
+
+def markdown(run: Run) -> str:
+    """The run as a Markdown table, with what it ran on above it."""
+    devices = on_devices(run.rows)
+    several = len({row.approach for row in run.rows}) > 1
+    columns = ["workload", "pass", "layer", *headings(run.rivals, devices)]
+    lines = [*environment_lines(run.environment), "", f"{run.date}, `{run.command}`", ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * 3 + "---:|" * (len(columns) - 3)]
+    for row in run.rows:
+        cells = [str(row.at), row.pass_name, layer_name(row, several), *map(str, _figures(row, run.rivals, devices))]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", note(run.rows), ""])

@@ -1,0 +1,1 @@
+"""`bn-bench step`: the training step of a whole residual network."""

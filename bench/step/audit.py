@@ -1,0 +1,128 @@
+"""The training step of `step`, compiled for a chip that is not there: the bytes it moves and the memory it takes."""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+import bn_fused
+from bn_fused.bench import deviceless
+from bn_fused.bench.audit.traffic import passes
+from bn_fused.bench.child import Child, ChildEnded, answer_requests
+from bn_fused.bench.step import resnet
+from bn_fused.bench.step.networks import Contender, Setting, contenders, program
+from bn_fused.bench.step.timed import one_line
+
+
+@dataclasses.dataclass(frozen=True)
+class AuditRow:
+    """The step of one network, compiled for a chip.
+
+    - `status`, `reason`: as of `Row`, "ok" if it was compiled.
+    - `read`, `written`: bytes moved through the chip's memory by all kernels, counted in the program (`traffic`).
+    - `passes`: those bytes over the bytes of all that the norms take: what the step costs in passes over the
+        activations. Convolutions and the optimiser are in it, the same for all.
+    - `accessed`: XLA's own estimate of the bytes.
+    - `temporary`: bytes of temporary memory. `launches`: kernels, copies and library calls.
+    """
+
+    name: str
+    status: str
+    reason: str = ""
+    read: int | None = None
+    written: int | None = None
+    passes: float | None = None
+    accessed: int | None = None
+    temporary: int | None = None
+    launches: int | None = None
+
+
+def norm_bytes(setting: Setting) -> int:
+    """The bytes of all that the norms of a network take."""
+    elements = sum(math.prod(shape) for shape in resnet.norm_shapes(setting.architecture, setting.image))
+    return setting.batch * elements * jnp.dtype(setting.dtype).itemsize
+
+
+def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
+    """Compile one network's step for a target, in this process."""
+    try:
+        made = program(one, setting)
+        shape = (setting.batch, 3, setting.image, setting.image)
+        shape = (shape[0], *shape[2:], 3) if made.channels_last else shape
+        images, labels = jax.ShapeDtypeStruct(shape, setting.dtype), jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
+        lr = jax.ShapeDtypeStruct((), jnp.float32)
+        compiled = deviceless.compile_for(target, made.step, made.carry, images, labels, lr)
+    except bn_fused.BackendError as error:
+        return AuditRow(one.name, "refused", str(error))
+    except deviceless.DevicelessUnavailable as error:
+        return AuditRow(one.name, "missing", str(error))
+    except Exception as error:  # a compiler may fail in any way
+        return AuditRow(one.name, "failed", one_line(error))
+    # In units of one byte, with nothing left out.
+    traffic = passes(compiled.as_text(), 1, 1, smallest=0)
+    analysis = compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}
+    accessed = cost.get("bytes accessed")
+    return AuditRow(
+        one.name,
+        "ok",
+        read=int(traffic.reads),
+        written=int(traffic.writes),
+        passes=(traffic.reads + traffic.writes) / norm_bytes(setting),
+        accessed=None if accessed is None else int(accessed),
+        temporary=None if analysis is None else int(analysis.temp_size_in_bytes),
+        launches=traffic.launches,
+    )
+
+
+def audit(
+    target: str,
+    setting: Setting,
+    networks: Sequence[Contender],
+    options: Mapping,
+    *,
+    time_limit: float,
+    before: Callable[[str], None] = lambda name: None,
+) -> Iterator[AuditRow]:
+    """Compile every network for a target; yields the rows as they are done.
+
+    In a process of its own, because a process compiles for one GPU only; a new one after a compiler that ended it or
+    ran past `time_limit` seconds. `options` are the arguments with which `contenders` made the networks.
+    """
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "bn_fused.bench.step.audit"]
+    child = None
+    try:
+        for one in networks:
+            before(one.name)
+            if one.missing is not None:
+                yield AuditRow(one.name, "missing", one.missing)
+            elif one.module == "torch":
+                yield AuditRow(one.name, "refused", "torch is not compiled by XLA")
+            else:
+                child = child or Child(command, environment)
+                request = {
+                    "target": target, "setting": dataclasses.asdict(setting), "options": dict(options), "name": one.name
+                }  # fmt: skip
+                try:
+                    yield AuditRow(**child.ask(request, time_limit))
+                except ChildEnded as error:
+                    child = None
+                    yield AuditRow(one.name, "failed", str(error))
+    finally:
+        if child is not None:
+            child.close()
+
+
+def _answer(request):
+    setting = Setting(**request["setting"])
+    one = next(one for one in contenders(**request["options"]) if one.name == request["name"])
+    return dataclasses.asdict(audit_one(request["target"], one, setting))
+
+
+if __name__ == "__main__":
+    answer_requests(_answer)

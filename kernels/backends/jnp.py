@@ -1,0 +1,272 @@
+"""The backend `jnp`: every operation of `contract` in jnp, with the closed-form backward. For everything, CPU first.
+
+Everything is affine in d = x - pivot, which is exact where it matters, so that no digit is lost when |mean| is much
+larger than the standard deviation:
+
+    delta = mean(d)                 var = mean(d^2) - delta^2
+    y     = activation(d * scale + shift + residual)
+    dx    = dz * scale + d * slope + level
+
+with scale, shift, slope and level per channel. Traffic in passes over x where XLA fuses the elementwise work into
+the reductions (GPU, any layout): forward 2 reads and 1 write, backward 4 reads and 1 write; with a mask one more read
+in the forward. How the sums are written decides whether XLA does so, see `Plan`. x is worked on where it lies: no
+transpose in any layout.
+
+The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
+1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
+is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing that counts, it is the mean itself.
+(Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
+"""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+
+from bn_fused.kernels.activations import ACTIVATIONS, activate
+from bn_fused.kernels.contract import accumulation_dtype, blend, reciprocal_std, scaled, statistics_cotangents
+from bn_fused.kernels.layout import ROW, axes_of, count_rows, expand, sample_rows, sum_rows
+
+
+def moments(x, mask=None, *, spec):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask)."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    if mask is None:
+        count = count_rows(x.shape, layout)
+        sample = sample_rows(x, layout).astype(dtype)
+        pivot = sum_rows(sample, layout) / count_rows(sample.shape, layout)
+    else:
+        # The mask has one channel: [*groups, 1], and the same count for all of them.
+        count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
+        count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index("c")]))
+        pivot = _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), spec) / count
+    # An infinite pivot would turn an infinite mean into NaN.
+    pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
+
+    def deviation(x, pivot, mask=None):
+        d = x.astype(dtype) - pivot
+        return d if mask is None else jnp.where(mask, d, jnp.zeros((), dtype))
+
+    arrays = (x, expand(pivot, layout), *(() if mask is None else (mask,)))
+    delta = _sum_of(deviation, arrays, spec) / count
+    mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
+    return pivot, delta, _variance(mean_square, delta)
+
+
+def _variance(mean_square, delta):
+    """mean_square - delta^2, at least 0; infinite or NaN where the variance of the deviations from the mean is."""
+    correction = delta * delta
+    overflows = jnp.isfinite(delta) & ~jnp.isfinite(correction)
+    correction = jnp.where(overflows, jnp.zeros_like(correction), correction)
+    return jnp.maximum(mean_square - correction, jnp.zeros_like(delta))
+
+
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    del mask
+    _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    return activate(z, spec.activation).astype(x.dtype)
+
+
+def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
+    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    pivot, delta, var = moments(x, mask, spec=spec)
+    new = blend(pivot, delta, var, running_mean, running_var, coefficients)
+    rstd = reciprocal_std(new.norm_var, spec.eps)
+    y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec)
+    return y, pivot, delta, var, new.new_running_mean, new.new_running_var
+
+
+def backward(
+    dy,
+    dmean,
+    dvar,
+    x,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    delta,
+    batch,
+    count,
+    residual=None,
+    mask=None,
+    *,
+    spec,
+    total=lambda value: value,
+):
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual.
+
+    `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
+    """
+    x = _without_padding(x, dy, mask)
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
+    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    dmean = total(dmean + scaled(batch, doffset))
+    dvar = total(dvar + scaled(batch, dnorm_var))
+    if _stages(spec) and spec.activation is not None and residual is None:
+        # Left to itself, XLA:GPU writes dz to memory for its next use; it is cheaper to compute it from x and dy again.
+        # With a residual dz is a result, and written anyway.
+        x, dy, dmean, dvar = lax.optimization_barrier((x, dy, dmean, dvar))
+        d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+    dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
+    dx = dx + _through_moments(d, dmean, dvar, delta, count, mask, spec.layout)
+    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+
+
+def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
+    """Gradient of `moments` with respect to x."""
+    d = x.astype(pivot.dtype) - expand(pivot, spec.layout)
+    return (_through_moments(d, dmean, dvar, delta, count, mask, spec.layout).astype(x.dtype),)
+
+
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`."""
+    x = _without_padding(x, dy, mask)
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
+    dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
+    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+
+
+def before_activation(x, pivot, offset, rstd, weight, bias, residual, spec):
+    """d = x - pivot, and z = (d - offset) * rstd * weight + bias + residual, in the accumulation dtype."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    scale = rstd * weight.astype(dtype)
+    shift = bias.astype(dtype) - offset * scale
+    d = x.astype(dtype) - expand(pivot, layout)
+    z = d * expand(scale, layout) + expand(shift, layout)
+    return d, z if residual is None else z + residual.astype(dtype)
+
+
+def _without_padding(x, dy, mask):
+    """x with zeros where it neither counts nor matters to the result: padding may hold anything, NaN too."""
+    return x if mask is None else jnp.where(mask | (dy != 0), x, jnp.zeros((), x.dtype))
+
+
+def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec):
+    """d = x - pivot, and dz = dy * activation'(z)."""
+    d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    dz = dy.astype(d.dtype)
+    if spec.activation is not None:
+        dz = dz * ACTIVATIONS[spec.activation].derivative(z)
+        # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
+        dz = _written_out(dz) if _folds(spec) else dz
+    return d, dz
+
+
+def _sums(d, dz, offset, rstd, spec):
+    """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
+    sum_dz = _sum_of(lambda dz: dz, (dz,), spec)
+    return sum_dz, (_sum_of(jnp.multiply, (dz, d), spec) - offset * sum_dz) * rstd
+
+
+def _through_moments(d, dmean, dvar, delta, count, mask, layout):
+    """dmean/n + (d - delta) * 2 * dvar/n: the part of dx that goes through the moments."""
+    count = count[..., None]
+    slope = 2 * dvar / count
+    gradient = d * expand(slope, layout) + expand(dmean / count - delta * slope, layout)
+    return gradient if mask is None else jnp.where(mask, gradient, jnp.zeros_like(gradient))
+
+
+def _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, dtype):
+    gradients = (dx.astype(dtype), sum_dz, sum_dz_xhat)
+    return gradients if residual is None else (*gradients, dz.astype(dtype))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the sums are written, for XLA to compile them well.
+
+    - `fold`: the rows are folded into that many parts first, see `_folded_sum`; None: they are not.
+    - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
+    """
+
+    fold: int | None = None
+    stages: bool = False
+
+
+def plan(problem, target):
+    """Fold on a CPU (4 and 16 parts were slower than 8), two stages on a GPU.
+
+    Neither where XLA partitions the arrays over devices: a part would cross them.
+    """
+    del problem
+    if target.partitioned:
+        return Plan()
+    return Plan(fold=8 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))
+
+
+def _folds(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.fold is not None
+
+
+def _stages(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.stages
+
+
+def _sum_of(function, arrays, spec):
+    """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one."""
+    if _folds(spec):
+        return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
+    if _stages(spec):
+        return _staged_sum(function(*arrays), spec.layout)
+    return sum_rows(function(*arrays), spec.layout)
+
+
+def _staged_sum(array, layout):
+    """The sum over the rows for XLA:GPU, in two stages where the rows lie together before the channels.
+
+    XLA:GPU sums many such rows in two stages by itself, and computes what comes before the sums within the first. Few
+    (4096 of 512 channels, say) it sums in one, and writes what several sums have in common to memory before: 3 reads
+    and 2 writes forward in place of 2 and 1, in bfloat16 5 and 3 (counted in code compiled for an H200).
+    """
+    axes = axes_of(layout, ROW)
+    if not axes:
+        return array
+    first, end = axes[0], axes[-1] + 1
+    if end == len(layout) or layout[first:end] != ROW * len(axes):
+        return sum_rows(array, layout)
+    rows = math.prod(array.shape[first:end])
+    parts = next(parts for parts in range(math.isqrt(rows), 0, -1) if rows % parts == 0)
+    array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
+    partial = lax.optimization_barrier(jnp.sum(array, first + 1))
+    return sum_rows(partial, layout[:first] + ROW + layout[end:])
+
+
+def _folded_sum(function, arrays, layout, parts):
+    """`_sum_of` for XLA:CPU, 2 to 3 times as fast there.
+
+    XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
+    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed: so the rows are
+    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for the last
+    row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the number.
+    """
+    shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+    axis = next((axis for axis in axes_of(layout, ROW) if shape[axis] >= parts), None)
+    if axis is None:
+        return sum_rows(function(*arrays), layout)
+
+    def part(start, stop):
+        return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))
+
+    size, rest = divmod(shape[axis], parts)
+    folded = part(0, size)
+    for start in range(size, parts * size, size):
+        folded = folded + part(start, start + size)
+    by_last_axis = jnp.sum(_written_out(folded), axes_of(layout, ROW)[-1], keepdims=True)
+    total = sum_rows(_written_out(by_last_axis), layout)
+    return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
+
+
+def _written_out(array):
+    """The same array, which XLA:CPU computes into memory before it is used.
+
+    The barrier does it in some versions of XLA; in others it goes too early, and what helps is an operation that the
+    reductions' library does not take: rounding to the precision that the array has already.
+    """
+    precision = jnp.finfo(array.dtype)
+    return lax.optimization_barrier(lax.reduce_precision(array, precision.nexp, precision.nmant))

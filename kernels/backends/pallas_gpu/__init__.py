@@ -1,0 +1,1 @@
+"""The backend `pallas_gpu`: Pallas kernels for NVIDIA Hopper and Blackwell (Mosaic GPU)."""

@@ -1,0 +1,389 @@
+"""The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
+
+Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
+fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`pallas_gpu_resident`):
+
+    forward              R (+R r) W                                                            1 launch
+    backward             R x, R dy (+R r) W (+W dr)                                            1 launch
+
+else it is streamed (`pallas_gpu_kernels`), as are the other operations always:
+
+    forward              moments R, [merge], normalise R (+R r) W                              3 launches
+    backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
+    moments              R                                                                     2 launches
+    moments_backward     R W                                                                   1 launch
+    normalise            R (+R r) W                                                            1 launch
+    normalise_backward   R x, R dy (+R r) W (+W dr)                                            2 launches
+
+where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
+is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
+running statistics, scale and shift. A second pass goes through the rows backwards: it starts with what the first has
+left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the blocks of a
+resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns, several rows
+are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=` with
+`forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
+
+x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
+where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
+
+Moments are sums of deviations from a pivot, the mean of the first tile of each warpgroup's rows, merged as (number,
+pivot, delta, squares): no digit is lost where |mean| is much larger than the standard deviation.
+
+Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
+several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
+`pallas_gpu_plan.fold_of`); 2^31 rows or more; a plan given by hand whose blocks wait for each other and may not all be
+on the chip. The running statistics are blended inside the launch if they are float32, and with jnp after it otherwise:
+the forward is streamed then.
+
+Compiled for those chips and run in an interpreter; never yet on a GPU.
+"""
+
+import jax.numpy as jnp
+
+from bn_fused.kernels.activations import ACTIVATIONS, activate
+from bn_fused.kernels.backends.gpu.view import View
+from bn_fused.kernels.backends.pallas_gpu.plan import (
+    ALIGNMENT,
+    MOMENTS,
+    MOST_FOLDED,
+    RESERVED,
+    SUMS,
+    WARPGROUP,
+    Plan,
+    make_plan,
+    not_co_resident,
+    resident_tiling,
+    tiling,
+)
+from bn_fused.kernels.backends.pallas_gpu.resident import resident
+from bn_fused.kernels.backends.pallas_gpu.stream import (
+    F32,
+    merge_moments,
+    merge_sums,
+    moments_merge,
+    stream,
+    sums_merge,
+    times,
+)
+from bn_fused.kernels.contract import blend, reciprocal_std, statistics_cotangents
+
+DTYPES = ("float32", "bfloat16", "float16")
+CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
+MOST_ROWS = 1 << 31
+
+
+def refusal(problem, target):
+    """None, or one sentence: why these kernels cannot compute the problem on the target."""
+    chip = target.chip
+    if target.platform != "cuda":
+        return "it is written for NVIDIA GPUs"
+    if problem.dtype not in DTYPES:
+        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}"
+    if problem.mask:
+        return "its kernels take no mask"
+    if chip is None:
+        return "it is not known for which GPU it is compiled, and its tiles depend on that"
+    major, minor = chip.compute_capability
+    if major < CAPABILITIES[0]:
+        return f"it needs compute capability 9.x or 10.x (Hopper, Blackwell), and {chip.name} has {major}.{minor}"
+    if major not in CAPABILITIES:
+        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
+    if target.partitioned:
+        return (
+            "XLA partitions the arrays over several devices in a way that does not let a kernel run on each one's part "
+            "(inside a partly manual shard_map, without a mesh, under jax.export)"
+        )
+    if problem.rows >= MOST_ROWS:
+        return f"it counts rows in 32 bits, and there are {problem.rows}"
+    if plan(problem, target) is None:
+        itemsize = jnp.dtype(problem.dtype).itemsize
+        return (
+            f"the copy engine needs rows of at least {WARPGROUP} values and of a multiple of {ALIGNMENT} bytes; "
+            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has no "
+            f"divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
+        )
+    return None
+
+
+def plan(problem, target):
+    """The `Plan` for a problem, or None if there is none."""
+    itemsize = jnp.dtype(problem.dtype).itemsize
+    return make_plan(
+        problem.groups,
+        problem.rows,
+        problem.channels,
+        itemsize,
+        target.chip,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+        clusters_only=target.several_devices,
+    )
+
+
+def plan_refusal(plan, problem, target):
+    """None, or one sentence: why a plan given by hand would not fit the chip, or could deadlock on it."""
+    chip, itemsize = target.chip, jnp.dtype(problem.dtype).itemsize
+    if plan.ring_bytes + RESERVED > chip.shared_memory_per_block:
+        most = chip.shared_memory_per_block - RESERVED
+        return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
+    backward = 2 + (problem.residual and problem.activation is not None)
+    for kept, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
+        if kept is None:
+            continue
+        if target.several_devices and not kept.cluster:
+            return (
+                "blocks that wait for each other without being a cluster can deadlock with collectives between devices"
+            )
+        sentence = not_co_resident(kept, chip, itemsize, inputs, sums)
+        if sentence is not None:
+            return sentence
+    return None
+
+
+class _View(View):
+    """The view of one call that its plan makes."""
+
+    def __init__(self, x, spec, operation=None):
+        if not isinstance(spec.plan, Plan):
+            raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
+        self.plan, self.kept = spec.plan, spec.plan.kept(operation)
+        super().__init__(x, spec.layout, spec.plan.fold if self.kept is None else self.kept.fold)
+
+    def tiling(self, inputs):
+        return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
+
+    def resident_tiling(self, inputs, sums):
+        return resident_tiling(self.kept, self.groups, self.rows, self.channels, self.itemsize, inputs, sums)
+
+    def numbers(self, values):
+        """Several values per group as float32 [groups, number]."""
+        return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
+
+    def wide(self, *values):
+        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
+        values = [self.channel(value) for value in values]
+        return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
+
+
+# What the rows of the streams compute: of a row's values and the values per channel, the terms to add and the results.
+
+
+def _moments_row(values, channels, _):
+    d = values[0] - channels[-1]
+    return (d, d * d), ()
+
+
+def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
+    scale = rstd * weight
+    d = x - pivot
+    z = d * scale + (bias - offset * scale)
+    return d, z if residual is None else z + residual, scale
+
+
+def _normalise_row(activation):
+    def row(values, channels, _):
+        x, residual = (*values, None)[:2]
+        _, z, _ = _before_activation(x, residual, *channels[:5])
+        return (), (activate(z, activation),)
+
+    return row
+
+
+def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False):
+    """Of rows of dy, x and, where it matters, the residual: the sums of dz and dz * d; or dx; or both."""
+
+    def row(values, channels, _):
+        dy, x, residual = (*values, None)[:3]
+        d, z, scale = _before_activation(x, residual, *channels[:5])
+        dz = dy if activation is None else dy * ACTIVATIONS[activation].derivative(z)
+        results = ()
+        if write_dx:
+            dx = dz * scale
+            if through_moments:
+                slope, level = channels[-2:]
+                dx = dx + (d * slope + level)
+            results = (dx, dz) if write_dz else (dx,)
+        return () if through_moments else (dz, dz * d), results
+
+    return row
+
+
+def _moments_gradient_row(values, channels, numbers):
+    pivot, delta, dmean, dvar = channels
+    (count,) = numbers
+    slope, level = _through_moments(dmean, dvar, delta, count)
+    return (), ((values[0] - pivot) * slope + level,)
+
+
+# What the merges of the sums compute: per channel, of the sums and other values per channel and per group.
+
+
+def _finish_sums(sums, channels, _):
+    """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
+    sum_dz, sum_dz_d = sums
+    _, offset, rstd, *_ = channels
+    return sum_dz, (sum_dz_d - offset * sum_dz) * rstd
+
+
+def _finish_backward(sums, channels, numbers):
+    """slope and level, and the two sums: the part of dx that goes through the moments is d * slope + level."""
+    _, _, rstd, weight, _, dmean, dvar, delta = channels
+    batch, count = numbers
+    sum_dz, sum_dz_xhat = _finish_sums(sums, channels, ())
+    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    slope, level = _through_moments(dmean + times(batch, doffset), dvar + times(batch, dnorm_var), delta, count)
+    return slope, level, sum_dz, sum_dz_xhat
+
+
+def _through_moments(dmean, dvar, delta, count):
+    """slope and level of dmean/n + (d - delta) * 2 * dvar/n, as a function of d."""
+    slope = 2 * dvar / count
+    return slope, dmean / count - delta * slope
+
+
+# The operations.
+
+
+def _moments_partial(view, x):
+    tiles = view.tiling(1)
+    (partial,) = stream(tiles, "bn_fused_moments", [x], [], [], _moments_row, sums=2, moments=True)
+    return tiles, partial
+
+
+def moments(x, mask=None, *, spec):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    _, found = merge_moments(*_moments_partial(view, view.spread(x)))
+    return tuple(view.unchannel(value) for value in found)
+
+
+def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
+    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    _no_mask(mask)
+    blends = running_mean.dtype == F32 and running_var.dtype == F32
+    view = _View(x, spec, "forward" if blends else None)
+    flat = view.spread(x)
+    if view.kept is not None:
+        given = [weight, bias, running_mean, running_var]
+        return _resident_forward(view, flat, given, coefficients, residual, spec)
+    partial = _moments_partial(view, flat)
+    if blends:
+        given = view.wide(weight, bias, running_mean, running_var)
+        numbers = [view.numbers(coefficients)]
+        wide, found = merge_moments(*partial, (given, numbers), spec.eps)
+        pivot, delta, var, *new = (view.unchannel(value) for value in found)
+        channels = [*wide, *given]
+    else:
+        _, found = merge_moments(*partial)
+        pivot, delta, var = (view.unchannel(value) for value in found)
+        offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
+        channels = view.wide(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
+    y = _normalise(view, flat, residual, channels, spec, reverse=True)
+    return y, pivot, delta, var, *new
+
+
+def _resident_forward(view, flat, given, coefficients, residual, spec):
+    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    given, numbers = view.wide(*given), [view.numbers(coefficients)]
+    tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
+
+    def moments_row(values, channels, numbers):
+        return _moments_row(values, channels, numbers)[0]
+
+    def row(values, found, channels, numbers):
+        return normalise_row(values, [*found, *channels], numbers)[1]
+
+    (y,), (pivot, delta, var, *new) = resident(
+        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row, moments_merge(tiles, True, spec.eps), row,
+        sums=2, outputs=1, exact=5, moments=True,
+    )  # fmt: skip
+    return view.unspread(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
+
+
+def _normalise(view, flat, residual, channels, spec, reverse):
+    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    row, tiles = _normalise_row(spec.activation), view.tiling(len(arrays))
+    (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], row, outputs=1, reverse=reverse)
+    return view.unspread(y)
+
+
+def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    channels = view.wide(pivot, offset, rstd, weight, bias)
+    return _normalise(view, view.spread(x), residual, channels, spec, reverse=False)
+
+
+def backward(
+    dy,
+    dmean,
+    dvar,
+    x,
+    pivot,
+    offset,
+    rstd,
+    weight,
+    bias,
+    delta,
+    batch,
+    count,
+    residual=None,
+    mask=None,
+    *,
+    spec,
+):
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
+    _no_mask(mask)
+    view = _View(x, spec, "backward")
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
+    numbers = [view.group(value) for value in (batch, count)]
+    sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
+    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
+    outputs = 1 + write_dz
+    if view.kept is not None:
+        tiles = view.resident_tiling(len(arrays), SUMS)
+        results, found = resident(
+            tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sums(*row)[0],
+            sums_merge(2, _finish_backward),
+            lambda values, found, channels, numbers: row(values, [*channels, *found], numbers)[1],
+            sums=2, outputs=outputs, exact=2,
+        )  # fmt: skip
+        return view.gradients(results, found, dy, residual)
+    tiles = view.tiling(len(arrays))
+    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sums, sums=2)
+    through, found = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
+    channels = [*channels, *through]
+    results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
+    return view.gradients(results, found, dy, residual)
+
+
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+    """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
+    channels = view.wide(pivot, offset, rstd, weight, bias)
+    row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
+    *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
+    _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
+    return view.gradients(results, found, dy, residual)
+
+
+def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
+    """Gradient of `moments` with respect to x."""
+    _no_mask(mask)
+    view = _View(x, spec)
+    channels = view.wide(pivot, delta, dmean, dvar)
+    name = "bn_fused_moments_backward"
+    flat, numbers = [view.spread(x)], [view.group(count)]
+    (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
+    return (view.unspread(dx),)
+
+
+def _no_mask(mask):
+    if mask is not None:
+        raise ValueError("pallas_gpu takes no mask")

@@ -1,0 +1,1 @@
+"""The backend `pallas_tpu`: Pallas kernels for TPUs (Mosaic)."""

@@ -1,0 +1,1 @@
+"""The backend `triton`: Triton kernels, through jax-triton."""

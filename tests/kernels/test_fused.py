@@ -1,0 +1,440 @@
+"""The raw operation `fused_batch_norm`, and how a backend plugs in and is chosen."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bn_fused
+from bn_fused import kernels
+from bn_fused.kernels.backends import jnp as jnp_backend
+
+from support import oracle
+from support.tolerances import assert_close, computed_in
+
+ROWS, CHANNELS, GROUPS = 24, 5, 3
+# Six numbers with nothing special about them, and those of the approach `batch`.
+BLEND = kernels.Coefficients(0.7, 0.4, 0.0, 0.1, 0.15, 0.9)
+BATCH = kernels.Coefficients(1.0, 0.0, 0.0, 0.01, 0.01, 0.99)
+
+
+def operands(groups=(), dtype="float32", residual=False, seed=0):
+    random, wide = np.random.default_rng(seed), computed_in(dtype)
+    per_channel = (*groups, CHANNELS)
+
+    def normal(shape, dtype=wide):
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    shape = (*groups, ROWS, CHANNELS)
+    centre = 3 * normal((*groups, 1, CHANNELS))
+    return {
+        "x": (centre + 2 * normal(shape)).astype(dtype),
+        "weight": 1 + normal(per_channel) / 2,
+        "bias": normal(per_channel),
+        "running_mean": normal(per_channel),
+        "running_var": 1 + jnp.abs(normal(per_channel)),
+        "residual": normal(shape, dtype) if residual else None,
+    }, random
+
+
+def coefficients_for(values, groups, dtype):
+    """As scalars without groups, else [groups], each group with other numbers."""
+    grown = (
+        [jnp.asarray(value, dtype) * (1 + jnp.arange(*groups) / 10).astype(dtype) for value in values]
+        if groups
+        else values
+    )
+    return kernels.Coefficients(*(jnp.asarray(value, dtype) for value in grown))
+
+
+@functools.cache
+def compiled(activation, backend):
+    @jax.jit
+    def run(arrays, coefficients, cotangents):
+        def of(arrays, coefficients):
+            rest = {name: value for name, value in arrays.items() if name != "x"}
+            residual = rest.pop("residual")
+            return kernels.fused_batch_norm(
+                arrays["x"],
+                **rest,
+                coefficients=coefficients,
+                eps=1e-5,
+                activation=activation,
+                residual=residual,
+                backend=backend,
+            )
+
+        results, pullback = jax.vjp(of, arrays, coefficients)
+        return results, *pullback(cotangents)
+
+    return run
+
+
+def oracle_rows(arrays, coefficients, activation, group, backend="auto"):
+    def of(name):
+        value = arrays[name]
+        return None if value is None else np.asarray(value if group is None else value[group], np.float64)
+
+    values = (np.asarray(value, np.float64) for value in coefficients)
+    numbers = oracle.Coefficients(*(float(value if group is None else value[group]) for value in values))
+    x = of("x")
+    precision = computed_in(arrays["x"].dtype)
+    return oracle.Rows(
+        x=x,
+        weight=of("weight"),
+        bias=of("bias"),
+        running_mean=of("running_mean"),
+        running_var=of("running_var"),
+        coefficients=numbers,
+        eps=1e-5,
+        activation=activation,
+        residual=of("residual"),
+        counting=np.ones(len(x)),
+        rounded_mean=float(np.finfo(precision).eps) if backend == "reference" or precision == np.float64 else 0.0,
+    )
+
+
+CASES = [
+    # groups, dtype, activation, residual, coefficients, backend
+    ((), "float32", None, False, BATCH, "auto"),
+    ((), "float32", "relu", True, BATCH, "jnp"),
+    ((), "float32", "gelu", True, BLEND, "auto"),
+    ((), "float32", "silu", False, BLEND, "reference"),
+    ((GROUPS,), "float32", "leaky_relu", False, BLEND, "auto"),
+    ((GROUPS,), "float32", "silu", True, BATCH, "auto"),
+    ((GROUPS,), "float32", None, True, BLEND, "reference"),
+    ((GROUPS,), "bfloat16", "relu", True, BATCH, "auto"),
+    ((), "float16", None, False, BLEND, "auto"),
+    ((GROUPS,), "float64", "gelu", False, BLEND, "auto"),
+    ((), "float64", None, True, BATCH, "reference"),
+    ((), "bfloat16", None, False, BATCH, "reference"),
+]
+
+
+@pytest.mark.parametrize(("groups", "dtype", "activation", "residual", "numbers", "backend"), CASES)
+def test_values_and_all_gradients_agree_with_the_oracle(groups, dtype, activation, residual, numbers, backend):
+    with jax.enable_x64(dtype == "float64"):
+        arrays, random = operands(groups, dtype, residual)
+        wide = computed_in(dtype)
+        coefficients = coefficients_for(numbers, groups, wide)
+        indices = [None] if not groups else list(range(*groups))
+        rows = [oracle_rows(arrays, coefficients, activation, group, backend) for group in indices]
+
+        def joined(parts):
+            parts = [np.asarray(part) for part in parts]
+            return parts[0] if not groups else np.stack(parts)
+
+        pre, near = joined(row.pre for row in rows), joined(1e-3 * row.y_scale for row in rows)
+        dy = random.standard_normal(arrays["x"].shape)
+        if activation in oracle.KINKED:
+            dy = np.where(abs(pre) < near, 0, dy)
+        per_channel = (*groups, CHANNELS)
+        dy = jnp.asarray(dy, dtype)
+        # of mean, var, new_running_mean, new_running_var
+        others = tuple(jnp.asarray(random.standard_normal(per_channel), wide) for _ in range(4))
+        results, gradients, coefficient_gradients = compiled(activation, backend)(arrays, coefficients, (dy, *others))
+
+        close = functools.partial(assert_close, dtype=wide)
+        y, mean, var, new_mean, new_var = results
+        assert y.dtype == arrays["x"].dtype and mean.dtype == var.dtype == new_mean.dtype == wide
+        close(y, joined(row.y for row in rows), joined(row.y_scale for row in rows), what="y")
+        std = joined(np.sqrt(row.var) for row in rows)
+        close(mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean")
+        close(var, joined(row.var for row in rows), joined(row.var_scale for row in rows), what="var")
+        close(
+            new_mean,
+            joined(row.new_running_mean for row in rows),
+            joined(row.new_running_mean_scale for row in rows),
+            what="new running mean",
+        )
+        close(
+            new_var,
+            joined(row.new_running_var for row in rows),
+            joined(row.new_running_var_scale for row in rows),
+            what="new running var",
+        )
+
+        def part(array, group):
+            return np.asarray(array if group is None else array[group], np.float64)
+
+        both = []
+        for row, group in zip(rows, indices, strict=True):
+            dmean, dvar, dnew_mean, dnew_var = (part(value, group) for value in others)
+            both.append(row.backward(part(dy, group), dnew_mean, dnew_var, dmean, dvar))
+        for name, gradient in gradients.items():
+            if gradient is None:
+                continue
+            wanted = joined(getattr(values, name) for values, _ in both)
+            scale = joined(getattr(scales, name) for _, scales in both)
+            close(gradient, wanted, np.broadcast_to(scale, wanted.shape), what=f"gradient of {name}")
+        for name, gradient in zip(coefficients._fields, coefficient_gradients, strict=True):
+            wanted = joined(getattr(values.coefficients, name) for values, _ in both)
+            scale = joined(getattr(scales.coefficients, name) for _, scales in both)
+            close(gradient, wanted, scale, what=f"gradient of the coefficient {name}")
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_vmap_of_it_is_its_groups(backend):
+    arrays, _ = operands((GROUPS,))
+    coefficients = coefficients_for(BLEND, (), np.float32)
+
+    def one(x, weight, bias, mean, var):
+        return kernels.fused_batch_norm(
+            x, weight, bias, mean, var, coefficients, eps=1e-5, activation="silu", backend=backend
+        )
+
+    values = [arrays[name] for name in ("x", "weight", "bias", "running_mean", "running_var")]
+    mapped = jax.jit(jax.vmap(one))(*values)
+    grouped = jax.jit(one)(*values)
+    single = [jax.jit(one)(*(value[group] for value in values)) for group in range(GROUPS)]
+    for index, (over_axis, over_groups) in enumerate(zip(mapped, grouped, strict=True)):
+        assert_close(over_axis, np.asarray(over_groups, np.float64), 1 + np.abs(over_groups))
+        apart = np.stack([np.asarray(results[index], np.float64) for results in single])
+        assert_close(over_axis, apart, 1 + np.abs(apart))
+
+
+def test_gradients_of_a_vmap_with_shared_parameters_sum_over_the_mapped_axis():
+    arrays, _ = operands((GROUPS,))
+    coefficients = coefficients_for(BATCH, (), np.float32)
+    others = [arrays[name][0] for name in ("bias", "running_mean", "running_var")]
+
+    def one(weight, x):
+        y, *_ = kernels.fused_batch_norm(x, weight, *others, coefficients, eps=1e-5)
+        return jnp.sum(y**3)
+
+    def all_groups(weight, x):
+        return jnp.sum(jax.vmap(one, in_axes=(None, 0))(weight, x))
+
+    weight = arrays["weight"][0]
+    together = jax.jit(jax.grad(all_groups))(weight, arrays["x"])
+    of_one = jax.jit(jax.grad(one))
+    apart = [np.asarray(of_one(weight, x), np.float64) for x in arrays["x"]]
+    # A sum of `ROWS` cubes times xhat, each of order ten, in every group.
+    assert_close(together, sum(apart), sum(map(np.abs, apart)) + 10 * ROWS * GROUPS)
+
+
+def test_bad_arguments_are_named():
+    arrays, _ = operands()
+    good = {**arrays, "coefficients": coefficients_for(BATCH, (), np.float32), "eps": 1e-5}
+    bad = [
+        ({"x": jnp.ones(4)}, ValueError, "x"),
+        ({"x": jnp.ones((0, CHANNELS))}, ValueError, "nothing to average"),
+        ({"x": jnp.ones((ROWS, CHANNELS), jnp.int32)}, TypeError, "int32"),
+        ({"weight": jnp.ones(2)}, ValueError, "weight"),
+        ({"bias": jnp.ones((2, CHANNELS))}, ValueError, "bias"),
+        ({"running_mean": jnp.ones(2)}, ValueError, "running_mean"),
+        ({"running_var": jnp.ones(2)}, ValueError, "running_var"),
+        ({"residual": jnp.ones((1, CHANNELS))}, ValueError, "residual"),
+        ({"activation": "tanh"}, ValueError, "tanh"),
+        ({"weight": None}, TypeError, "weight is None"),
+        ({"running_var": jnp.ones(CHANNELS, jnp.bfloat16)}, TypeError, "running_var has dtype bfloat16.*float32"),
+        ({"eps": 0.0}, ValueError, "eps"),
+        ({"eps": "a"}, TypeError, "eps is 'a'"),
+        ({"coefficients": (1.0, 0.0)}, TypeError, "Coefficients"),
+        ({"coefficients": good["coefficients"]._replace(keep=jnp.ones(3))}, ValueError, "coefficients.keep.*(3,)"),
+        ({"backend": "cudnn"}, ValueError, "cudnn"),
+    ]
+    for change, error, word in bad:
+        with pytest.raises(error, match=word):
+            kernels.fused_batch_norm(**{**good, **change})
+
+
+# --- backends -----------------------------------------------------------------------------------------------
+
+
+def test_the_backends_there_are():
+    assert {"jnp", "reference"} <= set(kernels.backend_names())
+    assert "auto" not in kernels.backend_names()
+
+
+@pytest.fixture
+def tpu_only():
+    """A backend for TPUs only, which computes as jnp does and notes what it was asked to compute."""
+    from bn_fused.kernels.backends import jnp as jnp_backend
+    from bn_fused.kernels.contract import OPERATIONS
+
+    asked = []
+
+    def counting(name):
+        def compute(**values):
+            asked.append(name)
+            return getattr(jnp_backend, name)(**values)
+
+        return compute
+
+    backend = kernels.Backend(
+        "fake_tpu",
+        {name: counting(name) for name in OPERATIONS},
+        refusal=lambda problem, target: None if target.platform == "tpu" else "it is written for TPUs",
+        verdict=lambda problem, target: kernels.auto.Verdict(True, "a test prefers it"),
+        plan=lambda problem, target: ("plan", problem.rows, problem.channels),
+    )
+    kernels.register(backend)
+    yield types.SimpleNamespace(name="fake_tpu", asked=asked)
+    kernels.unregister("fake_tpu")
+
+
+def raw(backend):
+    arrays, _ = operands()
+    coefficients = coefficients_for(BATCH, (), np.float32)
+    rest = {name: arrays[name] for name in ("weight", "bias", "running_mean", "running_var")}
+
+    @jax.jit
+    def run(x):
+        return kernels.fused_batch_norm(x, **rest, coefficients=coefficients, eps=1e-5, backend=backend)[0]
+
+    return run, arrays["x"]
+
+
+def through_the_function(backend):
+    x = operands()[0]["x"]
+    stats = bn_fused.RunningStats.init(CHANNELS)
+    return jax.jit(lambda x: bn_fused.batch_norm(x, stats, backend=backend)[0]), x
+
+
+def through_the_layer(backend):
+    import equinox as eqx
+
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch", backend=backend)
+    run = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    return jax.jit(lambda x: run(x, state)[0]), operands()[0]["x"]
+
+
+ENTRANCES = [raw, through_the_function, through_the_layer]
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_a_named_backend_that_cannot_run_says_where_and_why(tpu_only, entrance):
+    run, x = entrance("fake_tpu")
+    with pytest.raises(bn_fused.BackendError, match=r"(?s)'fake_tpu'.* cpu.*written for TPUs"):
+        run.lower(x)
+    with pytest.raises(bn_fused.BackendError, match="'fake_tpu'"):
+        run(x)
+    assert not tpu_only.asked
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("backend", ["auto", "fake_tpu"])
+def test_the_backend_is_resolved_for_the_platform_it_is_lowered_for(tpu_only, entrance, backend):
+    """On this machine without a TPU: lowered for one, the TPU's backend computes."""
+    run, x = entrance(backend)
+    run.trace(x).lower(lowering_platforms=("tpu",))
+    assert tpu_only.asked == ["forward"]
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_one_lowering_for_two_platforms_resolves_each(tpu_only, entrance):
+    run, x = entrance("auto")
+    run.trace(x).lower(lowering_platforms=("cpu", "tpu"))
+    assert tpu_only.asked == ["forward"]
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+def test_auto_passes_over_a_backend_that_cannot_run(tpu_only, entrance):
+    run, x = entrance("auto")
+    expected, _ = entrance("jnp")
+    np.testing.assert_array_equal(run(x), expected(x))
+    assert not tpu_only.asked
+
+
+@pytest.mark.parametrize(("target", "by_name"), [("cpu", ""), ("h200", "pallas_gpu"), ("v5e", "pallas_tpu")])
+def test_the_reason_of_auto_says_what_jnp_is_and_which_kernels_run_by_name(target, by_name):
+    choice = bn_fused.explain((32, 64, 56, 56), jnp.bfloat16, channel_axis=1, target=target)
+    assert choice.name == "jnp" and choice.reason.startswith("plain jnp, which XLA compiles for")
+    assert (f"; {by_name} runs by name: " in choice.reason) if by_name else ("by name" not in choice.reason)
+    # each backend that is not taken, with its reason
+    for name in ("pallas_gpu", "pallas_tpu"):
+        assert choice.reason.count(f"; {name} ") == 1
+
+
+def test_explain_names_backend_reason_and_plan(tpu_only):
+    here = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cpu")
+    assert isinstance(here, bn_fused.BackendChoice)
+    assert here.name == "jnp" and here.plan.fold == 8
+    assert "fake_tpu" in here.reason and "written for TPUs" in here.reason
+    there = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu")
+    assert there.name == "fake_tpu" and there.plan == ("plan", ROWS, CHANNELS)
+    assert "a test prefers it" in there.reason
+    with pytest.raises(bn_fused.BackendError, match=r"(?s)fake_tpu.*cuda.*written for TPUs"):
+        bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cuda", backend="fake_tpu")
+    named = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu", backend="jnp")
+    assert named.name == "jnp" and named.reason
+
+
+def test_a_plan_overrides_the_backends_own_and_must_be_of_its_type():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, CHANNELS)), jnp.float32)
+    ones, zeros = jnp.ones(CHANNELS), jnp.zeros(CHANNELS)
+    coefficients = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
+
+    def compiled_with(plan):
+        def run(x):
+            return kernels.fused_batch_norm(x, ones, zeros, zeros, ones, coefficients, eps=1e-5, plan=plan)
+
+        return jax.jit(run).lower(x).as_text()
+
+    folded, plain = compiled_with(jnp_backend.Plan(fold=8)), compiled_with(jnp_backend.Plan(fold=None))
+    assert compiled_with(None) == folded
+    assert "reduce_precision" in folded and "reduce_precision" not in plain
+    with pytest.raises(TypeError, match=r"plan.*3.*jnp.*Plan"):
+        compiled_with(3)
+
+
+def test_explain_counts_rows_without_the_channel_axis(tpu_only):
+    choice = bn_fused.explain((8, CHANNELS, 4, 6), jnp.bfloat16, channel_axis=1, target="tpu")
+    assert choice.plan == ("plan", 8 * 4 * 6, CHANNELS)
+
+
+def test_explain_defaults_to_where_jax_computes():
+    assert bn_fused.explain((4, 3), jnp.float32) == bn_fused.explain((4, 3), jnp.float32, target=jax.default_backend())
+
+
+def test_explain_and_the_function_agree(tpu_only):
+    """What `explain` says is what is lowered."""
+    choice = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu")
+    run, x = through_the_function("auto")
+    run.trace(x).lower(lowering_platforms=("tpu",))
+    assert (choice.name == "fake_tpu") == bool(tpu_only.asked)
+
+
+def test_a_backends_name_is_new_and_its_operations_complete():
+    complete = dict.fromkeys(("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward"))
+    for name in ("jnp", "reference", "auto"):
+        with pytest.raises(ValueError, match=name):
+            kernels.register(kernels.Backend(name, complete))
+    with pytest.raises(ValueError, match=r"half.*backward"):
+        kernels.register(kernels.Backend("half", {"forward": None}))
+    with pytest.raises(ValueError, match="unheard of"):
+        kernels.unregister("unheard of")
+
+
+def test_backend_error_is_a_value_error():
+    assert issubclass(bn_fused.BackendError, ValueError)
+
+
+KERNELS = ("pallas_gpu", "pallas_tpu", "triton")
+
+
+@pytest.mark.parametrize("chip", kernels.CHIPS.values(), ids=lambda chip: chip.name)
+def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_on(chip):
+    target = kernels.registry.Target(chip.platform, chip)
+    for name in KERNELS:
+        written_for = (chip.platform == "tpu") == (name == "pallas_tpu")
+        reached = written_for
+        if name == "pallas_gpu":
+            reached = chip.platform == "cuda" and chip.compute_capability >= (9, 0)
+        assert ((name, chip.name) in kernels.auto.VERDICTS) == reached
+        if not reached:
+            problem = kernels.registry.Problem(1, 4096, 128, "float32")
+            assert kernels.registry._BACKENDS[name].refusal(problem, target) is not None
+
+
+def test_auto_takes_what_the_table_says(monkeypatch):
+    taken = kernels.auto.Verdict(True, "1.3 times as fast in a test")
+    monkeypatch.setattr(kernels.auto, "VERDICTS", {("pallas_gpu", "h200"): taken})
+    choice = bn_fused.explain((4096, 128), jnp.float32, target="h200")
+    assert choice.name == "pallas_gpu" and choice.reason.startswith(taken.why)
+    assert bn_fused.explain((4096, 128), jnp.float32, target="h100").name == "jnp"
+    assert bn_fused.explain((4096, 128), jnp.float64, target="h200").name == "jnp"

@@ -1,0 +1,239 @@
+"""The tiles of the backend `pallas_gpu`, in plain Python: what is covered, what is merged, what is refused."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bn_fused
+from bn_fused import kernels
+from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
+from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, WARPGROUP, Plan, fold_of, make_plan, splits_of, tiling
+from bn_fused.kernels.chips import CHIPS
+from bn_fused.kernels.registry import BackendError, Problem, Target, choose
+
+from support.pallas_gpu_tiles import SHAPES, merged_by_hand
+from support.tolerances import assert_close
+
+H200, B200 = Target("cuda", CHIPS["h200"]), Target("cuda", CHIPS["b200"])
+
+
+def small_tilings():
+    """Every way to cut a few rows, with tiles as small as the shared memory that is given to them."""
+    for rows, splits, warpgroups, most_rows in itertools.product(range(1, 34), (1, 2, 3, 5), (1, 2, 4), (1, 2, 4, 8)):
+        if splits * warpgroups <= rows:
+            plan = Plan(1, 128, splits, warpgroups, 2, ring_bytes=warpgroups * 2 * most_rows * 128 * 4)
+            yield tiling(plan, 1, rows, 128, 4, inputs=1)
+
+
+def test_every_row_is_worked_on_exactly_once():
+    for t in small_tilings():
+        seen = []
+        for worker in range(t.workers):
+            for index in range(t.tiles(worker)):
+                first, skipped = t.tile(worker, index)
+                assert 0 <= first and first + t.tile_rows <= t.rows and 0 <= skipped < t.tile_rows, t
+                seen += range(first + skipped, first + t.tile_rows)
+        assert seen == list(range(t.rows)), t
+
+
+def test_a_worker_reads_no_rows_but_its_own():
+    for t in small_tilings():
+        for worker in range(t.workers):
+            start, rows = t.worker_range(worker)
+            assert rows >= t.tile_rows
+            for index in range(t.tiles(worker)):
+                first, _ = t.tile(worker, index)
+                assert start <= first and first + t.tile_rows <= start + rows
+
+
+def test_the_rows_of_a_split_are_those_of_its_warpgroups():
+    for t in small_tilings():
+        for split in range(t.splits):
+            workers = range(split * t.warpgroups, (split + 1) * t.warpgroups)
+            assert t.split_rows(split) == sum(t.worker_range(worker)[1] for worker in workers)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("chip", ["h100", "h200", "b200"])
+def test_every_plan_fits_the_chip_and_covers_every_column(chip, itemsize):
+    chip, planned = CHIPS[chip], 0
+    for groups, rows, channels in SHAPES:
+        plan = make_plan(groups, rows, channels, itemsize, chip)
+        if plan is None:
+            continue
+        planned += 1
+        assert plan.ring_bytes + RESERVED <= chip.shared_memory_per_block
+        for inputs in (1, 2, 3):
+            t = tiling(plan, groups, rows, channels, itemsize, inputs)
+            assert inputs * t.warpgroups * t.stages * t.tile_rows * t.columns * itemsize <= plan.ring_bytes
+            assert t.width * itemsize % 16 == 0 and t.tile_rows <= 256 and t.columns <= 256
+            assert t.warpgroups * t.stages <= 32  # barriers that Mosaic has in a group
+            assert t.rows * t.width == rows * channels and t.samples == rows
+            covered = set()
+            for block in range(t.blocks):
+                start = t.block_start(block)
+                assert 0 <= start and start + t.columns <= t.width
+                covered |= set(range(start, start + t.columns))
+            assert covered == set(range(t.width))
+            # The columns of the other copies of a merge's channels, which are neighbours in the partial results too.
+            for block in {0, t.merge_blocks // 2, t.merge_blocks - 1}:
+                start = t.merge_start(block)
+                assert 0 <= start and start + WARPGROUP <= t.width
+                for copy in range(t.fold):
+                    there = t.copy_start(start, copy)
+                    assert there + WARPGROUP <= t.padded_width and (there - start) % channels == 0
+    assert planned > 200
+
+
+@pytest.mark.parametrize("chip", ["h200", "b200"])
+def test_large_arrays_keep_the_whole_chip_busy(chip):
+    """Blocks for at least 85 % of the cores, in the last wave too, and enough bytes in flight on each."""
+    chip = CHIPS[chip]
+    for rows, channels in itertools.product((6272, 25088, 100352, 401408), (64, 128, 256, 512, 1024, 2048)):
+        for itemsize, inputs in itertools.product((2, 4), (1, 2, 3)):
+            if rows * channels * itemsize < 8e6:
+                continue
+            plan = make_plan(1, rows, channels, itemsize, chip)
+            t = tiling(plan, 1, rows, channels, itemsize, inputs)
+            waves = math.ceil(t.grid / chip.cores)
+            assert t.grid >= 0.85 * waves * chip.cores, (rows, channels, plan)
+            in_flight = inputs * t.warpgroups * t.stages * t.tile_rows * t.columns * itemsize
+            assert in_flight >= 96 * 1024, (rows, channels, plan)
+
+
+def test_a_merge_meets_every_copy_of_its_channels_once():
+    for channels, fold in ((8, 16), (24, 16), (65, 3), (96, 4), (136, 2), (1, 200)):
+        plan = Plan(fold, 128, 1, 1, 2, ring_bytes=2 * 4 * 128 * 4)
+        t = tiling(plan, 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
+        for block in range(t.merge_blocks if t else 0):
+            start = t.merge_start(block)
+            # What the stream's kernel has written: the row, and the first block's columns once more.
+            padded = np.arange(t.padded_width) % t.width
+            windows = [padded[t.copy_start(start, copy) :][:WARPGROUP] for copy in range(fold)]
+            for lane, column in enumerate(range(start, start + WARPGROUP)):
+                met = sorted(window[lane] for window in windows)
+                assert met == list(range(column % channels, t.width, channels))
+
+
+def test_folded_rows_are_read_with_hardly_any_overlap():
+    for channels in (1, 3, 8, 17, 24, 64, 65, 96, 128, 256, 1000, 2048):
+        fold, columns = fold_of(100352, channels, 2)  # 2^11 * 49 rows
+        again = -(-fold * channels // columns) * columns / (fold * channels) - 1
+        assert again <= 0.005 and (channels % 8 or again == 0), (channels, fold, columns)
+    assert fold_of(100352, 256, 2) == (1, 256)
+    assert fold_of(100352, 64, 2) == (4, 256)
+    # 49 rows fold by 7 or 49 alone: the last block overlaps the one before.
+    fold, columns = fold_of(49, 64, 4)
+    assert fold == 7 and fold * 64 % columns
+    assert fold_of(1, 64, 4) is None and fold_of(3, 17, 4) is None and fold_of(1009, 8, 4) is None
+
+
+def test_folding_leaves_rows_enough_to_make_its_own_traffic_small():
+    shapes = [*itertools.product((25088, 100352), (3, 17, 65, 1000)), (28679, 1000)]
+    for rows, channels in shapes:
+        fold, _ = fold_of(rows, channels, 2)
+        assert 90 / (rows // fold * 2) < 0.25, (rows, channels, fold)
+
+
+def test_splits_fill_the_last_wave():
+    for rows, blocks, cores in itertools.product((8, 64, 1000, 100352), range(1, 400), (132, 148)):
+        splits = splits_of(rows, blocks, 4, cores)
+        assert 1 <= splits and (splits == 1 or rows // (4 * splits) >= 8)
+        if blocks <= cores:
+            assert blocks * splits <= cores
+
+
+@pytest.mark.parametrize(
+    "change", [{"fold": 3}, {"columns": 96}, {"splits": 0}, {"splits": 10**6}, {"ring_bytes": 100}]
+)
+def test_a_plan_by_hand_that_does_not_fit_is_refused(change):
+    plan = make_plan(1, 1024, 128, 4, CHIPS["h200"])
+    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__} | change
+    with pytest.raises(ValueError, match="does not fit"):
+        tiling(Plan(**fields), 1, 1024, 128, 4, 1)
+
+
+@pytest.mark.parametrize("centre", [0.0, 1e4])
+@pytest.mark.parametrize("channels", [32, 128])
+def test_the_merge_of_any_cut_is_the_whole(channels, centre):
+    random = np.random.default_rng(0)
+    fold = 128 // channels
+    for rows, splits, warpgroups in itertools.product((1, 2, 3, 7, 12, 31), (1, 2, 3), (1, 2, 4)):
+        if splits * warpgroups > rows:
+            continue
+        plan = Plan(fold, 128, splits, warpgroups, 2, ring_bytes=warpgroups * 2 * 4 * 128 * 4)
+        t = tiling(plan, 1, rows * fold, channels, 4, 1)
+        x = (centre + random.standard_normal((rows * fold, channels))).astype(np.float32)
+        pivot, delta, var = merged_by_hand(t, x.reshape(rows, -1))
+        wide = x.astype(np.float64)
+        std = wide.std(0) + abs(wide - wide.mean(0)).max(0)
+        assert_close(pivot.astype(np.float64) + delta, wide.mean(0), std, stored=np.float32, what="mean")
+        assert_close(var, wide.var(0), std**2, what="var")
+
+
+# --- refusals -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "words"),
+    [
+        (Target("cpu"), {}, "NVIDIA"),
+        (Target("tpu", CHIPS["v5e"]), {}, "NVIDIA"),
+        (Target("rocm"), {}, "NVIDIA"),
+        (Target("cuda"), {}, "not known for which GPU"),
+        (Target("cuda", CHIPS["a100"]), {}, r"9\.x or 10\.x \(Hopper, Blackwell\).*a100 has 8\.0"),
+        (Target("cuda", CHIPS["h200"], partitioned=True), {}, "partitions"),
+        (H200, {"dtype": "float64"}, "float64"),
+        (H200, {"mask": True}, "mask"),
+        (H200, {"rows": 3, "channels": 17}, "copy engine"),
+        (H200, {"rows": 1 << 31}, "2147483648"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_with_the_reason(target, change, words):
+    problem = Problem(**{"groups": 1, "rows": 4096, "channels": 64, "dtype": "float32"} | change)
+    with pytest.raises(BackendError, match=rf"(?s)'pallas_gpu' cannot run on {target.platform}.*{words}"):
+        choose(problem, target, "pallas_gpu")
+    choice = choose(problem, target, "auto")
+    assert choice.name == "jnp" and "pallas_gpu cannot run here" in choice.reason
+
+
+def test_by_name_on_this_machine_it_raises():
+    x, stats = jnp.ones((64, 128)), bn_fused.RunningStats.init(128)
+    with pytest.raises(bn_fused.BackendError, match=r"(?s)'pallas_gpu'.*cpu.*NVIDIA"):
+        bn_fused.batch_norm(x, stats, backend="pallas_gpu")
+
+
+@pytest.mark.parametrize("target", ["h100", "h200", "b200"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_explain_shows_the_plan(target, dtype):
+    choice = bn_fused.explain((32, 64, 56, 56), dtype, channel_axis=1, target=target, backend="pallas_gpu")
+    assert choice.name == "pallas_gpu" and isinstance(choice.plan, Plan)
+    assert choice.plan.fold == 4 and choice.plan.passes("moments") == (1, 0)
+
+
+def test_auto_leaves_gpus_to_jnp_until_the_kernels_are_measured():
+    choice = bn_fused.explain((32, 64, 56, 56), jnp.float32, channel_axis=1, target="h200")
+    assert choice.name == "jnp"
+    assert "pallas_gpu runs by name: its kernels never ran on this chip" in choice.reason
+
+
+@pytest.mark.parametrize("capability", [(11, 0), (12, 0)])
+def test_a_capability_nobody_compiled_for_is_refused(capability):
+    chip = kernels.chips.GpuChip("new", "NVIDIA New", capability, 100, 228 * 1024)
+    refusal = pallas_gpu.refusal(Problem(1, 4096, 64, "float32"), Target("cuda", chip))
+    assert "not known to compile" in refusal
+
+
+def test_the_import_brings_nothing_of_pallas_that_jax_and_equinox_do_not():
+    script = (
+        "import sys, jax, equinox; before = set(sys.modules); import bn_fused\n"
+        "new = [name for name in set(sys.modules) - before if not name.startswith('bn_fused')]\n"
+        "print([name for name in new if 'pallas' in name or 'mosaic' in name or 'jaxlib.mlir' in name])"
+    )
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert process.stdout.strip() == "[]", process.stdout + process.stderr

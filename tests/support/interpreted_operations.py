@@ -1,0 +1,39 @@
+"""What a process that runs kernels does with a case: compute forward, and from its results other operations."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from bn_fused.kernels import contract
+
+
+def compute_all(compute, spec, operands, rows, operations):
+    """The results as {"operation.result": float32 array, "operation.result.dtype": name}.
+
+    `compute(operation, arguments)` runs one; `operands` are those of `forward` and the cotangents, of x's dtype and
+    float32. The statistics for the other operations come from the forward's results.
+    """
+    results = {}
+
+    def run(operation, given):
+        names = [name for name in contract.OPERATIONS[operation].operands if given.get(name) is not None]
+        found = compute(operation, {name: given[name] for name in names})
+        found = found if isinstance(found, (tuple, list)) else (found,)
+        for name, value in zip(contract.OPERATIONS[operation].result_kinds(names), found, strict=True):
+            results[f"{operation}.{name}"] = np.asarray(value.astype(jnp.float32))
+            results[f"{operation}.{name}.dtype"] = str(value.dtype)
+        return found
+
+    _, pivot, delta, var, _, _ = run("forward", operands)
+    coefficients = operands["coefficients"]
+    new = contract.blend(pivot, delta, var, operands["running_mean"], operands["running_var"], coefficients)
+    statistics = {
+        "pivot": pivot,
+        "delta": delta,
+        "offset": new.offset,
+        "rstd": contract.reciprocal_std(new.norm_var, spec.eps),
+        "batch": coefficients[..., 0],
+        "count": jnp.full(coefficients.shape[:-1], rows, jnp.float32),
+    }
+    for operation in operations:
+        run(operation, operands | statistics)
+    return results
