@@ -7,8 +7,7 @@ and `bn_fused.kernels` holds the raw operations.
 from bn_fused import kernels as kernels
 from bn_fused.explain import explain as explain
 from bn_fused.function import batch_norm as batch_norm
-from bn_fused.kernels import BackendChoice as BackendChoice
-from bn_fused.kernels import BackendError as BackendError
+from bn_fused.kernels import BackendChoice as BackendChoice, BackendError as BackendError
 from bn_fused.layer import BatchNorm as BatchNorm
 from bn_fused.step import RunningStats as RunningStats
 

@@ -5,18 +5,19 @@ holds the backends and chooses among them, `dispatch` makes the choice when an o
 """
 
 from bn_fused.kernels.chips import CHIPS as CHIPS
-from bn_fused.kernels.contract import Coefficients as Coefficients
-from bn_fused.kernels.contract import Spec as Spec
+from bn_fused.kernels.contract import Coefficients as Coefficients, Spec as Spec
 from bn_fused.kernels.fused import fused_batch_norm as fused_batch_norm
-from bn_fused.kernels.registry import Backend as Backend
-from bn_fused.kernels.registry import BackendChoice as BackendChoice
-from bn_fused.kernels.registry import BackendError as BackendError
-from bn_fused.kernels.registry import Problem as Problem
-from bn_fused.kernels.registry import Target as Target
-from bn_fused.kernels.registry import backend_names as backend_names
-from bn_fused.kernels.registry import choose as choose
-from bn_fused.kernels.registry import register as register
-from bn_fused.kernels.registry import unregister as unregister
+from bn_fused.kernels.registry import (
+    Backend as Backend,
+    BackendChoice as BackendChoice,
+    BackendError as BackendError,
+    Problem as Problem,
+    Target as Target,
+    backend_names as backend_names,
+    choose as choose,
+    register as register,
+    unregister as unregister,
+)
 
 __all__ = [
     "Backend",

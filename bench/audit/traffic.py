@@ -19,16 +19,29 @@ from collections.abc import Iterator, Mapping
 
 # Instructions that name or group arrays, or wait for them, and move nothing.
 _FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier optimization-barrier add-dependency "
-    "domain partition-id replica-id get-dimension-size".split()
+    [
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "opt-barrier",
+        "optimization-barrier",
+        "add-dependency",
+        "domain",
+        "partition-id",
+        "replica-id",
+        "get-dimension-size",
+    ]
 )
 # Instructions that run other computations.
 _CONTROL = ("call", "while", "conditional", "async-start")
 # Instructions that only move data: alone in a kernel, they are a copy that a better layout would save.
-_MOVES = frozenset("copy transpose reshape bitcast bitcast-convert".split())
+_MOVES = frozenset(["copy", "transpose", "reshape", "bitcast", "bitcast-convert"])
 # In a fusion, instructions that hand an operand through element by element in the same order and need not read all
 # of it if only a part of their result is used.
-_TRANSPARENT = frozenset("bitcast reshape copy convert".split())
+_TRANSPARENT = frozenset(["bitcast", "reshape", "copy", "convert"])
 _SLICES = frozenset(("slice", "dynamic-slice", "gather"))
 
 _BITS = {

@@ -14,14 +14,8 @@ from bn_fused import kernels
 from bn_fused.bench import deviceless
 from bn_fused.bench.audit import (
     compile as audit,
-)
-from bn_fused.bench.audit import (
     report as audit_report,
-)
-from bn_fused.bench.audit import (
     rows as audit_rows,
-)
-from bn_fused.bench.audit import (
     summary as audit_summary,
 )
 from bn_fused.bench.audit.blocks import BLOCKS, FORMS, RIVALS, Setting

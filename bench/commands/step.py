@@ -21,10 +21,7 @@ from bn_fused.bench.commands.common import (
 )
 from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.run import records, report, suite
-from bn_fused.bench.step import audit as step_audit
-from bn_fused.bench.step import networks as step_networks
-from bn_fused.bench.step import resnet
-from bn_fused.bench.step import timed as step
+from bn_fused.bench.step import audit as step_audit, networks as step_networks, resnet, timed as step
 from bn_fused.bench.workloads import LAYOUTS
 
 # What is taken for an option that is not given: small on a CPU, what is usually trained elsewhere.

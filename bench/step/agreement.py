@@ -38,7 +38,8 @@ class Expected(NamedTuple):
 
 class Tolerance(NamedTuple):
     """By how much two networks with the same weights may differ: relative to a loss, and, for the loss after a step,
-    relative to its change as well."""
+    relative to its change as well.
+    """
 
     loss: float
     change: float

@@ -59,7 +59,8 @@ class Carry(NamedTuple):
 
 class Program(NamedTuple):
     """A training step `step(carry, images, labels, lr) -> (carry, loss)`, its first carry, and whether the images are
-    channels last."""
+    channels last.
+    """
 
     step: Callable
     carry: Carry

@@ -48,7 +48,8 @@ class JaxRun:
 
     def losses(self, lr: float, images=None) -> Losses:
         """Of the initial weights, and of the weights after a step with this learning rate; both with the initial
-        statistics. `images` in place of the setting's."""
+        statistics. `images` in place of the setting's.
+        """
         images = self.images if images is None else images
         carry, before = self._step(jax.device_put(self._first), images, self.labels, jnp.float32(lr))
         carry = carry._replace(statistics=jax.device_put(self._first.statistics))

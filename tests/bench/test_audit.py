@@ -15,17 +15,9 @@ from click.testing import CliRunner
 from bn_fused.bench import deviceless, installing, providers, workloads
 from bn_fused.bench.audit import (
     blocks,
-)
-from bn_fused.bench.audit import (
     compile as audit,
-)
-from bn_fused.bench.audit import (
     report as audit_report,
-)
-from bn_fused.bench.audit import (
     rows as audit_rows,
-)
-from bn_fused.bench.audit import (
     summary as audit_summary,
 )
 from bn_fused.bench.audit.blocks import Setting

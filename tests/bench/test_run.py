@@ -15,10 +15,8 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
-from bn_fused.bench import __main__ as entry
-from bn_fused.bench import check, cli, doctor, installing
-from bn_fused.bench.commands import common
-from bn_fused.bench.commands import run as run_command
+from bn_fused.bench import __main__ as entry, check, cli, doctor, installing
+from bn_fused.bench.commands import common, run as run_command
 from bn_fused.bench.run import cases, performance, records, report, suite
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 

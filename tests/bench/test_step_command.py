@@ -18,10 +18,7 @@ import bn_fused
 from bn_fused import kernels
 from bn_fused.bench import deviceless, installing, timing
 from bn_fused.bench.commands.step import command
-from bn_fused.bench.step import agreement, resnet
-from bn_fused.bench.step import audit as step_audit
-from bn_fused.bench.step import networks as step_networks
-from bn_fused.bench.step import timed as step
+from bn_fused.bench.step import agreement, audit as step_audit, networks as step_networks, resnet, timed as step
 
 SMALL = ("--batch", "4", "--image", "16", "--classes", "5", "--seconds", "0.01")
 

@@ -36,7 +36,7 @@ def test_every_row_is_worked_on_exactly_once():
         for worker in range(t.workers):
             for index in range(t.tiles(worker)):
                 first, skipped = t.tile(worker, index)
-                assert 0 <= first and first + t.tile_rows <= t.rows and 0 <= skipped < t.tile_rows, t
+                assert first >= 0 and first + t.tile_rows <= t.rows and 0 <= skipped < t.tile_rows, t
                 seen += range(first + skipped, first + t.tile_rows)
         assert seen == list(range(t.rows)), t
 
@@ -77,13 +77,13 @@ def test_every_plan_fits_the_chip_and_covers_every_column(chip, itemsize):
             covered = set()
             for block in range(t.blocks):
                 start = t.block_start(block)
-                assert 0 <= start and start + t.columns <= t.width
+                assert start >= 0 and start + t.columns <= t.width
                 covered |= set(range(start, start + t.columns))
             assert covered == set(range(t.width))
             # The columns of the other copies of a merge's channels, which are neighbours in the partial results too.
             for block in {0, t.merge_blocks // 2, t.merge_blocks - 1}:
                 start = t.merge_start(block)
-                assert 0 <= start and start + WARPGROUP <= t.width
+                assert start >= 0 and start + WARPGROUP <= t.width
                 for copy in range(t.fold):
                     there = t.copy_start(start, copy)
                     assert there + WARPGROUP <= t.padded_width and (there - start) % channels == 0
@@ -143,7 +143,7 @@ def test_folding_leaves_rows_enough_to_make_its_own_traffic_small():
 def test_splits_fill_the_last_wave():
     for rows, blocks, cores in itertools.product((8, 64, 1000, 100352), range(1, 400), (132, 148)):
         splits = splits_of(rows, blocks, 4, cores)
-        assert 1 <= splits and (splits == 1 or rows // (4 * splits) >= 8)
+        assert splits >= 1 and (splits == 1 or rows // (4 * splits) >= 8)
         if blocks <= cores:
             assert blocks * splits <= cores
 

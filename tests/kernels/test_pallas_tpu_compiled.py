@@ -201,7 +201,8 @@ LOAD, STORE = re.compile(r"= vld\s+\[vmem"), re.compile(r"= vst\s+\[vmem")
 
 def inner_loops(code):
     """The bodies of the loops inside the grid's, each a list of bundles: to the branch back, and what runs while that
-    is taken."""
+    is taken.
+    """
     loops, inside = [], False
     for line in code.splitlines():
         bundle = BUNDLE.match(line)
@@ -227,7 +228,8 @@ def test_the_code_of_every_kernel_is_there_to_be_read(compiled):
 
 def most_spills(chip):
     """Of a kernel. v4 has half as many vector registers, and the compiler of JAX 0.10 puts two of those with values per
-    channel aside before a loop there."""
+    channel aside before a loop there.
+    """
     return 2 if chip == "v4" and jax.__version_info__ < (0, 11) else 0
 
 

@@ -70,7 +70,7 @@ def test_passes_follow_from_what_stays_on_the_chip():
     assert (small.forward.reads, small.backward.reads, small.backward.writes) == (2, 3, 2)
     # 51 MB for 128 channels: more than a v4 has.
     v4 = pallas_tpu.plan(Problem(1, 100352, 256, "float32", "relu"), Target("tpu", CHIPS["v4"]))
-    assert 0 < v4.forward.resident and 1 < v4.forward.reads < 2 and 2 < v4.backward.reads < 4
+    assert v4.forward.resident > 0 and 1 < v4.forward.reads < 2 and 2 < v4.backward.reads < 4
     assert (v4.moments.reads, v4.normalise.reads, v4.normalise_backward.reads) == (1, 1, 2)
 
 

@@ -14,8 +14,7 @@ from bn_fused.bench import cli, tune
 from bn_fused.bench.commands import tune as command
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 from bn_fused.kernels.backends import jnp as jnp_backend
-from bn_fused.kernels.backends.triton import operations as triton_backend
-from bn_fused.kernels.backends.triton import tuning as triton_tuning
+from bn_fused.kernels.backends.triton import operations as triton_backend, tuning as triton_tuning
 from bn_fused.kernels.backends.triton.plan import Config, heuristic, make_plan, search_set
 from bn_fused.kernels.backends.triton.tuning import FOLDER, VARIABLE, Entry
 from bn_fused.kernels.chips import CHIPS

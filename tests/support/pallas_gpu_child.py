@@ -20,8 +20,7 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bn_fused.kernels import contract
-from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
-from bn_fused.kernels.backends.pallas_gpu import resident as pallas_gpu_resident
+from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu, resident as pallas_gpu_resident
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan, Resident
 from bn_fused.kernels.dispatch import run as dispatched
 

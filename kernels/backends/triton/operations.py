@@ -343,8 +343,7 @@ class _View(View):
 
 
 def _kernels():
-    from bn_fused.kernels.backends.triton import merges as triton_merges
-    from bn_fused.kernels.backends.triton import passes as triton_kernels
+    from bn_fused.kernels.backends.triton import merges as triton_merges, passes as triton_kernels
 
     return triton_kernels, triton_merges
 
@@ -433,7 +432,7 @@ def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, bef
     inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
     outputs = dx + dz
     written = outputs + (sums or not slab.whole)
-    unused = {place: None for place in ("first", "second", "third")[written:]}
+    unused = dict.fromkeys(("first", "second", "third")[written:])
     before = [None] * outputs if before is None else list(before)
     return view.stream(
         kernels.gradient,

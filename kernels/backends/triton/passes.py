@@ -132,15 +132,14 @@ def _activate(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The functions of `activations.ACTIVATIONS`; NaN passes each of them."""
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)
-    elif ACTIVATION == "leaky_relu":
+    if ACTIVATION == "leaky_relu":
         return tl.where(x < 0, SLOPE * x, x)
-    elif ACTIVATION == "silu":
+    if ACTIVATION == "silu":
         return x * _sigmoid(x)
-    elif ACTIVATION == "gelu":
+    if ACTIVATION == "gelu":
         return x * _sigmoid(_gelu_inner(x))
-    else:
-        tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not know")
-        return x
+    tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not know")
+    return x
 
 
 @triton.jit
@@ -148,19 +147,18 @@ def _derivative(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The derivatives of `activations.ACTIVATIONS`."""
     if ACTIVATION == "relu":
         return tl.where(x > 0, 1.0, 0.0)
-    elif ACTIVATION == "leaky_relu":
+    if ACTIVATION == "leaky_relu":
         return tl.where(x >= 0, 1.0, SLOPE)
-    elif ACTIVATION == "silu":
+    if ACTIVATION == "silu":
         sigmoid = _sigmoid(x)
         return sigmoid * (1 + x * _sigmoid(-x))
-    else:
-        tl.static_assert(ACTIVATION == "gelu", "an activation that the kernels do not know")
-        inner = _gelu_inner(x)
-        sigmoid = _sigmoid(inner)
-        slope = sigmoid * _sigmoid(-inner)
-        # Where the sigmoid is saturated the second term is zero, also where x * inner' overflows.
-        second = x * slope * (1.5957691216057308 * (1 + 0.134145 * (x * x)))
-        return sigmoid + tl.where(slope == 0, 0.0, second)
+    tl.static_assert(ACTIVATION == "gelu", "an activation that the kernels do not know")
+    inner = _gelu_inner(x)
+    sigmoid = _sigmoid(inner)
+    slope = sigmoid * _sigmoid(-inner)
+    # Where the sigmoid is saturated the second term is zero, also where x * inner' overflows.
+    second = x * slope * (1.5957691216057308 * (1 + 0.134145 * (x * x)))
+    return sigmoid + tl.where(slope == 0, 0.0, second)
 
 
 @triton.jit
