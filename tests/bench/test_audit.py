@@ -109,7 +109,7 @@ import dataclasses
 import jax, jax.numpy as jnp
 from jax.experimental import pallas as pl
 from bn_fused import kernels
-from bn_fused.kernels import jnp_backend
+from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.contract import OPERATIONS
 
 def tpu_copy(y):
@@ -158,7 +158,7 @@ for name, plan in (("telling", TellingPlan), ("silent", Plan)):
         kernels.Backend(name, operations, plan=lambda problem, target, plan=plan: plan(target.platform))
     )
 kernels.register(kernels.Backend("refusing", operations, refusal=lambda problem, target: "it wants more rows"))
-from bn_fused.bench.audit import serve
+from bn_fused.bench.audit.compile import serve
 serve()
 """
 

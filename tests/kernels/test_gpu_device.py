@@ -123,7 +123,7 @@ import dataclasses, json, sys, threading
 import jax, jax.numpy as jnp, numpy as np
 import bn_fused
 from bn_fused import kernels
-from bn_fused.kernels import pallas_gpu, pallas_gpu_resident
+from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu, resident as pallas_gpu_resident
 blend = kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
 
 def step(x, backend="pallas_gpu", plan=None):
@@ -217,7 +217,7 @@ def test_resident_kernels_in_loops_threads_and_groups_give_the_same_bits():
 
 
 UNSOUND = """
-from bn_fused.kernels.pallas_gpu_plan import Resident
+from bn_fused.kernels.backends.pallas_gpu.plan import Resident
 pallas_gpu_resident.PATIENCE_SECONDS = 3
 kernels.registry._BACKENDS["pallas_gpu"] = dataclasses.replace(
     kernels.registry._BACKENDS["pallas_gpu"], plan_refusal=kernels.registry.no_plan_refusal)
