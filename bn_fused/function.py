@@ -5,7 +5,8 @@ import jax.numpy as jnp
 
 from bn_fused import arguments
 from bn_fused.kernels.jax_internals import shard_like
-from bn_fused.step import Call, RunningStats, infer, train
+from bn_fused.running_stats import RunningStats
+from bn_fused.step import Call, infer, train
 
 EXAMPLES = "bn_fused.examples"  # the name of the axis of examples while one example is traced
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bn_fused import arguments
 from bn_fused.approaches import APPROACHES
-from bn_fused.step import Call, RunningStats, infer, train
+from bn_fused.running_stats import RunningStats
+from bn_fused.step import Call, infer, train
 
 _MODES = {"ema": "ema_compatibility", "batch": "batch"}
 

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import export
 
 from bn_fused import approaches, reference
-from bn_fused.arguments import Settings, positive_integer, state_dtype, warn_of_few_values, warn_of_low_precision
+from bn_fused.arguments import Settings, warn_of_few_values, warn_of_low_precision
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
 from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
@@ -17,34 +16,7 @@ from bn_fused.kernels.merging import Devices, merge_moments
 from bn_fused.kernels.registry import REFERENCE
 from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum
 from bn_fused.primitives import forward, moments, normalise
-
-
-class RunningStats(NamedTuple):
-    """The running statistics of a BatchNorm with C channels: a pytree of four arrays.
-
-    - `mean`, `var`: shape [C], the running averages as they are kept, from a start at zero (not yet divided by
-        1 - zero_frac).
-    - `zero_frac`: shape [], starts at 1: the share of those averages that is still their zero start.
-    - `count`: shape [], int32, starts at 0: the steps of the warm-up of the approach "ema".
-    """
-
-    mean: jax.Array
-    var: jax.Array
-    zero_frac: jax.Array
-    count: jax.Array
-
-    @staticmethod
-    def init(num_channels, dtype=jnp.float32):
-        """The statistics before the first step. `dtype`: float32 or float64; 16-bit floats raise ValueError."""
-        positive_integer("num_channels", num_channels)
-        dtype = state_dtype(dtype)
-        # Two arrays, not one twice: a step may be given their memory (`donate_argnums`).
-        mean, var = jnp.zeros((num_channels,), dtype), jnp.zeros((num_channels,), dtype)
-        return RunningStats(mean, var, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
-
-
-# So that an exported function may take and return them.
-export.register_namedtuple_serialization(RunningStats, serialized_name="bn_fused.RunningStats")
+from bn_fused.running_stats import RunningStats
 
 
 @dataclass(frozen=True)
