@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_fused import arguments
+from bn_fused.devices import total_size
 from bn_fused.kernels.contract import present_results
 from bn_fused.kernels.dispatch import SPREAD, bind, define_eager_form, insert_axis, result_types
 from bn_fused.kernels.jax_internals import (
@@ -29,7 +30,7 @@ from bn_fused.kernels.jax_internals import (
     register_lowering,
     tell_devices,
 )
-from bn_fused.kernels.layout import GROUP, ROW
+from bn_fused.kernels.layout import GROUP, ROW, count_rows, sum_rows
 
 
 class Averaged(NamedTuple):
@@ -41,6 +42,11 @@ class Averaged(NamedTuple):
     def without(self, name):
         """What is left once this axis is part of the operands."""
         return Averaged(tuple(other for other in self.names if other != name), None)
+
+    @property
+    def size(self):
+        """How many members of these axes share their statistics: all, or those of a virtual batch."""
+        return total_size(self.names) if self.virtual_batch_size is None else self.virtual_batch_size
 
 
 NOTHING = Averaged()
@@ -275,3 +281,14 @@ def _define_linear(primitive, function, batch):
 
 _define_linear(named_sum_p, named_sum, _named_sum_batch)
 _define_linear(named_mean_p, named_mean, _named_mean_batch)
+
+
+def position_count(x, mask, layout, averaged, dtype):
+    """How many positions a channel's moments average, over the vmap axes of `averaged` too.
+
+    Without a mask an int, for every group of x. With one (x's shape with one channel, bool), an array of those that
+    count, [*groups] in this dtype: 0 where none does.
+    """
+    if mask is None:
+        return count_rows(x.shape, layout) * averaged.size
+    return named_sum(sum_rows(mask.astype(dtype), layout)[..., 0], averaged)

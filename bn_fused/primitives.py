@@ -30,8 +30,8 @@ from bn_fused.kernels.contract import (
 )
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.jax_internals import ad, zero_tangent
-from bn_fused.kernels.layout import count_rows, expand, sum_rows
-from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, sum_batched
+from bn_fused.kernels.layout import expand, group_shape, sum_rows
+from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
 _TANGENTS = {
@@ -54,19 +54,14 @@ _MOMENTS = {"x": LIKE_X, "pivot": PER_CHANNEL, "delta": PER_CHANNEL, "count": PE
 _STEP = {**_NORMALISATION, **_MOMENTS, "batch": PER_GROUP}
 
 
-def position_count(x, mask, layout, averaged):
-    """The number of positions that each channel's moments average, [*groups]: those that count under a mask."""
+def _divisor(operands, layout, averaged):
+    """The number of positions that sums are divided by for a mean, [*groups]; 1 where a mask lets none count."""
+    x, mask = operands["x"], operands.get("mask")
     dtype = accumulation_dtype(x.dtype)
+    count = position_count(x, mask, layout, averaged, dtype)
     if mask is not None:
-        return jnp.maximum(named_sum(sum_rows(mask.astype(dtype), layout)[..., 0], averaged), 1)
-    count = count_rows(x.shape, layout)
-    if averaged.virtual_batch_size is not None:
-        count *= averaged.virtual_batch_size
-    else:
-        for name in averaged.names:
-            count *= jax.lax.axis_size(name)
-    groups = [size for size, role in zip(x.shape, layout, strict=True) if role == "g"]
-    return jnp.full(groups, count, dtype)
+        return jnp.maximum(count, 1)
+    return jnp.full(group_shape(x.shape, layout), count, dtype)
 
 
 # ---------------------------------------------------------------------------------------- what is computed
@@ -377,7 +372,7 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
         "weight": operands["weight"],
         "bias": operands["bias"],
         "batch": Coefficients.unpack(operands["coefficients"]).batch.astype(pivot.dtype),
-        "count": position_count(operands["x"], operands.get("mask"), spec.layout, averaged),
+        "count": _divisor(operands, spec.layout, averaged),
         "residual": _kept_residual(operands, spec),
         "mask": operands.get("mask"),
     }
@@ -402,7 +397,7 @@ def _moments_jvp(values, tangents, *, names, spec, averaged):
     results = moments(spec, averaged, **operands)
     if "x" not in tangents:
         return list(results.values()), [zero_tangent(value) for value in results.values()]
-    count = position_count(operands["x"], operands.get("mask"), spec.layout, averaged)
+    count = _divisor(operands, spec.layout, averaged)
     kept = {"pivot": results["pivot"], "delta": results["delta"], "count": count}
     moved = moments_tangent(spec, averaged, tx=tangents["x"], **operands, **kept)
     return list(results.values()), [zero_tangent(results["pivot"]), moved["tmean"], moved["tvar"]]

@@ -14,7 +14,7 @@ from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_t
 from bn_fused.kernels.layout import CHANNEL, ROW
 from bn_fused.kernels.merging import Devices, merge_moments
 from bn_fused.kernels.registry import REFERENCE
-from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum
+from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum, position_count
 from bn_fused.primitives import forward, moments, normalise
 from bn_fused.running_stats import RunningStats
 
@@ -50,29 +50,28 @@ def train(call, x, stats, weight, bias, residual, mask):
 
     `mask` has x's shape with one channel (bool), or is None.
     """
-    settings = call.settings
+    settings, wide = call.settings, _wide(stats)
     vmaps, names = split_names(call.axis_names)
     devices = devices_of(names, call.groups)
     averaged = Averaged(vmaps, settings.virtual_batch_size)
     _check_virtual(settings, vmaps)
-    examples = total_size(vmaps) * devices.size if settings.virtual_batch_size is None else settings.virtual_batch_size
-    positions = examples * (x.size // x.shape[call.channel_axis])
+    # Virtual batches stay on one device: what they count is not summed over devices.
+    sharing = devices if settings.virtual_batch_size is None else Devices()
+    layout = call.spec(x).layout
+    examples = averaged.size * sharing.size
+    positions = position_count(x, None, layout, averaged, wide) * sharing.size
     warn_of_few_values(settings, positions, examples)
     warn_of_low_precision(stats.mean.dtype)
 
     old = stats
     stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
-    wide = _wide(stats)
     zero_frac, count = stats.zero_frac.astype(wide), stats.count
     new_zero_frac, new_count = approaches.advance(
         settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
     )
-    # Virtual batches stay on one device: their counts are not summed over devices.
-    across = devices if settings.virtual_batch_size is None else Devices()
     if mask is not None:
-        local = jnp.sum(mask, dtype=wide)
-        positions = _sum_over(local, averaged, across)
-        examples = _sum_over((local > 0).astype(wide), averaged, across)
+        positions = sharing.sum(position_count(x, mask, layout, averaged, wide))
+        examples = _sum_over(jnp.any(mask).astype(wide), averaged, sharing)
     mix = Mix(
         zero_frac=zero_frac,
         new_zero_frac=new_zero_frac,
@@ -137,11 +136,8 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
             mask=mask,
         )
         return results["y"], results["new_running_mean"], results["new_running_var"]
-    local = moments(spec, averaged, x=x, mask=mask)
-    count = jnp.asarray(x.size // x.shape[call.channel_axis], local["var"].dtype)
-    if mask is not None:
-        count = jnp.sum(mask, dtype=local["var"].dtype)
-    count = _sum_over(count, averaged, Devices()) if mask is not None else count * total_size(averaged.names)
+    local, dtype = moments(spec, averaged, x=x, mask=mask), accumulation_dtype(x.dtype)
+    count = jnp.asarray(position_count(x, mask, spec.layout, averaged, dtype), dtype)
     pivot, *merged, _ = merge_moments(local["pivot"], local["delta"], local["var"], count, devices)
     # The mean is what it is, as pivot + delta, whatever the pivot: all of its gradient is delta's.
     pivot = jax.lax.stop_gradient(pivot)
