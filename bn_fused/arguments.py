@@ -1,4 +1,7 @@
-"""What is checked before anything is computed, and said in words where it does not fit."""
+"""What users give, checked before anything is computed: `check_*` raises, `as_*` raises or converts.
+
+An error names the argument, its value and what is accepted.
+"""
 
 import math
 import numbers
@@ -35,40 +38,40 @@ class Settings:
     backend: str = "auto"
 
     def __post_init__(self):
-        one_of("approach", self.approach, APPROACHES)
-        one_of("debias", self.debias, DEBIAS)
-        one_of("activation", self.activation, (None, *ACTIVATIONS))
+        check_one_of("approach", self.approach, APPROACHES)
+        check_one_of("debias", self.debias, DEBIAS)
+        check_one_of("activation", self.activation, (None, *ACTIVATIONS))
         check_backend_name(self.backend)
-        real("momentum", self.momentum)
+        check_real("momentum", self.momentum)
         if not 0 < self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum!r}; accepted is a number between 0 and 1, both exclusive")
-        real("eps", self.eps)
+        check_real("eps", self.eps)
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps is {self.eps!r}; accepted is a finite number above 0")
-        positive_integer("warmup_period", self.warmup_period)
+        check_positive_integer("warmup_period", self.warmup_period)
         if self.virtual_batch_size is not None:
-            positive_integer("virtual_batch_size", self.virtual_batch_size)
+            check_positive_integer("virtual_batch_size", self.virtual_batch_size)
 
 
-def one_of(name, value, accepted):
+def check_one_of(name, value, accepted):
     """ValueError unless the value is one of the accepted."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in accepted):
         raise ValueError(f"{name} is {value!r}; accepted are {', '.join(map(repr, accepted))}")
 
 
-def real(name, value):
+def check_real(name, value):
     """TypeError unless the value is a real number known while tracing."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
 
 
-def integer(name, value):
+def check_integer(name, value):
     """TypeError unless the value is an integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; accepted is an integer")
 
 
-def boolean(name, value):
+def check_boolean(name, value):
     """TypeError unless the value is True or False, known while tracing."""
     if isinstance(value, (bool, np.bool_)):
         return
@@ -81,16 +84,16 @@ def boolean(name, value):
     raise TypeError(f"{name} is {value!r}; accepted is True or False, known when it is traced")
 
 
-def positive_integer(name, value):
+def check_positive_integer(name, value):
     """TypeError unless the value is an integer, ValueError unless it is at least 1."""
-    integer(name, value)
+    check_integer(name, value)
     if value < 1:
         raise ValueError(f"{name} is {value!r}; accepted is an integer, 1 or more")
 
 
-def channel_axis(value, shape, name):
+def as_channel_axis(value, shape, name):
     """The channels' axis of a batch of this shape, counted from the front. Axis 0 are the examples."""
-    integer("channel_axis", value)
+    check_integer("channel_axis", value)
     if len(shape) < 2:
         raise ValueError(f"{name} has shape {shape!r}; it needs two axes at least, examples and channels")
     if not -len(shape) <= value < len(shape) or value % len(shape) == 0:
@@ -100,7 +103,7 @@ def channel_axis(value, shape, name):
     return value % len(shape)
 
 
-def state_dtype(dtype):
+def as_state_dtype(dtype):
     """The state's dtype; None is JAX's default float. 16-bit floats are refused with the reason."""
     dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
     if dtype.name in LOW_PRECISION:
@@ -113,7 +116,7 @@ def state_dtype(dtype):
     return dtype
 
 
-def axis_names(axis_name):
+def as_axis_names(axis_name):
     """axis_name as a tuple of names: of one name, a sequence of names, or None for none."""
     if axis_name is None:
         return ()
@@ -127,7 +130,7 @@ def axis_names(axis_name):
     return names
 
 
-def index_groups(value):
+def as_index_groups(value):
     """axis_index_groups as tuples: groups of as many indices each, in which every index from 0 on stands once."""
     if value is None:
         return None
@@ -137,7 +140,7 @@ def index_groups(value):
         raise TypeError(f"axis_index_groups is {value!r}; accepted are None and lists of indices") from None
     indices = [index for group in groups for index in group]
     for index in indices:
-        integer("an index in axis_index_groups", index)
+        check_integer("an index in axis_index_groups", index)
     if not indices or len(set(map(len, groups))) != 1 or sorted(indices) != list(range(len(indices))):
         raise ValueError(
             f"axis_index_groups is {value!r}; accepted are groups of the same size in which each index of the axis "
@@ -146,7 +149,7 @@ def index_groups(value):
     return tuple(tuple(int(index) for index in group) for group in groups)
 
 
-def bound(names):
+def check_bound(names):
     """NameError for a name that no surrounding vmap, shard_map or pmap has."""
     for name in names:
         try:
@@ -163,7 +166,7 @@ def bound(names):
 
 def check_input(x, channels, axis, expected):
     """x is a floating array with at least one value per channel, and that many channels; `expected` says which."""
-    floating("x", x)
+    check_floating("x", x)
     if x.shape[axis] != channels:
         raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
     if 0 in x.shape:
@@ -173,7 +176,7 @@ def check_input(x, channels, axis, expected):
 def check_stats(stats):
     """The shapes and dtypes of `RunningStats` are those that its `init` gives, or others of the same kind."""
     for name, value in stats._asdict().items():
-        array(f"stats.{name}", value)
+        check_array(f"stats.{name}", value)
     mean, var = stats.mean, stats.var
     if mean.ndim != 1:
         raise ValueError(
@@ -184,7 +187,7 @@ def check_stats(stats):
         raise ValueError(
             f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
         )
-    floating("stats.mean", mean)
+    check_floating("stats.mean", mean)
     for name, value, kind in (("zero_frac", stats.zero_frac, jnp.floating), ("count", stats.count, jnp.integer)):
         if value.shape != () or not jnp.issubdtype(value.dtype, kind):
             raise ValueError(
@@ -193,7 +196,7 @@ def check_stats(stats):
             )
 
 
-def same_on_devices(new, old):
+def check_same_on_devices(new, old):
     """ValueError if new running statistics differ over devices over which the old ones are the same, or lie elsewhere."""
     mesh = jax.typeof(new.mean).sharding.mesh
     if jax.typeof(old.mean).sharding.mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
@@ -210,9 +213,9 @@ def same_on_devices(new, old):
         )
 
 
-def floating(name, array):
+def check_floating(name, value):
     """TypeError unless the array has one of the floating dtypes."""
-    dtype = jnp.dtype(array.dtype)
+    dtype = jnp.dtype(value.dtype)
     if dtype.name in FLOATING:
         return
     if jnp.issubdtype(dtype, jnp.complexfloating):
@@ -222,7 +225,7 @@ def floating(name, array):
     raise TypeError(f"{name} has dtype {dtype.name}; accepted are {', '.join(FLOATING)}")
 
 
-def array(name, value):
+def check_array(name, value):
     """TypeError unless the value is an array."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):
         raise TypeError(f"{name} is {value!r}; accepted is an array")
@@ -232,8 +235,8 @@ def check_parameter(name, value, shape):
     """A weight or bias is None or a floating array of this shape."""
     if value is None:
         return
-    array(name, value)
-    floating(name, value)
+    check_array(name, value)
+    check_floating(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}; it must be {shape}, as stats.mean")
 
@@ -242,19 +245,19 @@ def check_residual(residual, x):
     """A residual is as x, in shape and dtype."""
     if residual is None:
         return
-    array("residual", residual)
-    floating("residual", residual)
+    check_array("residual", residual)
+    check_floating("residual", residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {residual.shape}; it must have x's, {x.shape}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual has dtype {residual.dtype}; it must have x's, {x.dtype}")
 
 
-def broadcast_mask(mask, x, axis):
+def as_mask(mask, x, axis):
     """A mask of x's shape without the channel axis, or broadcastable to it, in x's shape with one channel."""
     if mask is None:
         return None
-    array("mask", mask)
+    check_array("mask", mask)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"mask has dtype {mask.dtype}; accepted is bool, True where a position counts")
     positions = x.shape[:axis] + x.shape[axis + 1 :]

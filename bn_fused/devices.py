@@ -11,7 +11,7 @@ from bn_fused.kernels.merging import Devices
 
 def split_names(names):
     """(names of vmaps, names of devices), each in the given order. NameError for a name that is not bound."""
-    arguments.bound(names)
+    arguments.check_bound(names)
     devices = device_axis_names()
     return tuple(name for name in names if name not in devices), tuple(name for name in names if name in devices)
 

@@ -50,10 +50,10 @@ def explain(
 
     ValueError or TypeError for arguments that do not fit; `BackendError` where `backend` cannot run on the target.
     """
-    arguments.one_of("activation", activation, (None, *ACTIVATIONS))
-    arguments.positive_integer("groups", groups)
-    arguments.boolean("residual", residual)
-    arguments.boolean("mask", mask)
+    arguments.check_one_of("activation", activation, (None, *ACTIVATIONS))
+    arguments.check_positive_integer("groups", groups)
+    arguments.check_boolean("residual", residual)
+    arguments.check_boolean("mask", mask)
     if isinstance(shape, (jax.Array, np.ndarray)) and np.ndim(shape) != 1:
         raise TypeError(f"shape is an array of shape {shape.shape}; accepted are whole numbers, such as its shape")
     try:
@@ -66,7 +66,7 @@ def explain(
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype is {dtype!r}; accepted are {', '.join(FLOATING)}") from None
-    channels = shape[arguments.channel_axis(channel_axis, shape, "shape")]
+    channels = shape[arguments.as_channel_axis(channel_axis, shape, "shape")]
     problem = Problem(
         groups,
         math.prod(shape) // max(channels, 1),
@@ -88,5 +88,5 @@ def _target(target):
         return Target(platform, chip_of(device))
     if isinstance(target, Target):
         return target
-    arguments.one_of("target", target, (*CHIPS, *PLATFORMS))
+    arguments.check_one_of("target", target, (*CHIPS, *PLATFORMS))
     return Target(CHIPS[target].platform, CHIPS[target]) if target in CHIPS else Target(target)

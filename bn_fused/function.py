@@ -75,19 +75,19 @@ def batch_norm(
     settings = arguments.Settings(
         approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
     )
-    names, groups = arguments.axis_names(axis_name), arguments.index_groups(axis_index_groups)
-    arguments.boolean("inference", inference)
+    names, groups = arguments.as_axis_names(axis_name), arguments.as_index_groups(axis_index_groups)
+    arguments.check_boolean("inference", inference)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
-    channel_axis = arguments.channel_axis(channel_axis, x.shape, "x")
+    channel_axis = arguments.as_channel_axis(channel_axis, x.shape, "x")
     arguments.check_stats(stats)
     channels = stats.mean.shape[0]
     arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
     for name, value in (("weight", weight), ("bias", bias)):
         arguments.check_parameter(name, value, stats.mean.shape)
     arguments.check_residual(residual, x)
-    mask = arguments.broadcast_mask(mask, x, channel_axis)
+    mask = arguments.as_mask(mask, x, channel_axis)
     if mask is not None:
         mask = shard_like(mask, x, [None if axis == channel_axis else axis for axis in range(x.ndim)])
     if residual is not None:

@@ -162,15 +162,15 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
         ValueError or TypeError that names the argument, its value and what is accepted.
         """
-        arguments.positive_integer("input_size", input_size)
+        arguments.check_positive_integer("input_size", input_size)
         approach, debias = _approach_and_debias(approach, mode, debias)
-        arguments.boolean("channelwise_affine", channelwise_affine)
-        arguments.boolean("inference", inference)
+        arguments.check_boolean("channelwise_affine", channelwise_affine)
+        arguments.check_boolean("inference", inference)
         settings = arguments.Settings(
             approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
         )
-        arguments.axis_names(axis_name)
-        dtype = arguments.state_dtype(dtype)
+        arguments.as_axis_names(axis_name)
+        dtype = arguments.as_state_dtype(dtype)
 
         parameters = jnp.zeros((), float).dtype
         self.weight = jnp.ones((input_size,), parameters) if channelwise_affine else None
@@ -190,7 +190,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.activation = settings.activation
         self.debias = settings.debias
         self.virtual_batch_size = settings.virtual_batch_size
-        self.axis_index_groups = arguments.index_groups(axis_index_groups)
+        self.axis_index_groups = arguments.as_index_groups(axis_index_groups)
         self.backend = settings.backend
 
     @jax.named_scope("bn_fused.BatchNorm")
@@ -226,7 +226,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         """
         del key
         inference = self.inference if inference is None else inference
-        arguments.boolean("inference", inference)
+        arguments.check_boolean("inference", inference)
         x = jnp.asarray(x)
         if x.ndim < 1:
             raise ValueError(f"x has shape {x.shape}; it needs the channels' axis, of size {self.input_size}")
@@ -234,7 +234,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
             x, self.input_size, 0, f"input_size is {self.input_size}, and x is one example, without the batch's axis"
         )
         arguments.check_residual(residual, x)
-        mask = arguments.broadcast_mask(mask, x, 0)
+        mask = arguments.as_mask(mask, x, 0)
         if self.axis_name is None and not inference:
             raise ValueError(
                 "axis_name is None, with which the layer can only infer; for training it must name the batch axis"
@@ -249,13 +249,13 @@ class BatchNorm(eqx.nn.StatefulLayer):
             self.virtual_batch_size,
             self.backend,
         )
-        call = Call(settings, 0, arguments.axis_names(self.axis_name), self.axis_index_groups)
+        call = Call(settings, 0, arguments.as_axis_names(self.axis_name), self.axis_index_groups)
         stats = self._stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual), state
         old = stats
         y, stats = train(call, x, stats, self.weight, self.bias, residual, mask)
-        arguments.same_on_devices(stats, old)
+        arguments.check_same_on_devices(stats, old)
         state = state.set(self.state_index, (stats.mean, stats.var))
         state = state.set(self.zero_frac_index, stats.zero_frac)
         return y, state.set(self.count_index, stats.count)
@@ -287,7 +287,7 @@ def _approach_and_debias(approach, mode, debias):
     if mode is not None:
         if approach is not None:
             raise ValueError(f"mode is {mode!r} and approach is {approach!r}: give one of them")
-        arguments.one_of("mode", mode, _MODES)
+        arguments.check_one_of("mode", mode, _MODES)
         approach = _MODES[mode]
         debias = "none" if debias == "axis" else debias
     if not isinstance(approach, (str, type(None))):

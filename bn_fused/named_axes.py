@@ -162,7 +162,7 @@ def define(name, operands, results, compute, **rules):
 
     @primitive.def_abstract_eval
     def types(*types, names, spec, averaged):
-        arguments.bound(averaged.names)
+        arguments.check_bound(averaged.names)
         return result_types(operation.result_kinds(names), spec, dict(zip(names, types, strict=True)))
 
     def batch(axis, values, dims, *, names, spec, averaged):
@@ -258,7 +258,7 @@ def _define_linear(primitive, function, batch):
     """Give a primitive of one value, which is its own transpose, its type, lowering, batching and derivatives."""
 
     def value_type(value, averaged):
-        arguments.bound(averaged.names)
+        arguments.check_bound(averaged.names)
         return value.update(weak_type=False)
 
     def lower(context, value, *, averaged):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from bn_fused.arguments import positive_integer, state_dtype
+from bn_fused.arguments import as_state_dtype, check_positive_integer
 
 
 class RunningStats(NamedTuple):
@@ -32,8 +32,8 @@ class RunningStats(NamedTuple):
         `num_channels`: an integer, 1 or more. `dtype`: float32 or float64, None for JAX's default float. Anything else
         raises ValueError or TypeError: 16-bit floats lose an update of 1 % in their rounding.
         """
-        positive_integer("num_channels", num_channels)
-        dtype = state_dtype(dtype)
+        check_positive_integer("num_channels", num_channels)
+        dtype = as_state_dtype(dtype)
         # Two arrays, not one twice: a step may be given their memory (`donate_argnums`).
         mean, var = jnp.zeros((num_channels,), dtype), jnp.zeros((num_channels,), dtype)
         return RunningStats(mean, var, jnp.ones((), dtype), jnp.zeros((), jnp.int32))
