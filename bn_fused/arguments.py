@@ -130,7 +130,7 @@ def as_axis_names(axis_name):
     return names
 
 
-def as_index_groups(value):
+def as_device_groups(value):
     """axis_index_groups as tuples: groups of as many indices each, in which every index from 0 on stands once."""
     if value is None:
         return None

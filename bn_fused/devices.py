@@ -16,19 +16,22 @@ def split_names(names):
     return tuple(name for name in names if name not in devices), tuple(name for name in names if name in devices)
 
 
-def devices_of(names, groups):
-    """The `Devices` of names of devices, all or those of a device's group; ValueError if the groups are of other ones."""
-    if groups is None:
+def devices_of(names, device_groups):
+    """The `Devices` along the names: all, or the members of a device's group.
+
+    ValueError if the groups need other names, or hold other indices than the axis has.
+    """
+    if device_groups is None:
         return Devices(names)
     if len(names) != 1:
         raise ValueError(
-            f"axis_index_groups is {groups!r}, which needs exactly one axis of devices in axis_name; there are "
+            f"axis_index_groups is {device_groups!r}, which needs exactly one axis of devices in axis_name; there are "
             f"{len(names)}: {names!r}"
         )
     size = jax.lax.axis_size(*names)
-    if sum(map(len, groups)) != size:
-        raise ValueError(f"axis_index_groups is {groups!r}; axis {names[0]!r} has the indices 0 to {size - 1}")
-    return Devices(names, groups)
+    if sum(map(len, device_groups)) != size:
+        raise ValueError(f"axis_index_groups is {device_groups!r}; axis {names[0]!r} has the indices 0 to {size - 1}")
+    return Devices(names, device_groups)
 
 
 def total_size(names):

@@ -75,7 +75,7 @@ def batch_norm(
     settings = arguments.Settings(
         approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
     )
-    names, groups = arguments.as_axis_names(axis_name), arguments.as_index_groups(axis_index_groups)
+    names, device_groups = arguments.as_axis_names(axis_name), arguments.as_device_groups(axis_index_groups)
     arguments.check_boolean("inference", inference)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
@@ -93,7 +93,7 @@ def batch_norm(
     if residual is not None:
         residual = shard_like(residual, x, range(x.ndim))
 
-    call = Call(settings, channel_axis - 1, (EXAMPLES, *names), groups)
+    call = Call(settings, channel_axis - 1, (EXAMPLES, *names), device_groups)
     with jax.named_scope("bn_fused.batch_norm"):
         if inference:
             y = jax.vmap(lambda x, residual: infer(call, x, stats, weight, bias, residual))(x, residual)

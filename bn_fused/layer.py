@@ -190,7 +190,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.activation = settings.activation
         self.debias = settings.debias
         self.virtual_batch_size = settings.virtual_batch_size
-        self.axis_index_groups = arguments.as_index_groups(axis_index_groups)
+        self.axis_index_groups = arguments.as_device_groups(axis_index_groups)
         self.backend = settings.backend
 
     @jax.named_scope("bn_fused.BatchNorm")

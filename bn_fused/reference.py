@@ -45,23 +45,23 @@ def _average(call, mask):
     if size is not None:
         return lambda values: _average_in_virtual_batch(values, mask, names, size)
     if mask is None:
-        size = total_size(split_names(names)[0]) * devices_of(split_names(names)[1], call.groups).size
-        return lambda values: _sum(jnp.mean(values), names, call.groups) / size
+        size = total_size(split_names(names)[0]) * devices_of(split_names(names)[1], call.device_groups).size
+        return lambda values: _sum(jnp.mean(values), names, call.device_groups) / size
 
     def average(values):
-        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, call.groups)
-        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names, call.groups), 1)
+        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, call.device_groups)
+        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names, call.device_groups), 1)
 
     return average
 
 
-def _sum(value, names, groups=None):
+def _sum(value, names, device_groups=None):
     """psum. On a mesh, which is around it in a shard_map too, JAX's own fails for a vmap's name."""
     vmaps, devices = split_names(names)
-    if groups is not None:
+    if device_groups is not None:
         # JAX's own sum over groups fails under a vmap, and channels are mapped here.
-        mine = devices_of(devices, groups).group
-        place = jnp.arange(len(groups), dtype=mine.dtype) == mine
+        mine = devices_of(devices, device_groups).group
+        place = jnp.arange(len(device_groups), dtype=mine.dtype) == mine
         totals = _sum(jnp.where(place, value, jnp.zeros_like(value)), names)
         return jnp.sum(jnp.where(place, totals, jnp.zeros_like(totals)))
     on_a_mesh = not (jax.sharding.get_abstract_mesh().empty and jax.typeof(value).sharding.mesh.empty)

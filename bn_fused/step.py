@@ -26,7 +26,7 @@ class Call:
     settings: Settings
     channel_axis: int
     axis_names: tuple = ()
-    groups: tuple | None = None
+    device_groups: tuple | None = None
 
     def spec(self, x):
         """The static part of the primitives' operands, for one example x."""
@@ -52,7 +52,7 @@ def train(call, x, stats, weight, bias, residual, mask):
     """
     settings, wide = call.settings, _wide(stats)
     vmaps, names = split_names(call.axis_names)
-    devices = devices_of(names, call.groups)
+    devices = devices_of(names, call.device_groups)
     averaged = Averaged(vmaps, settings.virtual_batch_size)
     _check_virtual(settings, vmaps)
     # Virtual batches stay on one device: what they count is not summed over devices.

@@ -14,28 +14,31 @@ PACKED_DEVICES = 64  # up to here one all-reduce of every device's moments, beyo
 class Devices:
     """The devices that share statistics: all along some named axes, or the members of a device's group on one axis.
 
-    `groups`: None, or tuples of as many indices each, as JAX's `axis_index_groups`, which needs exactly one name.
+    `device_groups`: None, or tuples of as many indices each, as JAX's `axis_index_groups`, which needs exactly one
+    name.
     """
 
     names: tuple = ()
-    groups: tuple | None = None
+    device_groups: tuple | None = None
 
     @property
     def size(self):
         """How many they are."""
-        return math.prod(jax.lax.axis_size(name) for name in self.names) if self.groups is None else len(self.groups[0])
+        if self.device_groups is None:
+            return math.prod(jax.lax.axis_size(name) for name in self.names)
+        return len(self.device_groups[0])
 
     @property
     def index(self):
         """Which of them this device is."""
-        if self.groups is None:
+        if self.device_groups is None:
             return jax.lax.axis_index(self.names)
-        return self._look_up({member: place for group in self.groups for place, member in enumerate(group)})
+        return self._look_up({member: place for group in self.device_groups for place, member in enumerate(group)})
 
     @property
     def group(self):
         """The number of this device's group."""
-        return self._look_up({member: number for number, group in enumerate(self.groups) for member in group})
+        return self._look_up({member: number for number, group in enumerate(self.device_groups) for member in group})
 
     def _look_up(self, values):
         index = jax.lax.axis_index(self.names)
@@ -46,14 +49,14 @@ class Devices:
         if not self.names:
             return value
         try:
-            return jax.lax.psum(value, self.names, axis_index_groups=self.groups)
+            return jax.lax.psum(value, self.names, axis_index_groups=self.device_groups)
         except NotImplementedError:
-            if self.groups is None:
+            if self.device_groups is None:
                 raise
             raise NotImplementedError(
-                f"axis_index_groups is {self.groups!r}, and JAX sums over groups of devices under pmap and inside of "
-                "shard_map(..., check_vma=False), but for values that a vmap has mapped: give the mesh one axis for "
-                "the groups and one for their members, and name the latter in axis_name"
+                f"axis_index_groups is {self.device_groups!r}, and JAX sums over groups of devices under pmap and "
+                "inside of shard_map(..., check_vma=False), but for values that a vmap has mapped: give the mesh one "
+                "axis for the groups and one for their members, and name the latter in axis_name"
             ) from None
 
 
