@@ -41,16 +41,17 @@ def normalise(call, x, mean, var, weight, bias, residual):
 
 def _average(call, mask):
     """The mean over the positions and the named axes, of the positions that count."""
-    names, size = call.axis_names, call.settings.virtual_batch_size
+    names, device_groups, size = call.axis_names, call.device_groups, call.settings.virtual_batch_size
     if size is not None:
         return lambda values: _average_in_virtual_batch(values, mask, names, size)
     if mask is None:
-        size = total_size(split_names(names)[0]) * devices_of(split_names(names)[1], call.device_groups).size
-        return lambda values: _sum(jnp.mean(values), names, call.device_groups) / size
+        vmaps, devices = split_names(names)
+        members = total_size(vmaps) * devices_of(devices, device_groups).size
+        return lambda values: _sum(jnp.mean(values), names, device_groups) / members
 
     def average(values):
-        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, call.device_groups)
-        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names, call.device_groups), 1)
+        total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, device_groups)
+        return total / jnp.maximum(_sum(jnp.sum(mask, dtype=values.dtype), names, device_groups), 1)
 
     return average
 
@@ -60,25 +61,24 @@ def _sum(value, names, device_groups=None):
     vmaps, devices = split_names(names)
     if device_groups is not None:
         # JAX's own sum over groups fails under a vmap, and channels are mapped here.
-        mine = devices_of(devices, device_groups).group
-        place = jnp.arange(len(device_groups), dtype=mine.dtype) == mine
-        totals = _sum(jnp.where(place, value, jnp.zeros_like(value)), names)
-        return jnp.sum(jnp.where(place, totals, jnp.zeros_like(totals)))
+        return _sum_of_part(value, devices_of(devices, device_groups).group, len(device_groups), names)
     on_a_mesh = not (jax.sharding.get_abstract_mesh().empty and jax.typeof(value).sharding.mesh.empty)
     if vmaps and on_a_mesh:
         value, names = named_sum(value, Averaged(vmaps)), devices
     return jax.lax.psum(value, names) if names else value
 
 
+def _sum_of_part(value, part, parts, names):
+    """The sum of a scalar over those members of the named axes that have the same `part`, of 0 to parts - 1."""
+    mine = jnp.arange(parts, dtype=part.dtype) == part
+    totals = _sum(jnp.where(mine, value, jnp.zeros_like(value)), names)
+    return jnp.sum(jnp.where(mine, totals, jnp.zeros_like(totals)))
+
+
 def _average_in_virtual_batch(values, mask, names, size):
     ((name,), _) = split_names(names)
+    batch, batches = jax.lax.axis_index(name) // size, jax.lax.axis_size(name) // size
     mask = jnp.ones(values.shape, bool) if mask is None else mask
-    total = jnp.sum(jnp.where(mask, values, jnp.zeros_like(values)))
-    mine = jax.lax.axis_index(name) // size
-    place = jnp.arange(jax.lax.axis_size(name) // size, dtype=mine.dtype) == mine
-
-    def in_my_batch(value):
-        totals = _sum(jnp.where(place, value, jnp.zeros_like(value)), (name,))
-        return jnp.sum(jnp.where(place, totals, jnp.zeros_like(totals)))
-
-    return in_my_batch(total) / jnp.maximum(in_my_batch(jnp.sum(mask, dtype=values.dtype)), 1)
+    total = _sum_of_part(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), batch, batches, (name,))
+    count = _sum_of_part(jnp.sum(mask, dtype=values.dtype), batch, batches, (name,))
+    return total / jnp.maximum(count, 1)
