@@ -34,73 +34,18 @@ class Call:
         return Spec(layout, float(self.settings.eps), self.settings.activation, self.settings.backend)
 
 
-def infer(call, x, stats, weight, bias, residual):
-    """Normalise one example with the running statistics; returns y."""
-    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
-    wide = _wide(stats)
-    running = (value.astype(wide) for value in (stats.mean, stats.var, stats.zero_frac))
-    mean, var = approaches.inference_moments(*running, call.settings.eps)
-    if call.settings.backend == REFERENCE:
-        return reference.normalise(call, x, mean, var, weight, bias, residual)
-    return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual)
+class StepScalars(NamedTuple):
+    """The scalars of a training step, in the dtype in which the state is updated.
 
-
-def train(call, x, stats, weight, bias, residual, mask):
-    """One step on one example, averaged over the named axes; returns y and the new RunningStats.
-
-    `mask` has x's shape with one channel (bool), or is None.
+    - `zero_frac`, `new_zero_frac`, `fraction`, `debias`: z, z', f and k of the table in `approaches`.
+    - `nothing_counts`: bool, True where the mask lets no position count; None without a mask.
     """
-    settings, wide = call.settings, _wide(stats)
-    vmaps, names = split_names(call.axis_names)
-    devices = devices_of(names, call.device_groups)
-    averaged = Averaged(vmaps, settings.virtual_batch_size)
-    _check_virtual(settings, vmaps)
-    # Virtual batches stay on one device: what they count is not summed over devices.
-    sharing = devices if settings.virtual_batch_size is None else Devices()
-    layout = call.spec(x).layout
-    examples = averaged.size * sharing.size
-    positions = position_count(x, None, layout, averaged, wide) * sharing.size
-    warn_of_few_values(settings, positions, examples)
-    warn_of_low_precision(stats.mean.dtype)
-
-    old = stats
-    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
-    zero_frac, count = stats.zero_frac.astype(wide), stats.count
-    new_zero_frac, new_count = approaches.advance(
-        settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
-    )
-    if mask is not None:
-        positions = sharing.sum(position_count(x, mask, layout, averaged, wide))
-        examples = _sum_over(jnp.any(mask).astype(wide), averaged, sharing)
-    mix = Mix(
-        zero_frac=zero_frac,
-        new_zero_frac=new_zero_frac,
-        fraction=approaches.warmup_fraction(new_count, settings.warmup_period, wide),
-        debias=approaches.debias_factor(settings.debias, positions, examples, settings.eps, wide),
-        nothing=None if mask is None else positions == 0,
-    )
-    step = _reference_step if settings.backend == REFERENCE else _fused_step
-    y, new_mean, new_var = step(call, mix, averaged, devices, x, stats, weight, bias, residual, mask)
-    if settings.virtual_batch_size is not None:
-        new_mean, new_var = _mean_of_virtual_batches(mix, vmaps, devices, (new_mean, new_var), stats)
-    if mask is not None:
-        everything = mix.nothing
-        if settings.virtual_batch_size is not None:
-            everything = _sum_over(1 - everything.astype(wide), Averaged(vmaps), devices) == 0
-        new_zero_frac = jnp.where(everything, zero_frac, new_zero_frac)
-        new_count = jnp.where(everything, count, new_count)
-    new = zip((new_mean, new_var, new_zero_frac, new_count), old, strict=True)
-    return y, RunningStats(*(shard_like(value.astype(was.dtype), was, range(was.ndim)) for value, was in new))
-
-
-class Mix(NamedTuple):
-    """The scalars of a training step: see `approaches`. `nothing`: no position counts (None without a mask)."""
 
     zero_frac: jax.Array
     new_zero_frac: jax.Array
     fraction: jax.Array
     debias: jax.Array
-    nothing: jax.Array | None
+    nothing_counts: jax.Array | None
 
     def coefficients(self, settings):
         """The packed coefficients of the approach; where nothing counts, those of inference."""
@@ -112,15 +57,76 @@ class Mix(NamedTuple):
             momentum=settings.momentum,
             k=self.debias,
         )
-        if self.nothing is not None:
+        if self.nothing_counts is not None:
             inference = approaches.inference_coefficients(self.zero_frac, settings.eps)
-            training = Coefficients(*(jnp.where(self.nothing, i, t) for i, t in zip(inference, training, strict=True)))
+            training = Coefficients(
+                *(jnp.where(self.nothing_counts, i, t) for i, t in zip(inference, training, strict=True))
+            )
         return training.pack(self.zero_frac.dtype)
 
 
-def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, mask):
+def infer(call, x, stats, weight, bias, residual):
+    """Normalise one example with the running statistics; returns y."""
+    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
+    state_dtype = _state_dtype(stats)
+    running = (value.astype(state_dtype) for value in (stats.mean, stats.var, stats.zero_frac))
+    mean, var = approaches.inference_moments(*running, call.settings.eps)
+    if call.settings.backend == REFERENCE:
+        return reference.normalise(call, x, mean, var, weight, bias, residual)
+    return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual)
+
+
+def train(call, x, stats, weight, bias, residual, mask):
+    """One step on one example, averaged over the named axes; returns y and the new RunningStats.
+
+    `mask` has x's shape with one channel (bool), or is None.
+    """
+    settings, state_dtype = call.settings, _state_dtype(stats)
+    vmaps, device_names = split_names(call.axis_names)
+    devices = devices_of(device_names, call.device_groups)
+    averaged = Averaged(vmaps, settings.virtual_batch_size)
+    _check_virtual(settings, vmaps)
+    # Virtual batches stay on one device: what they count is not summed over devices.
+    sharing = devices if settings.virtual_batch_size is None else Devices()
+    layout = call.spec(x).layout
+    examples = averaged.size * sharing.size
+    positions = position_count(x, None, layout, averaged, state_dtype) * sharing.size
+    warn_of_few_values(settings, positions, examples)
+    warn_of_low_precision(stats.mean.dtype)
+
+    old = stats
+    stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
+    zero_frac, count = stats.zero_frac.astype(state_dtype), stats.count
+    new_zero_frac, new_count = approaches.advance(
+        settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
+    )
+    if mask is not None:
+        positions = sharing.sum(position_count(x, mask, layout, averaged, state_dtype))
+        examples = _sum_over(jnp.any(mask).astype(state_dtype), averaged, sharing)
+    scalars = StepScalars(
+        zero_frac=zero_frac,
+        new_zero_frac=new_zero_frac,
+        fraction=approaches.warmup_fraction(new_count, settings.warmup_period, state_dtype),
+        debias=approaches.debias_factor(settings.debias, positions, examples, settings.eps, state_dtype),
+        nothing_counts=None if mask is None else positions == 0,
+    )
+    step = _reference_step if settings.backend == REFERENCE else _fused_step
+    y, new_mean, new_var = step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask)
+    if settings.virtual_batch_size is not None:
+        new_mean, new_var = _mean_of_virtual_batches(scalars, vmaps, devices, (new_mean, new_var), stats)
+    if mask is not None:
+        unchanged = scalars.nothing_counts
+        if settings.virtual_batch_size is not None:
+            unchanged = _sum_over(1 - unchanged.astype(state_dtype), Averaged(vmaps), devices) == 0
+        new_zero_frac = jnp.where(unchanged, zero_frac, new_zero_frac)
+        new_count = jnp.where(unchanged, count, new_count)
+    new = zip((new_mean, new_var, new_zero_frac, new_count), old, strict=True)
+    return y, RunningStats(*(shard_like(value.astype(was.dtype), was, range(was.ndim)) for value, was in new))
+
+
+def _fused_step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask):
     spec = call.spec(x)
-    packed = mix.coefficients(call.settings)
+    packed = scalars.coefficients(call.settings)
     if not devices.names or averaged.virtual_batch_size is not None:
         weight, bias = _affine(x, call, weight, bias)
         results = forward(
@@ -154,29 +160,33 @@ def _fused_step(call, mix, averaged, devices, x, stats, weight, bias, residual, 
     return y, new.new_running_mean, new.new_running_var
 
 
-def _reference_step(call, mix, averaged, devices, x, stats, weight, bias, residual, mask):
+def _reference_step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask):
     del averaged, devices
-    wide = mix.zero_frac.dtype
+    state_dtype = scalars.zero_frac.dtype
     # Widened once for both uses, so that the gradient of a 16-bit x is added up before it is rounded.
     dtype, x = x.dtype, x.astype(accumulation_dtype(x.dtype))
     mean, var = reference.moments(call, x, mask)
-    running_mean, running_var = stats.mean.astype(wide), stats.var.astype(wide)
+    running_mean, running_var = stats.mean.astype(state_dtype), stats.var.astype(state_dtype)
     step = approaches.definition(
         call.settings.approach,
-        mean.astype(wide),
-        var.astype(wide),
+        mean.astype(state_dtype),
+        var.astype(state_dtype),
         running_mean,
         running_var,
-        mix.zero_frac,
-        mix.new_zero_frac,
-        mix.fraction,
+        scalars.zero_frac,
+        scalars.new_zero_frac,
+        scalars.fraction,
         momentum=call.settings.momentum,
-        k=mix.debias,
+        k=scalars.debias,
     )
-    if mix.nothing is not None:
-        norm_mean, norm_var = approaches.inference_moments(running_mean, running_var, mix.zero_frac, call.settings.eps)
+    if scalars.nothing_counts is not None:
+        norm_mean, norm_var = approaches.inference_moments(
+            running_mean, running_var, scalars.zero_frac, call.settings.eps
+        )
         unchanged = approaches.Step(norm_mean, norm_var, running_mean, running_var)
-        step = approaches.Step(*(jnp.where(mix.nothing, old, new) for old, new in zip(unchanged, step, strict=True)))
+        step = approaches.Step(
+            *(jnp.where(scalars.nothing_counts, old, new) for old, new in zip(unchanged, step, strict=True))
+        )
     y = reference.normalise(call, x, step.norm_mean, step.norm_var, weight, bias, residual)
     return y.astype(dtype), step.running_mean, step.running_var
 
@@ -214,7 +224,7 @@ def _affine(x, call, weight, bias):
     return weight, jnp.zeros((channels,), dtype) if bias is None else bias
 
 
-def _wide(stats):
+def _state_dtype(stats):
     """The dtype in which the state is updated: its own, but float32 at least."""
     return widest(stats.mean.dtype)
 
@@ -238,13 +248,13 @@ def _check_virtual(settings, vmaps):
         raise ValueError(f"virtual_batch_size is {size}; it must divide the batch of {batch} examples{here}")
 
 
-def _mean_of_virtual_batches(mix, vmaps, devices, new, stats):
+def _mean_of_virtual_batches(scalars, vmaps, devices, new, stats):
     """The running statistics as the mean over those virtual batches in which anything counts."""
     averaged = Averaged(vmaps)
-    if mix.nothing is None:
+    if scalars.nothing_counts is None:
         size = total_size(vmaps) * devices.size
         return tuple(_sum_over(value, averaged, devices) / size for value in new)
-    counted = 1 - mix.nothing.astype(mix.zero_frac.dtype)
+    counted = 1 - scalars.nothing_counts.astype(scalars.zero_frac.dtype)
     size = _sum_over(counted, averaged, devices)
     means = (_sum_over(counted * value, averaged, devices) / jnp.maximum(size, 1) for value in new)
     return tuple(jnp.where(size == 0, old, mean) for old, mean in zip((stats.mean, stats.var), means, strict=True))
