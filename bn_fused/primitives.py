@@ -327,18 +327,19 @@ normalise_backward = define(
 
 
 def _nonzero(names, tangents):
+    """{name: tangent}, without those that are zero by their structure; a mask has none."""
     tangents = dict(zip(names, tangents, strict=True))
     return {name: t for name, t in tangents.items() if name != "mask" and not isinstance(t, ad.Zero)}
 
 
 def _jvp_in(function, primals, tangents):
-    """jax.jvp with respect to those keyword arguments that have a tangent."""
-    moving = {name: primals[name] for name in tangents if name in primals}
+    """`jax.jvp` with respect to those keyword arguments that have a tangent."""
+    variables = {name: primals[name] for name in tangents if name in primals}
 
-    def of_moving(moving):
-        return function(**{**primals, **moving})
+    def of_variables(variables):
+        return function(**{**primals, **variables})
 
-    return jax.jvp(of_moving, (moving,), ({name: tangents[name] for name in moving},))
+    return jax.jvp(of_variables, (variables,), ({name: tangents[name] for name in variables},))
 
 
 def _normalisation_tangents(tangents, toffset, tnorm_var):
@@ -347,8 +348,8 @@ def _normalisation_tangents(tangents, toffset, tnorm_var):
     return {**renamed, "toffset": toffset, "tnorm_var": tnorm_var}
 
 
-def _kept_residual(operands, spec):
-    """Without an activation nothing but the sum depends on the residual: it need not be kept."""
+def _saved_residual(operands, spec):
+    """Without an activation nothing but the sum depends on the residual: it is not saved."""
     return operands.get("residual") if spec.activation is not None else None
 
 
@@ -373,19 +374,18 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
         "bias": operands["bias"],
         "batch": Coefficients.unpack(operands["coefficients"]).batch.astype(pivot.dtype),
         "count": _divisor(operands, spec.layout, averaged),
-        "residual": _kept_residual(operands, spec),
+        "residual": _saved_residual(operands, spec),
         "mask": operands.get("mask"),
     }
     linear = _normalisation_tangents(tangents, from_state.offset, from_state.norm_var)
-    moved = tangent(spec, averaged, **linear, **step)
-    _, from_moments = jax.jvp(
-        lambda delta, var: blend(pivot, delta, var, **state), (delta, var), (moved["tmean"], moved["tvar"])
-    )
+    result_tangents = tangent(spec, averaged, **linear, **step)
+    tmean, tvar = result_tangents["tmean"], result_tangents["tvar"]
+    _, from_moments = jax.jvp(lambda delta, var: blend(pivot, delta, var, **state), (delta, var), (tmean, tvar))
     tangents_out = {
-        "y": moved["ty"],
+        "y": result_tangents["ty"],
         "pivot": zero_tangent(pivot),
-        "delta": moved["tmean"],
-        "var": moved["tvar"],
+        "delta": tmean,
+        "var": tvar,
         "new_running_mean": from_state.new_running_mean + from_moments.new_running_mean,
         "new_running_var": from_state.new_running_var + from_moments.new_running_var,
     }
@@ -398,23 +398,23 @@ def _moments_jvp(values, tangents, *, names, spec, averaged):
     if "x" not in tangents:
         return list(results.values()), [zero_tangent(value) for value in results.values()]
     count = _divisor(operands, spec.layout, averaged)
-    kept = {"pivot": results["pivot"], "delta": results["delta"], "count": count}
-    moved = moments_tangent(spec, averaged, tx=tangents["x"], **operands, **kept)
-    return list(results.values()), [zero_tangent(results["pivot"]), moved["tmean"], moved["tvar"]]
+    saved = {"pivot": results["pivot"], "delta": results["delta"], "count": count}
+    result_tangents = moments_tangent(spec, averaged, tx=tangents["x"], **operands, **saved)
+    return list(results.values()), [zero_tangent(results["pivot"]), result_tangents["tmean"], result_tangents["tvar"]]
 
 
 def _normalise_jvp(values, tangents, *, names, spec, averaged):
     operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
     y = normalise(spec, averaged, **operands)["y"]
     centre = [tangents[name] for name in ("pivot", "offset") if name in tangents]
-    kept = {name: operands[name] for name in ("x", "pivot", "offset", "weight", "bias")}
+    saved = {name: operands[name] for name in ("x", "pivot", "offset", "weight", "bias")}
     ty = normalise_tangent(
         spec,
         averaged,
         **_normalisation_tangents(tangents, sum(centre[1:], *centre[:1]) if centre else None, tangents.get("norm_var")),
-        **kept,
+        **saved,
         rstd=reciprocal_std(operands["norm_var"], spec.eps),
-        residual=_kept_residual(operands, spec),
+        residual=_saved_residual(operands, spec),
         mask=operands.get("mask"),
     )["ty"]
     return [y], [ty]
@@ -430,9 +430,9 @@ def _jvp_of_jnp(operation, compute):
 
     def jvp(values, tangents, *, names, spec, averaged):
         operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
-        results, moved = _jvp_in(lambda **operands: compute(spec, averaged, operands), operands, tangents)
+        results, result_tangents = _jvp_in(lambda **operands: compute(spec, averaged, operands), operands, tangents)
         order = operation.result_kinds(names)
-        return [results[name] for name in order], [moved[name] for name in order]
+        return [results[name] for name in order], [result_tangents[name] for name in order]
 
     ad.primitive_jvps[operation.primitive] = jvp
 
@@ -453,9 +453,9 @@ def _transpose_with(operation, cotangent_names):
 
     def transpose(cotangents, *values, names, spec, averaged):
         linear = {name: v.aval for name, v in zip(names, values, strict=True) if ad.is_undefined_primal(v)}
-        kept = {name: v for name, v in zip(names, values, strict=True) if name in operation.operands}
+        saved = {name: v for name, v in zip(names, values, strict=True) if name in operation.operands}
         cotangents = dict(zip(cotangent_names, map(ad.instantiate_zeros, cotangents), strict=True))
-        gradients = operation(spec, averaged, **cotangents, **kept)
+        gradients = operation(spec, averaged, **cotangents, **saved)
         if "dy" in cotangents:
             gradients.setdefault("dresidual", cotangents["dy"])  # no activation in between
         gradient_of = {name: gradients["d" + name[1:]] for name in linear}
