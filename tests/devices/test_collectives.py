@@ -73,7 +73,7 @@ def exchanges(text):
     module = parse(text)
     # Where one is started and awaited apart, the start lists what goes in beside what comes out.
     operation = re.compile("(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(-done)?")
-    found = []
+    exchanged = []
     for instructions in module.computations.values():
         before = {}
         for name, instruction in instructions.items():
@@ -81,9 +81,9 @@ def exchanges(text):
             before[name] = behind
             if operation.fullmatch(instruction.opcode):
                 values = sum(array.elements for array in instruction.arrays)
-                found.append([instruction.opcode.removesuffix("-done"), values, len(behind)])
+                exchanged.append([instruction.opcode.removesuffix("-done"), values, len(behind)])
                 before[name] = behind | {name}
-    return found
+    return exchanged
 
 
 def mesh_of(shape, names):
@@ -100,9 +100,9 @@ def four_devices():
 @CHECK_VMA
 @pytest.mark.parametrize("name", ["forward", "gradient", "tangent", "per_example"])
 def test_each_way_is_one_all_reduce_of_moments_or_sums_however_it_is_differentiated(name, check_vma, four_devices):
-    arrays, found = programs(CHANNELS)
+    arrays, functions = programs(CHANNELS)
     shape = (4 * LOCAL, CHANNELS, POSITIONS)
-    text = compiled(*found[name], mesh_of((4,), ("dev",)), arrays, shape, check_vma=check_vma)
+    text = compiled(*functions[name], mesh_of((4,), ("dev",)), arrays, shape, check_vma=check_vma)
     packed = 4 * (3 * CHANNELS + 1)
     expected = [packed] if name == "forward" else [packed, 2 * CHANNELS]
     assert exchanges(text) == [["all-reduce", values, place] for place, values in enumerate(expected)]
@@ -110,14 +110,14 @@ def test_each_way_is_one_all_reduce_of_moments_or_sums_however_it_is_differentia
 
 
 def test_a_shard_map_that_leaves_an_axis_to_xla_exchanges_the_same(four_devices):
-    arrays, found = programs(CHANNELS)
+    arrays, functions = programs(CHANNELS)
     mesh, shape = mesh_of((2, 2), ("dev", "rest")), (4 * LOCAL, CHANNELS, POSITIONS)
     packed = 2 * (3 * CHANNELS + 1)
-    text = compiled(*found["gradient"], mesh, arrays, shape, axis_names={"dev"})
+    text = compiled(*functions["gradient"], mesh, arrays, shape, axis_names={"dev"})
     assert exchanges(text) == [["all-reduce", packed, 0], ["all-reduce", 2 * CHANNELS, 1]]
     # Where XLA splits channels or examples further, it exchanges more, and nothing of the size of a part of x.
     for spec in (P("dev", "rest"), P(("dev", "rest"))):
-        text = compiled(*found["gradient"], mesh, arrays, shape, spec, axis_names={"dev"})
+        text = compiled(*functions["gradient"], mesh, arrays, shape, spec, axis_names={"dev"})
         assert all(values < LOCAL * CHANNELS * POSITIONS // 2 for _, values, _ in exchanges(text)), exchanges(text)
 
 
@@ -130,10 +130,10 @@ def child(work, devices=None):
 
 
 def test_beyond_64_devices_two_sums_of_channels_follow_each_other_forward_and_one_is_enough_backward():
-    found = child({"target": None, "devices": 128}, devices=128)
+    answers = child({"target": None, "devices": 128}, devices=128)
     forward = [["all-reduce", CHANNELS + 1, 0], ["all-reduce", 2 * CHANNELS, 1]]
     for check_vma in ("True", "False"):
-        counted = found[check_vma]
+        counted = answers[check_vma]
         assert counted["forward"] == forward
         assert counted["gradient"] == counted["per_example"] == [*forward, ["all-reduce", 2 * CHANNELS, 2]]
         # The sums of the tangent need the mean alone, and go with the second.
@@ -155,15 +155,15 @@ def test_the_kernels_on_four_chips_exchange_once_each_way(backend, target):
         missing = triton_backend.missing()
     if missing is not None:
         pytest.skip(missing)
-    found = child({"target": target, "devices": 4, "backend": backend})
-    refusal = found.pop("left to XLA")
+    answers = child({"target": target, "devices": 4, "backend": backend})
+    refusal = answers.pop("left to XLA")
     assert "XLA partitions" in refusal, refusal
     expected = LAUNCHES if backend == "pallas_tpu" else LAUNCHES_ON_GPUS
-    for counted in found.values():
+    for counted in answers.values():
         for name, (exchanged, launches) in counted.items():
             assert exchanged == [["all-reduce", 4 * (3 * CHIP_CHANNELS + 1), 0], ["all-reduce", 2 * CHIP_CHANNELS, 1]]
             assert launches == expected[name], name
-    assert [list(counted) for counted in found.values()] == [list(LAUNCHES), ["gradient"]]
+    assert [list(counted) for counted in answers.values()] == [list(LAUNCHES), ["gradient"]]
 
 
 CHIP_CHANNELS, CHIP_EXAMPLES = 128, 4 * 1024
@@ -192,20 +192,22 @@ def main():
     backend = work.get("backend", "auto")
     here = work["target"] is None
     channels, examples = (CHANNELS, 2 * len(devices)) if here else (CHIP_CHANNELS, CHIP_EXAMPLES)
-    arrays, found = programs(channels, backend)
+    arrays, functions = programs(channels, backend)
     kernel = re.compile(r"%bn_fused_\w+(?:\.\d+)? = " if platform == "tpu" else '"(?:mosaic_gpu|triton_kernel_call)')
     answer = {}
     for check_vma in (True, False):
         # The compilers for chips take long: one program must do.
-        names = found if here else ("gradient", "tangent", "per_example") if check_vma else ("gradient",)
+        names = functions if here else ("gradient", "tangent", "per_example") if check_vma else ("gradient",)
         answer[str(check_vma)] = counted = {}
         for name in names:
-            text = compiled(*found[name], mesh, arrays, (examples, channels), platform=platform, check_vma=check_vma)
+            text = compiled(
+                *functions[name], mesh, arrays, (examples, channels), platform=platform, check_vma=check_vma
+            )
             counted[name] = exchanges(text) if here else [exchanges(text), len(kernel.findall(text))]
     if not here:
         square = jax.sharding.Mesh(np.array(devices).reshape(2, 2), ("dev", "rest"))
         try:
-            compiled(*found["forward"], square, arrays, (examples, channels), platform=platform, axis_names={"dev"})
+            compiled(*functions["forward"], square, arrays, (examples, channels), platform=platform, axis_names={"dev"})
         except bn_fused.BackendError as error:
             answer["left to XLA"] = str(error)
     json.dump(answer, sys.stdout)

@@ -50,8 +50,8 @@ def without_types(function):
     """Under shard_map with check_vma=False, on what has the devices' axis in front."""
 
     def on_a_device(*values):
-        found = function(*jax.tree.map(lambda value: value[0], values))
-        return jax.tree.map(lambda value: value[None], found)
+        results = function(*jax.tree.map(lambda value: value[0], values))
+        return jax.tree.map(lambda value: value[None], results)
 
     def run(*values):
         specs = jax.tree.map(lambda _: P("dev"), values)
@@ -103,11 +103,11 @@ def test_derivatives_in_groups_are_those_of_the_same_program_with_jaxs_own_sums(
         tangents = tuple(map(jnp.cos, values))
         return gradient, jax.jvp(lambda *values: in_groups(*values, mask, backend=backend)[0], values, tangents)
 
-    found, expected = (
+    fused, expected = (
         jax.pmap(functools.partial(both, backend=backend), axis_name="dev")(x, mask)
         for backend in ("auto", "reference")
     )
-    assert_trees_close(found, expected)
+    assert_trees_close(fused, expected)
 
 
 def test_groups_exchange_once_each_way_among_themselves():

@@ -534,8 +534,7 @@ def test_types_on_explicit_meshes_are_those_of_the_operands_wherever_those_lie(p
     inputs = (x, residual, weight, bias, stats, mask)
     placed = jax.device_put(inputs, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
     with jax.set_mesh(mesh):
-        found = gradients(backend)(*placed)
-    gradient, (y, new) = found
+        gradient, (y, new) = gradients(backend)(*placed)
     expected = gradients("reference")(*inputs)
     assert_trees_close((gradient, y, *new[:3]), (expected[0], expected[1][0], *expected[1][1][:3]), n=EXAMPLES * 8)
     for result, operand in zip((*gradient, y, *new), (*placed[:4], placed[0], *placed[4]), strict=True):
@@ -675,9 +674,9 @@ def check_exchanges_under_jit(place, axis_type, set_mesh):
     moments, sums = ("all-reduce", DEVICES * (3 * DEVICES + 1)), ("all-reduce", 2 * DEVICES)
     shared = place != P(None, "dev")
     assert collectives(normalised) == ([moments] if shared else [])
-    found = [entry for entry in collectives(gradient) if entry[1] > 1]  # the loss itself is summed over devices
+    exchanged = [entry for entry in collectives(gradient) if entry[1] > 1]  # the loss itself is summed over devices
     # Beside them, what of the new statistics lies on other devices than the old: a value for each channel.
-    assert sorted(found) == sorted([moments, sums] if shared else []), found
+    assert sorted(exchanged) == sorted([moments, sums] if shared else []), exchanged
     assert gradient.output_shardings[0].is_equivalent_to(x.sharding, x.ndim)
 
 

@@ -176,8 +176,8 @@ def test_one_all_reduce_forward_and_one_backward_and_none_where_no_rows_are_shar
 
     for function, operands, exchanges in ((forward, (x,), 1), (gradient, (x, x), 2)):
         opaque.clear()
-        found = collectives(jax.jit(function).lower(*operands).compile())
-        assert [operation for operation, _ in found] == ["all-reduce"] * (exchanges if shares_rows else 0), found
+        reduced = collectives(jax.jit(function).lower(*operands).compile())
+        assert [operation for operation, _ in reduced] == ["all-reduce"] * (exchanges if shares_rows else 0), reduced
         assert {shape for _, shape in opaque} == {part(spec, mesh)}
     if not shares_rows:
         assert {name for name, _ in opaque} == {"forward", "backward"}

@@ -81,25 +81,25 @@ def result(output):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """The results of one process with all 4 devices, by approach."""
-    found = {}
+    results = {}
     for approach in ("batch", "ema"):
         ((status, output, errors),) = train(1, tmp_path_factory.mktemp("alone") / "state.eqx", approach=approach)
         assert status == 0, errors
-        found[approach] = result(output)
-    return found
+        results[approach] = result(output)
+    return results
 
 
 @pytest.mark.parametrize(("processes", "approach"), [(2, "ema"), (4, "batch")])
 def test_processes_train_together_as_one(processes, approach, alone, tmp_path):
     ended = train(processes, tmp_path / "state.eqx", approach=approach)
     assert [status for status, *_ in ended] == [0] * processes, [errors[-2000:] for *_, errors in ended]
-    found = [result(output) for _, output, _ in ended]
+    results = [result(output) for _, output, _ in ended]
     # All processes hold the same bits; they differ from one process's by the order of the sums in the gradients.
-    assert all(one == found[0] for one in found)
+    assert all(one == results[0] for one in results)
     want = alone[approach]
     epsilon = float(np.finfo(np.float32).eps)
-    np.testing.assert_allclose(found[0]["losses"], want["losses"], rtol=50 * epsilon)
-    for got, wanted in zip(found[0]["state"], want["state"], strict=True):
+    np.testing.assert_allclose(results[0]["losses"], want["losses"], rtol=50 * epsilon)
+    for got, wanted in zip(results[0]["state"], want["state"], strict=True):
         np.testing.assert_allclose(got, wanted, rtol=50 * epsilon, atol=50 * epsilon)
 
 
@@ -156,10 +156,10 @@ def test_plain_jit_over_the_devices_of_two_processes_is_one_process_with_the_who
     stats = bn_fused.RunningStats.init(5)
     expected, dx = jax.value_and_grad(lambda x: jnp.sum(bn_fused.batch_norm(x, stats)[0] ** 3))(x)
     parts = {}
-    for value, found, gathered in (result(output) for _, output, _ in ended):
+    for value, by_start, gathered in (result(output) for _, output, _ in ended):
         assert not gathered
         assert_close(np.float32(value), expected, scale=x.size)  # of the terms of the loss
-        parts |= {int(start): rows for start, rows in found.items()}
+        parts |= {int(start): rows for start, rows in by_start.items()}
     whole = np.concatenate([np.asarray(parts[start], np.float32) for start in sorted(parts)])
     assert_close(whole, dx, scale=1 + np.abs(dx).max())
 

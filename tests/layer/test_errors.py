@@ -414,9 +414,9 @@ def test_a_name_error_leaves_the_state_usable():
 
 
 @pytest.mark.parametrize(
-    ("change", "found"), [({"var": jnp.ones(3, jnp.bfloat16)}, "bfloat16"), ({"var": jnp.ones(4)}, "4")]
+    ("change", "shown"), [({"var": jnp.ones(3, jnp.bfloat16)}, "bfloat16"), ({"var": jnp.ones(4)}, "4")]
 )
-def test_statistics_that_do_not_fit_each_other_are_refused(change, found):
+def test_statistics_that_do_not_fit_each_other_are_refused(change, shown):
     stats = bn_fused.RunningStats.init(3)
-    with pytest.raises(ValueError, match=names("stats.var", found, "stats.mean")):
+    with pytest.raises(ValueError, match=names("stats.var", shown, "stats.mean")):
         bn_fused.batch_norm(jnp.ones((4, 3)), stats._replace(**change))

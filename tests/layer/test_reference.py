@@ -198,8 +198,8 @@ def test_references_gradients_are_those_of_the_definition(approach, dtype):
             @jax.jit
             def of(x, mean, var, zero_frac, weight, bias):
                 def loss(x, mean, var, zero_frac, weight, bias):
-                    given = bn_fused.RunningStats(mean, var, zero_frac, stats.count)
-                    y, new = make(approach, weight, bias, "axis")(x, given)
+                    old = bn_fused.RunningStats(mean, var, zero_frac, stats.count)
+                    y, new = make(approach, weight, bias, "axis")(x, old)
                     return jnp.sum(y * dy) + jnp.sum(new.mean) + jnp.sum(new.var) + new.zero_frac
 
                 return jax.grad(loss, tuple(range(6)))(x, mean, var, zero_frac, weight, bias)
@@ -249,16 +249,16 @@ def test_ema_compatibility_gives_the_bits_of_equinox(affine, jitted, steps, dtyp
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
-@pytest.mark.parametrize("given", ["weight", "bias"])
-def test_weight_and_bias_can_be_given_one_without_the_other(given, backend):
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_weight_and_bias_can_be_given_one_without_the_other(name, backend):
     x = jnp.arange(24.0).reshape(6, 4) ** 1.5
     stats, values = bn_fused.RunningStats.init(4), np.linspace(0.5, 2.0, 4, dtype=np.float32)
-    y, _ = bn_fused.batch_norm(x, stats, **{given: values}, backend=backend)
+    y, _ = bn_fused.batch_norm(x, stats, **{name: values}, backend=backend)
     plain, _ = bn_fused.batch_norm(x, stats, backend=backend)
     plain = np.asarray(plain)
-    expected = plain * values if given == "weight" else plain + values
+    expected = plain * values if name == "weight" else plain + values
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
-    frozen, _ = bn_fused.batch_norm(x, stats, **{given: values}, inference=True, backend=backend)
+    frozen, _ = bn_fused.batch_norm(x, stats, **{name: values}, inference=True, backend=backend)
     plain, _ = bn_fused.batch_norm(x, stats, inference=True, backend=backend)
     plain = np.asarray(plain)
-    np.testing.assert_allclose(frozen, plain * values if given == "weight" else plain + values, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(frozen, plain * values if name == "weight" else plain + values, rtol=1e-5, atol=1e-6)

@@ -139,8 +139,8 @@ def test_a_step_returns_the_type_of_the_state_it_was_given(x_dtype):
     stats = bn_fused.RunningStats.init(CHANNELS)
     for inference in (False, True):
         run = functools.partial(bn_fused.batch_norm, stats=stats, channel_axis=1, inference=inference)
-        given, returned = jax.eval_shape(lambda: stats), jax.eval_shape(run, data(dtype=x_dtype))[1]
-        for before, after in zip(given, returned, strict=True):
+        old, new = jax.eval_shape(lambda: stats), jax.eval_shape(run, data(dtype=x_dtype))[1]
+        for before, after in zip(old, new, strict=True):
             assert (before.shape, before.dtype) == (after.shape, after.dtype) and not after.weak_type
 
 

@@ -699,12 +699,12 @@ def test_an_unbound_axis_name_is_a_name_error_under_every_transform():
 
 def fused_operations(function, *arguments):
     """How many of each of the library's primitives a function's jaxpr has, those of inner jaxprs included."""
-    found = collections.Counter()
+    counts = collections.Counter()
 
     def visit(jaxpr):
         for equation in jaxpr.eqns:
             if equation.primitive.name.startswith("bn_fused_"):
-                found[equation.primitive.name.removeprefix("bn_fused_")] += 1
+                counts[equation.primitive.name.removeprefix("bn_fused_")] += 1
             for parameter in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
                 if is_jaxpr(parameter):
                     visit(getattr(parameter, "jaxpr", parameter))
@@ -713,7 +713,7 @@ def fused_operations(function, *arguments):
         return isinstance(value, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr))
 
     visit(jax.make_jaxpr(function)(*arguments).jaxpr)
-    return dict(found)
+    return dict(counts)
 
 
 FORWARD_AND_BACKWARD = {"forward": 1, "backward": 1}

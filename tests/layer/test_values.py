@@ -302,19 +302,19 @@ def test_a_virtual_batch_has_statistics_of_its_own_and_the_state_moves_by_their_
     x = x + jnp.repeat(jnp.array([0.0, 4.0, -2.0]), size).reshape(-1, 1, 1)
     dy = jnp.asarray(random.standard_normal(shape), jnp.float32)
     settings = dict(approach=approach, momentum=0.9, warmup_period=3, channel_axis=1)
-    given = bn_fused.RunningStats(jnp.ones(3), 2 * jnp.ones(3), jnp.float32(0.5), jnp.int32(1))
+    stats = bn_fused.RunningStats(jnp.ones(3), 2 * jnp.ones(3), jnp.float32(0.5), jnp.int32(1))
 
     @jax.jit
     def run(x):
         def of(x):
-            return bn_fused.batch_norm(x, given, virtual_batch_size=size, backend=backend, **settings)
+            return bn_fused.batch_norm(x, stats, virtual_batch_size=size, backend=backend, **settings)
 
         y, pullback, new = jax.vjp(of, x, has_aux=True)
         return y, new, pullback(dy)[0]
 
     y, new, dx = run(x)
     definition = oracle.Definition(**settings, rounded_mean=backend == "reference")
-    parts = [oracle.batch_norm(definition, part, given) for part in np.split(np.asarray(x), 3)]
+    parts = [oracle.batch_norm(definition, part, stats) for part in np.split(np.asarray(x), 3)]
     assert_close(y, np.concatenate([part.y for part in parts]), np.concatenate([part.y_scale for part in parts]))
     for name in ("mean", "var"):
         wanted = np.mean([getattr(part.state, name) for part in parts], 0)
