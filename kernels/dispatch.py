@@ -67,8 +67,8 @@ def result_types(results, spec, operands):
 def insert_axis(spec, kinds, values, dims, size, role):
     """Give every operand the axis that a vmap maps, in one place of the layout.
 
-    `dims` says where each operand has it, or None. An axis of role "g" is given to all operands, one of role "r"
-    to those of x's rank only. Returns the new spec, the operands, and where the results have the axis: a function
+    `dims` says where each operand has it, or None. An axis of role GROUP is given to all operands, one of role
+    ROW to those of x's rank only. Returns the new spec, the operands, and where the results have the axis: a function
     of the kind.
     """
     spread = [dim for dim, kind in zip(dims, kinds, strict=True) if kind in SPREAD and dim is not None]
