@@ -8,11 +8,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support.tolerances import assert_same_bits
 
 CHANNELS, EXAMPLES = 5, 8
-APPROACHES = ("batch", "ema", "ema_compatibility")
 
 
 def mesh_of(devices):

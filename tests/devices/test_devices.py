@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import bn_fused
 import bn_fused.devices
+from bn_fused.approaches import APPROACHES
 
 from support.collectives import collectives
 from support.programs import (
@@ -621,7 +622,7 @@ def in_shard_map(function, in_specs, out_specs, check_vma=True):
 
 
 @CHECK_VMA
-@pytest.mark.parametrize("approach", ["batch", "ema", "ema_compatibility"])
+@pytest.mark.parametrize("approach", APPROACHES)
 def test_forward_is_one_small_all_reduce_and_backward_another(approach, check_vma):
     x = jnp.asarray(float32_data())
     packed = DEVICES * (3 * CHANNELS + 1)
@@ -706,7 +707,7 @@ def test_more_devices_than_are_packed_give_the_same(path, check_vma, monkeypatch
 
 
 @pytest.mark.parametrize("path", ["packed", "two_sums"])
-@pytest.mark.parametrize("approach", ["batch", "ema", "ema_compatibility"])
+@pytest.mark.parametrize("approach", APPROACHES)
 def test_what_is_masked_contributes_exactly_nothing_even_if_it_is_nan(approach, path, monkeypatch):
     monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 1)
     x = float32_data()

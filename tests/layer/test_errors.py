@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support.tolerances import assert_same_bits
 
@@ -344,7 +345,7 @@ def caught(call):
     return result, [message for message in messages if issubclass(message.category, UserWarning)]
 
 
-@pytest.mark.parametrize("approach", ["batch", "ema", "ema_compatibility"])
+@pytest.mark.parametrize("approach", APPROACHES)
 @pytest.mark.parametrize("shape", [(1, CHANNELS), (1, CHANNELS, 1, 1)])
 def test_a_single_value_per_channel_is_the_definitions_answer_with_one_warning(approach, shape):
     x = jnp.arange(1.0, 4.0).reshape(shape)

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 EXAMPLES, CHANNELS, SIZE = 6, 5, 8
 SHAPES = {"NCHW": (EXAMPLES, CHANNELS, SIZE, SIZE), "NHWC": (EXAMPLES, SIZE, SIZE, CHANNELS)}
 ELEMENTS = EXAMPLES * CHANNELS * SIZE * SIZE
-APPROACHES = ("batch", "ema", "ema_compatibility")
 ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
 # Per channel the backward reads about a dozen vectors (statistics, their cotangents' factors, weight, bias).
 PER_CHANNEL = 32 * CHANNELS

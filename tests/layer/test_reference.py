@@ -8,10 +8,10 @@ import pytest
 from jax import lax
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support.tolerances import assert_close, assert_same_bits
 
-APPROACHES = ("batch", "ema", "ema_compatibility")
 CHANNELS = 5
 SHAPES = {"maps": (6, CHANNELS, 3, 7), "rows": (12, CHANNELS)}
 EPS, MOMENTUM, WARMUP = 1e-5, 0.99, 3

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support.tolerances import assert_close, assert_same_bits
 
 CHANNELS = 3
-APPROACHES = ("batch", "ema", "ema_compatibility")
 
 
 def make(approach="ema", **settings):

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support import oracle
 from support.tolerances import assert_close, assert_same_bits, eps, tol
 
-APPROACHES = ("batch", "ema", "ema_compatibility")
 CHANNELS = 3
 
 

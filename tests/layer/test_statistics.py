@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support import oracle
 from support.tolerances import tol
@@ -103,7 +104,7 @@ def test_zero_frac_is_the_momentum_to_the_power_of_the_steps():
 
 def test_running_state_follows_the_oracle_for_a_hundred_steps():
     """Each step from the float32 state of the step before: only that step's rounding is allowed."""
-    for approach in ("batch", "ema", "ema_compatibility"):
+    for approach in APPROACHES:
         definition = oracle.Definition(approach=approach, momentum=MOMENTUM, channel_axis=1)
         means, vars_, zero_fracs = train(approach, "axis")
         for step in (0, 1, 2, 9, 99):

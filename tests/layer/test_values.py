@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 from support import oracle
 from support.tolerances import assert_close, computed_in
 
-APPROACHES = ("batch", "ema", "ema_compatibility")
 ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
 BACKENDS = ("auto", "jnp", "reference")
 # Shape of the whole batch (axis 0 the examples) and its channel axis. Few, so that little is compiled; with
