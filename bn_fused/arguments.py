@@ -197,7 +197,7 @@ def check_stats(stats):
 
 
 def check_same_on_devices(new, old):
-    """ValueError if new running statistics differ over devices over which the old ones are the same, or lie elsewhere."""
+    """ValueError if new running statistics differ between devices that share the old ones, or lie on another mesh."""
     mesh = jax.typeof(new.mean).sharding.mesh
     if jax.typeof(old.mean).sharding.mesh.empty and jax.sharding.AxisType.Explicit in mesh.axis_types:
         raise ValueError(

@@ -41,10 +41,15 @@ def explain(
 
     **Returns:**
 
-    A `BackendChoice`: `name`, `reason`, `plan`. The plan of a backend with kernels has, for "forward", "backward" and the
-    other operations, `kind(operation)`, `passes(operation)`, the reads and writes of arrays of x's size inside its
-    kernels, and `launches(operation)`, their names. What XLA does around them, a plan does not know: `bn-bench audit`
-    counts it in the compiled program. "reference" has no plan, and that of "jnp" no such methods: XLA decides.
+    A `BackendChoice`: `name`, `reason`, `plan`. The plan of a backend with kernels has three methods, each of an
+    operation's name ("forward", "backward", ...):
+
+    - `kind(operation)`: how it walks over x, such as "resident" or "streaming".
+    - `passes(operation)`: the numbers of reads and writes of arrays of x's size inside its kernels.
+    - `launches(operation)`: its kernels' names, in order.
+
+    A plan does not know what XLA does around the kernels: `bn-bench audit` counts it in the compiled program.
+    "reference" has no plan, and that of "jnp" has no such methods, because XLA decides.
 
     **Raises:**
 

@@ -16,8 +16,10 @@ _MODES = {"ema": "ema_compatibility", "batch": "batch"}
 
 
 class BatchNorm(eqx.nn.StatefulLayer):
-    r"""Normalises each channel over the batch and the spatial dimensions, keeps running statistics for inference,
-    and applies an affine map, an optional residual and an optional activation in the same pass.
+    r"""Normalises each channel over the batch and the spatial dimensions.
+
+    Keeps running statistics for inference, and applies an affine map, an optional residual and an optional activation
+    in the same pass.
 
     Given an example $x$ of shape `(C, *spatial)` inside a `jax.vmap` (or `jax.pmap`, `jax.shard_map`) whose axis has
     the name `axis_name`, the layer computes for each channel $c$
@@ -129,7 +131,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         backend: str = "auto",
         mode: str | None = None,
     ):
-        """**Arguments:**
+        """Make the layer; `equinox.nn.make_with_state` makes its state with it.
+
+        **Arguments:**
 
         - `input_size`: the number of channels C.
         - `axis_name`: the name of the batch axis, as given to `jax.vmap`, `jax.pmap` or a mesh; a sequence of names to
@@ -151,8 +155,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
             PyTorch. "none": 1, as in Flax.
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,
             and the running statistics move by the mean over these virtual batches.
-        - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same size,
-            as [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's
+        - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same
+            size, as [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's
             collectives have it: under `pmap` and in `shard_map(..., check_vma=False)`.
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
         - `mode`: `equinox.nn.BatchNorm`'s spelling, in place of `approach`: "ema" is `approach="ema_compatibility"`,
@@ -204,7 +208,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         key: PRNGKeyArray | None = None,
         inference: bool | None = None,
     ) -> tuple[Array, eqx.nn.State]:
-        """**Arguments:**
+        """Normalise one example, with the statistics of the whole batch in training and the running ones at inference.
+
+        **Arguments:**
 
         - `x`: one example, shape `(input_size, *spatial)`, float32, bfloat16, float16 or float64.
         - `state`: the `equinox.nn.State` that holds the running statistics.
@@ -292,8 +298,8 @@ def _approach_and_debias(approach, mode, debias):
         debias = "none" if debias == "axis" else debias
     if not isinstance(approach, (str, type(None))):
         raise TypeError(
-            f"approach is {approach!r}; accepted are {', '.join(map(repr, APPROACHES))}. Where equinox.nn.BatchNorm has "
-            "eps in this place: give the settings by keyword"
+            f"approach is {approach!r}; accepted are {', '.join(map(repr, APPROACHES))}. Where equinox.nn.BatchNorm "
+            "has eps in this place: give the settings by keyword"
         )
     if approach is None:
         arguments.warn(

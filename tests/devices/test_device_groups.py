@@ -1,4 +1,7 @@
-"""Groups of devices with statistics of their own, as JAX's `axis_index_groups` has them; `test_devices` has the mesh's."""
+"""Groups of devices with statistics of their own, as JAX's `axis_index_groups` has them.
+
+`test_devices` has those that are axes of a mesh.
+"""
 
 import functools
 import re

@@ -363,24 +363,22 @@ def test_the_arguments_stand_in_the_documented_order():
 
     plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
     assert names(bn_fused.batch_norm, plain) == ["x", "stats", "weight", "bias"]
-    assert set(names(bn_fused.batch_norm, keyword)) == set(
-        [
-            "approach",
-            "momentum",
-            "eps",
-            "warmup_period",
-            "channel_axis",
-            "axis_name",
-            "activation",
-            "residual",
-            "mask",
-            "debias",
-            "virtual_batch_size",
-            "axis_index_groups",
-            "inference",
-            "backend",
-        ]
-    )
+    assert set(names(bn_fused.batch_norm, keyword)) == {
+        "approach",
+        "momentum",
+        "eps",
+        "warmup_period",
+        "channel_axis",
+        "axis_name",
+        "activation",
+        "residual",
+        "mask",
+        "debias",
+        "virtual_batch_size",
+        "axis_index_groups",
+        "inference",
+        "backend",
+    }
 
 
 def test_everything_but_inference_and_the_arrays_is_static():
