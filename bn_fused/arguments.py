@@ -26,7 +26,10 @@ STATE_DTYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is static about a BatchNorm, checked: see `bn_fused.BatchNorm` for the meaning of each."""
+    """The static settings of a BatchNorm, checked when they are made; `bn_fused.BatchNorm` describes each.
+
+    ValueError or TypeError for one that is not accepted.
+    """
 
     approach: str = "batch"
     momentum: float = 0.99
@@ -92,7 +95,11 @@ def check_positive_integer(name, value):
 
 
 def as_channel_axis(value, shape, name):
-    """The channels' axis of a batch of this shape, counted from the front. Axis 0 are the examples."""
+    """The channels' axis of a batch of this shape, counted from the front.
+
+    TypeError unless it is an integer, ValueError unless the shape has it beside axis 0, the examples. `name` is what
+    has the shape.
+    """
     check_integer("channel_axis", value)
     if len(shape) < 2:
         raise ValueError(f"{name} has shape {shape!r}; it needs two axes at least, examples and channels")
@@ -104,7 +111,10 @@ def as_channel_axis(value, shape, name):
 
 
 def as_state_dtype(dtype):
-    """The state's dtype; None is JAX's default float. 16-bit floats are refused with the reason."""
+    """The state's dtype, float32 or float64; None is JAX's default float. ValueError for any other.
+
+    16-bit floats are refused with the reason.
+    """
     dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
     if dtype.name in LOW_PRECISION:
         raise ValueError(
@@ -117,7 +127,10 @@ def as_state_dtype(dtype):
 
 
 def as_axis_names(axis_name):
-    """axis_name as a tuple of names: of one name, a sequence of names, or None for none."""
+    """axis_name (a name, a list or tuple of names, or None for none) as a tuple of names.
+
+    TypeError for what is no name, ValueError for a name that stands in it twice.
+    """
     if axis_name is None:
         return ()
     names = tuple(axis_name) if isinstance(axis_name, (list, tuple)) else (axis_name,)
@@ -131,7 +144,11 @@ def as_axis_names(axis_name):
 
 
 def as_device_groups(value):
-    """axis_index_groups as tuples: groups of as many indices each, in which every index from 0 on stands once."""
+    """axis_index_groups as a tuple of tuples of integers, or None.
+
+    TypeError unless it holds groups of integers, ValueError unless the groups are of one size and every index from 0
+    on stands in them once.
+    """
     if value is None:
         return None
     try:
@@ -165,7 +182,10 @@ def check_bound(names):
 
 
 def check_input(x, channels, axis, expected):
-    """x is a floating array with at least one value per channel, and that many channels; `expected` says which."""
+    """TypeError unless x is floating, ValueError unless it has so many channels on this axis and no axis is empty.
+
+    `expected` ends the message about the channels: where their number comes from.
+    """
     check_floating("x", x)
     if x.shape[axis] != channels:
         raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
@@ -174,7 +194,11 @@ def check_input(x, channels, axis, expected):
 
 
 def check_stats(stats):
-    """The shapes and dtypes of `RunningStats` are those that its `init` gives, or others of the same kind."""
+    """TypeError or ValueError unless the fields of `RunningStats` fit each other.
+
+    That is: mean and var have shape [channels] and one floating dtype, which may have 16 bits; zero_frac is a floating
+    scalar, count a scalar integer.
+    """
     for name, value in stats._asdict().items():
         check_array(f"stats.{name}", value)
     mean, var = stats.mean, stats.var
@@ -232,7 +256,7 @@ def check_array(name, value):
 
 
 def check_parameter(name, value, shape):
-    """A weight or bias is None or a floating array of this shape."""
+    """TypeError or ValueError unless a weight or bias is None or a floating array of this shape."""
     if value is None:
         return
     check_array(name, value)
@@ -242,7 +266,7 @@ def check_parameter(name, value, shape):
 
 
 def check_residual(residual, x):
-    """A residual is as x, in shape and dtype."""
+    """TypeError or ValueError unless a residual is None or an array of x's shape and dtype."""
     if residual is None:
         return
     check_array("residual", residual)
@@ -254,7 +278,10 @@ def check_residual(residual, x):
 
 
 def as_mask(mask, x, axis):
-    """A mask of x's shape without the channel axis, or broadcastable to it, in x's shape with one channel."""
+    """A mask with x's rank: x's shape with one channel, bool. None for None.
+
+    TypeError unless it is a bool array, ValueError unless it broadcasts to x's shape without the channel axis.
+    """
     if mask is None:
         return None
     check_array("mask", mask)

@@ -1,4 +1,4 @@
-"""Axes bound to devices (shard_map, pmap): splitting them off."""
+"""Axes of devices (of shard_map and pmap): told apart from those of vmaps, and what shares statistics along them."""
 
 import math
 

@@ -34,7 +34,7 @@ def batch_norm(
 ):
     r"""Normalise a batch over its examples and positions; the functional form of `bn_fused.BatchNorm`.
 
-    The formulas, the approaches and the meaning of the settings stand there.
+    There are the formulas, the approaches and advice on the settings.
 
     **Arguments:**
 
@@ -50,8 +50,8 @@ def batch_norm(
     - `axis_name`: further named axes to average over (of `jax.vmap`, `jax.shard_map`, `jax.pmap`): a name, a
         sequence of names, or None for this batch alone.
     - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same size, as
-        [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's collectives
-        have it: under `pmap` and in `shard_map(..., check_vma=False)`.
+        [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. JAX sums over groups
+        under `pmap` and in `shard_map(..., check_vma=False)` only.
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count. Of
@@ -69,8 +69,10 @@ def batch_norm(
     **Raises:**
 
     ValueError or TypeError that names the argument, its value and what is accepted; NameError for an `axis_name`
-    that is not bound. Inside of `shard_map` without an `axis_name`, every device has statistics of its own; where the
-    `out_specs` say that they are the same on all, JAX says that replication cannot be inferred.
+    that is not bound; `bn_fused.BackendError`, when it is compiled, for a named backend that cannot run there.
+
+    Inside of `shard_map` without an `axis_name`, every device has statistics of its own; where the `out_specs` say that
+    they are the same on all, JAX says that replication cannot be inferred.
     """
     settings = arguments.Settings(
         approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend

@@ -156,11 +156,11 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `virtual_batch_size`: None, or a divisor of the batch: that many consecutive examples share their statistics,
             and the running statistics move by the mean over these virtual batches.
         - `axis_index_groups`: None, or groups of indices along the one axis of devices in `axis_name`, of the same
-            size, as [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. As JAX's
-            collectives have it: under `pmap` and in `shard_map(..., check_vma=False)`.
+            size, as [[0, 1], [2, 3]]: each group of devices has statistics of its own, the running ones too. JAX sums
+            over groups under `pmap` and in `shard_map(..., check_vma=False)` only.
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
-        - `mode`: `equinox.nn.BatchNorm`'s spelling, in place of `approach`: "ema" is `approach="ema_compatibility"`,
-            "batch" is `approach="batch"` with `debias="none"` where the default is not replaced.
+        - `mode`: `equinox.nn.BatchNorm`'s spelling of `approach`: "ema" is `approach="ema_compatibility"`, "batch" is
+            `approach="batch"`, with `debias="none"` where `debias` has its default. Give one of `mode` and `approach`.
 
         **Raises:**
 
@@ -173,7 +173,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         settings = arguments.Settings(
             approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
         )
-        arguments.as_axis_names(axis_name)
+        arguments.as_axis_names(axis_name)  # raises; what is stored is the user's own form of it
         dtype = arguments.as_state_dtype(dtype)
 
         parameters = jnp.zeros((), float).dtype
@@ -228,7 +228,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         **Raises:**
 
         NameError outside of a `vmap` or mesh with the layer's `axis_name`; ValueError or TypeError that names the
-        argument, its value and what is accepted. The given state remains valid after any error.
+        argument, its value and what is accepted; `bn_fused.BackendError`, when it is compiled, for a named backend that
+        cannot run there. `state` remains valid after any error.
         """
         del key
         inference = self.inference if inference is None else inference

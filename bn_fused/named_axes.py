@@ -49,7 +49,7 @@ class Averaged(NamedTuple):
         return total_size(self.names) if self.virtual_batch_size is None else self.virtual_batch_size
 
 
-NOTHING = Averaged()
+NOTHING = Averaged()  # no axis of a vmap
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,10 @@ class NamedOperation:
 
 
 def define(name, operands, results, compute, **rules):
-    """Make the primitive `bn_fused_<name>`: eager form, types, batching and lowering. Derivatives come apart."""
+    """Make the primitive `bn_fused_<name>` and return its `NamedOperation`; `rules` are that class's other fields.
+
+    The primitive gets its eager form, types, batching and lowering; `primitives` adds the derivatives.
+    """
     primitive = Primitive(f"bn_fused_{name}")
     primitive.multiple_results = True
     tell_devices(primitive)
@@ -234,6 +237,17 @@ def named_mean(value, averaged):
     return named_mean_p.bind(value, averaged=averaged) if averaged.names else value
 
 
+def position_count(x, mask, layout, averaged, dtype):
+    """How many positions a channel's moments average, over the vmap axes of `averaged` too.
+
+    Without a mask an int, for every group of x. With one (x's shape with one channel, bool), an array of those that
+    count, [*groups] in this dtype: 0 where none does.
+    """
+    if mask is None:
+        return count_rows(x.shape, layout) * averaged.size
+    return named_sum(sum_rows(mask.astype(dtype), layout)[..., 0], averaged)
+
+
 def _named_sum_batch(axis, values, dims, *, averaged):
     (value,), (dim,) = values, dims
     if axis.name not in averaged.names:
@@ -281,14 +295,3 @@ def _define_linear(primitive, function, batch):
 
 _define_linear(named_sum_p, named_sum, _named_sum_batch)
 _define_linear(named_mean_p, named_mean, _named_mean_batch)
-
-
-def position_count(x, mask, layout, averaged, dtype):
-    """How many positions a channel's moments average, over the vmap axes of `averaged` too.
-
-    Without a mask an int, for every group of x. With one (x's shape with one channel, bool), an array of those that
-    count, [*groups] in this dtype: 0 where none does.
-    """
-    if mask is None:
-        return count_rows(x.shape, layout) * averaged.size
-    return named_sum(sum_rows(mask.astype(dtype), layout)[..., 0], averaged)

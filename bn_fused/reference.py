@@ -76,6 +76,7 @@ def _sum_of_part(value, part, parts, names):
 
 
 def _average_in_virtual_batch(values, mask, names, size):
+    """The mean over the positions that count of the `size` examples in this example's virtual batch."""
     ((name,), _) = split_names(names)
     batch, batches = jax.lax.axis_index(name) // size, jax.lax.axis_size(name) // size
     mask = jnp.ones(values.shape, bool) if mask is None else mask

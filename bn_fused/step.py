@@ -21,7 +21,12 @@ from bn_fused.running_stats import RunningStats
 
 @dataclass(frozen=True)
 class Call:
-    """What is static about a call on one example: its settings, the layout of x, the names it averages over."""
+    """What is static about a call on one example: its settings, the layout of x, the names it averages over.
+
+    - `channel_axis`: the channels' axis of the example, counted from the front.
+    - `axis_names`: names of vmaps and of devices, as the user ordered them.
+    - `device_groups`: `axis_index_groups` as tuples, or None; see `Devices`.
+    """
 
     settings: Settings
     channel_axis: int
@@ -66,7 +71,10 @@ class StepScalars(NamedTuple):
 
 
 def infer(call, x, stats, weight, bias, residual):
-    """Normalise one example with the running statistics; returns y."""
+    """Normalise one example with the running statistics; returns y, with x's shape and dtype.
+
+    `weight` and `bias` are [channels] or None, `residual` is None or as x.
+    """
     stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     state_dtype = _state_dtype(stats)
     running = (value.astype(state_dtype) for value in (stats.mean, stats.var, stats.zero_frac))
@@ -79,7 +87,8 @@ def infer(call, x, stats, weight, bias, residual):
 def train(call, x, stats, weight, bias, residual, mask):
     """One step on one example, averaged over the named axes; returns y and the new RunningStats.
 
-    `mask` has x's shape with one channel (bool), or is None.
+    As `infer`, and `mask` has x's shape with one channel (bool), or is None. ValueError for a `virtual_batch_size` or
+    `device_groups` that do not fit the axes.
     """
     settings, state_dtype = call.settings, _state_dtype(stats)
     vmaps, device_names = split_names(call.axis_names)
@@ -125,6 +134,7 @@ def train(call, x, stats, weight, bias, residual, mask):
 
 
 def _fused_step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask):
+    """y and the new running mean and variance: one `forward`, or moments, their exchange over devices, `normalise`."""
     spec = call.spec(x)
     packed = scalars.coefficients(call.settings)
     if not devices.names or averaged.virtual_batch_size is not None:
@@ -161,6 +171,7 @@ def _fused_step(call, scalars, averaged, devices, x, stats, weight, bias, residu
 
 
 def _reference_step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask):
+    """What `_fused_step` returns, by the definition."""
     del averaged, devices
     state_dtype = scalars.zero_frac.dtype
     # Widened once for both uses, so that the gradient of a 16-bit x is added up before it is rounded.
@@ -219,6 +230,7 @@ def _with_channels_sharded(call, x, stats, weight, bias):
 
 
 def _affine(x, call, weight, bias):
+    """Weight and bias, 1 and 0 where there are none."""
     channels, dtype = x.shape[call.channel_axis], accumulation_dtype(x.dtype)
     weight = jnp.ones((channels,), dtype) if weight is None else weight
     return weight, jnp.zeros((channels,), dtype) if bias is None else bias
@@ -234,6 +246,7 @@ def _sum_over(value, averaged, devices):
 
 
 def _check_virtual(settings, vmaps):
+    """ValueError unless virtual batches, if there are any, divide the one vmap's axis."""
     size = settings.virtual_batch_size
     if size is None:
         return
