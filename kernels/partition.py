@@ -30,8 +30,8 @@ from bn_fused.kernels.contract import (
     PER_GROUP,
     accumulation_dtype,
     blend,
+    moments_cotangents,
     reciprocal_std,
-    scaled,
     statistics_cotangents,
 )
 from bn_fused.kernels.jax_internals import SdyShardingRule, custom_partitioning
@@ -189,10 +189,8 @@ def _normalise_backward(run, spec, operands, rows):
 
 def _backward(run, spec, operands, rows):
     dx, sum_dz, sum_dz_xhat, *dresidual = _normalise_backward(run, spec, operands, rows)
-    doffset, dnorm_var = statistics_cotangents(operands["weight"], operands["rstd"], sum_dz, sum_dz_xhat)
-    moments = {
-        "dmean": operands["dmean"] + scaled(operands["batch"], doffset),
-        "dvar": operands["dvar"] + scaled(operands["batch"], dnorm_var),
-    }
+    from_normalisation = statistics_cotangents(operands["weight"], operands["rstd"], sum_dz, sum_dz_xhat)
+    dmean, dvar = moments_cotangents(operands["dmean"], operands["dvar"], *from_normalisation, operands["batch"])
+    moments = {"dmean": dmean, "dvar": dvar}
     (through,) = run("moments_backward", spec, **_only("moments_backward", operands | moments))
     return dx + through, sum_dz, sum_dz_xhat, *dresidual

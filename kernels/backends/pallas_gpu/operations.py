@@ -65,7 +65,15 @@ from bn_fused.kernels.backends.pallas_gpu.stream import (
     sums_merge,
     times,
 )
-from bn_fused.kernels.contract import blend, reciprocal_std, statistics_cotangents
+from bn_fused.kernels.contract import (
+    blend,
+    moments_cotangents,
+    reciprocal_std,
+    scale_and_shift,
+    statistics_cotangents,
+    sum_with_xhat,
+    through_moments,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
@@ -174,9 +182,9 @@ def _moments_row(values, channels, _):
 
 
 def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
-    scale = rstd * weight
+    scale, shift = scale_and_shift(offset, rstd, weight, bias)
     d = x - pivot
-    z = d * scale + (bias - offset * scale)
+    z = d * scale + shift
     return d, z if residual is None else z + residual, scale
 
 
@@ -189,7 +197,7 @@ def _normalise_row(activation):
     return row
 
 
-def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False):
+def _gradient_row(activation, *, write_dx, moments=False, write_dz=False):
     """Of rows of dy, x and, where it matters, the residual: the sums of dz and dz * d; or dx; or both."""
 
     def row(values, channels, _):
@@ -199,11 +207,11 @@ def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False
         results = ()
         if write_dx:
             dx = dz * scale
-            if through_moments:
+            if moments:
                 slope, level = channels[-2:]
                 dx = dx + (d * slope + level)
             results = (dx, dz) if write_dz else (dx,)
-        return () if through_moments else (dz, dz * d), results
+        return () if moments else (dz, dz * d), results
 
     return row
 
@@ -211,7 +219,7 @@ def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False
 def _moments_gradient_row(values, channels, numbers):
     pivot, delta, dmean, dvar = channels
     (count,) = numbers
-    slope, level = _through_moments(dmean, dvar, delta, count)
+    slope, level = through_moments(dmean, dvar, delta, count)
     return (), ((values[0] - pivot) * slope + level,)
 
 
@@ -222,7 +230,7 @@ def _finish_sums(sums, channels, _):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     sum_dz, sum_dz_d = sums
     _, offset, rstd, *_ = channels
-    return sum_dz, (sum_dz_d - offset * sum_dz) * rstd
+    return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
 def _finish_backward(sums, channels, numbers):
@@ -230,15 +238,9 @@ def _finish_backward(sums, channels, numbers):
     _, _, rstd, weight, _, dmean, dvar, delta = channels
     batch, count = numbers
     sum_dz, sum_dz_xhat = _finish_sums(sums, channels, ())
-    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
-    slope, level = _through_moments(dmean + times(batch, doffset), dvar + times(batch, dnorm_var), delta, count)
-    return slope, level, sum_dz, sum_dz_xhat
-
-
-def _through_moments(dmean, dvar, delta, count):
-    """slope and level of dmean/n + (d - delta) * 2 * dvar/n, as a function of d."""
-    slope = 2 * dvar / count
-    return slope, dmean / count - delta * slope
+    from_normalisation = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    dmean, dvar = moments_cotangents(dmean, dvar, *from_normalisation, batch, times)
+    return *through_moments(dmean, dvar, delta, count), sum_dz, sum_dz_xhat
 
 
 # The operations.
@@ -341,7 +343,7 @@ def backward(
     channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
-    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
+    row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
     outputs = 1 + write_dz
     if view.kept is not None:
         tiles = view.resident_tiling(len(arrays), SUMS)

@@ -16,6 +16,17 @@ from jax.experimental.pallas import tpu as pltpu
 
 from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends.pallas_tpu.plan import ROW_TILE, ceil_div, round_up
+from bn_fused.kernels.contract import (
+    Coefficients,
+    blend_channels,
+    moments_cotangents,
+    reciprocal_std,
+    scale_and_shift,
+    squares_about_mean,
+    statistics_cotangents,
+    sum_with_xhat,
+    through_moments,
+)
 
 SUBLANES = 8
 PIVOT_ROWS = 128
@@ -109,19 +120,9 @@ def _float(reference, chunk):
 # ------------------------------------------------------------------------------------------ arithmetic per channel
 
 
-def _scaled(coefficient, value):
+def _times(coefficient, value):
     """`contract.scaled` for a scalar."""
     return jnp.where(coefficient == 0, 0.0, coefficient * value)
-
-
-def _blend(pivot, delta, var, running_mean, running_var, coefficients):
-    """`contract.blend` for coefficients in scalar memory: offset, norm_var and the new running statistics."""
-    batch, running, constant, mean_gain, var_gain, keep = (coefficients[0, 0, index] for index in range(6))
-    offset = _scaled(batch, delta) + (_scaled(batch - 1, pivot) + _scaled(running, running_mean))
-    norm_var = _scaled(batch, var) + _scaled(running, running_var) + constant
-    new_mean = _scaled(mean_gain, pivot + delta) + _scaled(keep, running_mean)
-    new_var = _scaled(var_gain, var) + _scaled(keep, running_var)
-    return offset, norm_var, new_mean, new_var
 
 
 def _finite_or(value, other):
@@ -167,11 +168,7 @@ def _add_to_moments(walk, rows, x, slab, stats):
     before = walk.index.astype(jnp.float32) * walk.plan.block_rows
     share = rows / (before + rows)
     shift = total * (1 / rows)
-    correction = total * shift
-    # Where only the correction overflows, the variance does.
-    overflows = (jnp.abs(total) < jnp.inf) & (jnp.abs(correction) == jnp.inf)
-    m2 = squares - jnp.where(overflows, 0.0, correction)
-    m2 = jnp.where(m2 < 0, 0.0, m2)
+    m2 = squares_about_mean(squares, total, shift)
     pivot, delta = _row(stats, PIVOT), _row(stats, DELTA)
     block_delta = (centre - pivot) + shift
     gap = jnp.where(before == 0, 0.0, block_delta - delta)
@@ -220,8 +217,7 @@ def _pre_activation_cotangent(refs, chunk, pivot, scale, shift, activation):
 
 
 def _scale_and_shift(refs):
-    scale = refs.rstd[...] * refs.weight[...]
-    return scale, refs.bias[...] - refs.offset[...] * scale
+    return scale_and_shift(refs.offset[...], refs.rstd[...], refs.weight[...], refs.bias[...])
 
 
 # ------------------------------------------------------------------------------------------ the kernels
@@ -231,12 +227,14 @@ def _forward(refs, walk, phase, *, eps, activation):
     stats = refs.stats
 
     def finish(pivot, delta, var):
-        offset, norm_var, new_mean, new_var = _blend(
-            pivot, delta, var, refs.running_mean[...], refs.running_var[...], refs.coefficients
+        coefficients = (refs.coefficients[0, 0, index] for index in range(len(Coefficients._fields)))
+        offset, norm_var, new_mean, new_var = blend_channels(
+            pivot, delta, var, refs.running_mean[...], refs.running_var[...], coefficients, _times
         )
-        scale = lax.rsqrt(norm_var + eps) * refs.weight[...]
-        stats[pl.ds(SCALE, 1), :] = scale
-        stats[pl.ds(SHIFT, 1), :] = refs.bias[...] - offset * scale
+        rstd = reciprocal_std(norm_var, eps)
+        stats[pl.ds(SCALE, 1), :], stats[pl.ds(SHIFT, 1), :] = scale_and_shift(
+            offset, rstd, refs.weight[...], refs.bias[...]
+        )
         refs.pivot[...], refs.delta[...], refs.var[...] = pivot, delta, var
         refs.new_running_mean[...], refs.new_running_var[...] = new_mean, new_var
 
@@ -297,15 +295,9 @@ def _begin_sums(refs):
 
 def _write_sums(refs):
     sum_dz = _row(refs.stats, SUM_DZ)
-    sum_dz_xhat = (_row(refs.stats, SUM_DZ_D) - refs.offset[...] * sum_dz) * refs.rstd[...]
+    sum_dz_xhat = sum_with_xhat(sum_dz, _row(refs.stats, SUM_DZ_D), refs.offset[...], refs.rstd[...])
     refs.sum_dz[...], refs.sum_dz_xhat[...] = sum_dz, sum_dz_xhat
     return sum_dz, sum_dz_xhat
-
-
-def _through_moments(dmean, dvar, delta, count):
-    """slope and level: d * slope + level = dmean/n + (d - delta) * 2 * dvar/n."""
-    slope = 2 * dvar / count
-    return slope, dmean / count - delta * slope
 
 
 def _backward(refs, walk, phase, *, activation, **_):
@@ -317,12 +309,11 @@ def _backward(refs, walk, phase, *, activation, **_):
 
     def finish():
         sum_dz, sum_dz_xhat = _write_sums(refs)
-        # The cotangents of offset and norm_var, of which the batch's moments get the share `batch`.
-        rstd, batch = refs.rstd[...], refs.batch[0, 0, 0]
-        scale = refs.weight[...] * rstd
-        dmean = refs.dmean[...] + _scaled(batch, -scale * sum_dz)
-        dvar = refs.dvar[...] + _scaled(batch, -scale * rstd * sum_dz_xhat / 2)
-        slope, level = _through_moments(dmean, dvar, refs.delta[...], refs.count[0, 0, 0])
+        from_normalisation = statistics_cotangents(refs.weight[...], refs.rstd[...], sum_dz, sum_dz_xhat)
+        dmean, dvar = moments_cotangents(
+            refs.dmean[...], refs.dvar[...], *from_normalisation, refs.batch[0, 0, 0], _times
+        )
+        slope, level = through_moments(dmean, dvar, refs.delta[...], refs.count[0, 0, 0])
         stats[pl.ds(SLOPE, 1), :], stats[pl.ds(LEVEL, 1), :] = slope, level
 
     def sums():
@@ -358,7 +349,7 @@ def _normalise_backward(refs, walk, phase, *, activation, **_):
 
 def _moments_backward(refs, walk, phase, **_):
     pivot = refs.pivot[...]
-    slope, level = _through_moments(refs.dmean[...], refs.dvar[...], refs.delta[...], refs.count[0, 0, 0])
+    slope, level = through_moments(refs.dmean[...], refs.dvar[...], refs.delta[...], refs.count[0, 0, 0])
 
     def write(chunk, valid, carry):
         refs.dx[chunk, :] = ((_float(refs.x, chunk) - pivot) * slope + level).astype(refs.dx.dtype)
