@@ -10,6 +10,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.kernels.activations import ACTIVATIONS, Activation
 from bn_fused.kernels.backends import jnp as jnp_backend
 
 from support import oracle
@@ -397,6 +398,22 @@ def test_explain_and_the_function_agree(tpu_only):
     run, x = through_the_function("auto")
     run.trace(x).lower(lowering_platforms=("tpu",))
     assert (choice.name == "fake_tpu") == bool(tpu_only.asked)
+
+
+def test_a_new_line_in_the_table_of_activations_is_all_that_a_new_activation_needs(monkeypatch):
+    """For every backend but triton, which has its own functions and refuses by name what those do not know."""
+    tanh = Activation(jnp.tanh, jnp.tanh, lambda x: 1 - jnp.square(jnp.tanh(x)), transcendental=True)
+    monkeypatch.setitem(ACTIVATIONS, "tanh", tanh)
+    x, stats = operands()[0]["x"], bn_fused.RunningStats.init(CHANNELS)
+
+    def gradient(backend):
+        return jax.grad(lambda x: jnp.sum(bn_fused.batch_norm(x, stats, activation="tanh", backend=backend)[0] ** 3))(x)
+
+    assert_close(gradient("jnp"), np.asarray(gradient("reference"), np.float64), 10)
+    for target, backend in (("h200", "pallas_gpu"), ("v5e", "pallas_tpu")):
+        assert bn_fused.explain((4096, 128), jnp.float32, activation="tanh", target=target, backend=backend).plan
+    with pytest.raises(bn_fused.BackendError, match="take the activations .*, not tanh"):
+        bn_fused.explain((4096, 128), jnp.float32, activation="tanh", target="h200", backend="triton")
 
 
 def test_a_backends_name_is_new_and_its_operations_complete():

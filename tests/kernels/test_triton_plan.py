@@ -14,6 +14,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends.triton import operations as triton_backend
 from bn_fused.kernels.backends.triton.plan import (
     MERGE_TILE,
@@ -191,6 +192,7 @@ def test_a_plan_says_its_passes_and_launches():
     ("problem", "target", "sentence"),
     [
         (Problem(1, 64, 8, "float64"), H200, "float32, bfloat16, float16, not float64"),
+        (Problem(1, 64, 8, "float32", "tanh"), H200, "the activations relu, leaky_relu, silu, gelu, not tanh"),
         (Problem(1, 64, 8, "float32", mask=True), H200, "take no mask"),
         (Problem(1, 64, 8, "float32"), Target("cuda"), "not known for which GPU"),
         (Problem(1, 64, 8, "float32"), Target("cpu"), "written for GPUs"),
@@ -221,6 +223,11 @@ def test_what_the_kernels_do_not_take_is_refused_in_a_sentence(problem, target, 
     with pytest.raises(BackendError, match=sentence) as error:
         choose(problem, target, "triton")
     assert str(error.value).startswith("backend 'triton' cannot run on ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_the_table_is_taken(activation, installed):
+    assert choose(Problem(1, 64, 8, "float32", activation), H200, "triton").name == "triton"
 
 
 @pytest.mark.parametrize("chip", GPUS)

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bn_fused.kernels.activations import ACTIVATIONS, activate
+from bn_fused.kernels.activations import ACTIVATIONS, activate, is_transcendental
 from bn_fused.kernels.backends.pallas_tpu.plan import ROW_TILE, ceil_div, round_up
 from bn_fused.kernels.contract import (
     Coefficients,
@@ -466,7 +466,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * math.prod(large.shape),
-            transcendentals=0 if activation in (None, "relu", "leaky_relu") else math.prod(large.shape),
+            transcendentals=math.prod(large.shape) if is_transcendental(activation) else 0,
             bytes_accessed=int((plan.reads + plan.writes) * large.size * large.dtype.itemsize),
         ),
         interpret=interpret,

@@ -5,6 +5,7 @@
 
 from dataclasses import dataclass
 
+from bn_fused.kernels.activations import is_transcendental
 from bn_fused.kernels.chips import TpuChip
 
 LANES = 128
@@ -13,10 +14,9 @@ ROW_TILE = 16
 # A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
 CHUNK_ELEMENTS = 32 * LANES
 # Elements in one iteration of the inner loop, so that none of its values leaves the registers (seen in what the
-# compiler makes of it): in kernels that do little; in those that read two arrays; and in those that read three or have an
-# activation that takes many operations. Both together: half of that.
+# compiler makes of it): in kernels that do little; in those that read two arrays; and in those that read three or have
+# an activation that takes many operations. Both together: half of that.
 LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 64 * LANES
-SMOOTH = ("silu", "gelu")
 FEW_REGISTERS = ("v4",)  # chips with half as many registers as the others
 # A block's copy must take long against the third of a microsecond that a step of the grid costs.
 BLOCK_BYTES = 1 << 20
@@ -155,9 +155,9 @@ def _blocks(rows, channels, block_bytes, itemsize, most_channels):
 def _inner_loop(block_channels, traffic, activation, chip):
     """Rows of a chunk, and chunks in one iteration."""
     elements, chunk_elements = LIGHT_ELEMENTS, CHUNK_ELEMENTS
-    smooth = activation in SMOOTH
-    if smooth or traffic.first > 2:
-        elements = HEAVIEST_ELEMENTS // 2 if smooth and traffic.first > 1 else HEAVIEST_ELEMENTS
+    transcendental = is_transcendental(activation)
+    if transcendental or traffic.first > 2:
+        elements = HEAVIEST_ELEMENTS // 2 if transcendental and traffic.first > 1 else HEAVIEST_ELEMENTS
     elif traffic.first > 1:
         elements = HEAVY_ELEMENTS
     if chip.name in FEW_REGISTERS:
@@ -170,7 +170,7 @@ def _inner_loop(block_channels, traffic, activation, chip):
 def _kernel_plan(problem, itemsize, traffic, chip):
     rows, channels = problem.rows, problem.channels
     available = chip.vmem - RESERVED_BYTES
-    heaviest = traffic.first > 1 and problem.activation in SMOOTH
+    heaviest = traffic.first > 1 and is_transcendental(problem.activation)
     most_channels = MOST_CHANNELS // 2 if heaviest else MOST_CHANNELS
     if chip.name in FEW_REGISTERS:
         most_channels = LANES

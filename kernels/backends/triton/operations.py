@@ -28,10 +28,11 @@ x of any layout is seen as [groups, rows, channels]; where the channels lie last
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
 convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
-Limits, refused by name: float64; a mask; compute capabilities below 8.0, and those and AMD's architectures that these
-kernels were not compiled for; arrays that XLA partitions over several devices; 2^31 rows, values per channel, or values
-between the first and the last row of a tile, or more; on AMD 2^32 threads of a launch or more. jax-triton must be
-installed, in the one version that works with all versions of JAX this library is for; for AMD with Triton 3.6 alone.
+Limits, refused by name: float64; an activation that `passes` does not have; a mask; compute capabilities below 8.0, and
+those and AMD's architectures that these kernels were not compiled for; arrays that XLA partitions over several devices;
+2^31 rows, values per channel, or values between the first and the last row of a tile, or more; on AMD 2^32 threads of a
+launch or more. jax-triton must be installed, in the one version that works with all versions of JAX this library is
+for; for AMD with Triton 3.6 alone.
 Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows
 are, values are read one by one, several times slower. The running statistics are blended inside the launch if they are
 float32, and with jnp after it otherwise.
@@ -69,6 +70,7 @@ from bn_fused.kernels.contract import blend, reciprocal_std
 from bn_fused.kernels.jax_internals import first_amd_architecture
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")  # that `passes` has in Triton's language
 CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
 ARCHITECTURES = ("gfx90a", "gfx942")  # of AMD, for which these kernels were compiled: CDNA 2 and 3
 MOST = 1 << 31
@@ -89,6 +91,8 @@ def refusal(problem, target):
         return "it is written for GPUs; backend='auto' takes one that runs there"
     if problem.dtype not in DTYPES:
         return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}; {ELSE}"
+    if problem.activation is not None and problem.activation not in ACTIVATIONS:
+        return f"its kernels take the activations {', '.join(ACTIVATIONS)}, not {problem.activation}; {ELSE}"
     if problem.mask:
         return f"its kernels take no mask; {ELSE}"
     if chip is None:
