@@ -10,14 +10,12 @@ from bn_fused.kernels.fused import fused_batch_norm as fused_batch_norm
 from bn_fused.kernels.registry import (
     Backend as Backend,
     BackendChoice as BackendChoice,
-    BackendError as BackendError,
-    Problem as Problem,
-    Target as Target,
     backend_names as backend_names,
     choose as choose,
     register as register,
     unregister as unregister,
 )
+from bn_fused.kernels.target import BackendError as BackendError, Problem as Problem, Target as Target
 
 __all__ = [
     "Backend",

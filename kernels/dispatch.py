@@ -30,7 +30,8 @@ from bn_fused.kernels.jax_internals import (
 )
 from bn_fused.kernels.layout import CHANNEL, GROUP, axes_of
 from bn_fused.kernels.partition import ASKING_PLATFORMS, partitioned
-from bn_fused.kernels.registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
+from bn_fused.kernels.registry import check_plan, choose, operation_of
+from bn_fused.kernels.target import PLATFORMS, Target, problem_of
 
 SPREAD = (LIKE_X, MASK)  # kinds with x's rank
 

@@ -11,7 +11,8 @@ from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
 from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
 from bn_fused.kernels.dispatch import run
-from bn_fused.kernels.registry import FLOATING, REFERENCE, check_backend_name
+from bn_fused.kernels.registry import REFERENCE, check_backend_name
+from bn_fused.kernels.target import FLOATING
 
 LAYOUT = "grc"
 

@@ -1,59 +1,18 @@
 """The backends there are, and which of them computes a given problem for a given target: `choose`."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-
-import jax.numpy as jnp
 
 from bn_fused.kernels.auto import Verdict, verdict
 from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
 from bn_fused.kernels.backends.triton import operations as triton_backend
-from bn_fused.kernels.chips import Chip
-from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.layout import axes_of, count_rows, group_shape
+from bn_fused.kernels.contract import OPERATIONS
+from bn_fused.kernels.target import FLOATING, BackendError
 
 REFERENCE = "reference"
-FLOATING = ("float32", "bfloat16", "float16", "float64")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-class BackendError(ValueError):
-    """A backend that was asked for by name cannot run; the message says for which target, and what is missing."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an operation is lowered for.
-
-    A platform of `PLATFORMS`; the chip, where it is known; whether XLA is left to partition the code over several
-    devices (False for what runs on each device's part of the arrays, see `partition`); whether the program runs on
-    several devices at all.
-    """
-
-    platform: str
-    chip: Chip | None = None
-    partitioned: bool = False
-    several_devices: bool = False
-
-    def __str__(self):
-        return self.platform if self.chip is None else f"{self.platform} ({self.chip.name})"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The size and kind of one call: what a backend's refusal and plan depend on."""
-
-    groups: int
-    rows: int
-    channels: int
-    dtype: str
-    activation: str | None = None
-    residual: bool = False
-    mask: bool = False
 
 
 @dataclass(frozen=True)
@@ -217,16 +176,3 @@ def check_plan(choice, plan, problem, target):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
-
-
-def problem_of(spec: Spec, x, present):
-    """The problem that an operand x (anything with shape and dtype) and the names of the operands make."""
-    return Problem(
-        groups=math.prod(group_shape(x.shape, spec.layout)),
-        rows=count_rows(x.shape, spec.layout),
-        channels=x.shape[axes_of(spec.layout, "c")[0]],
-        dtype=jnp.dtype(x.dtype).name,
-        activation=spec.activation,
-        residual="residual" in present,
-        mask="mask" in present,
-    )

@@ -280,10 +280,10 @@ def test_transforms_around_a_partitioned_kernel(how, opaque, x64):
 
 
 def test_a_tpu_kernel_is_refused_by_a_sentence_where_it_cannot_be_given_parts():
-    target = kernels.registry.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
-    problem = kernels.registry.Problem(1, 1024, 128, "float32")
-    with pytest.raises(kernels.registry.BackendError, match="name the devices in a shard_map"):
-        kernels.registry.choose(problem, target, "pallas_tpu")
+    target = kernels.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
+    problem = kernels.Problem(1, 1024, 128, "float32")
+    with pytest.raises(kernels.BackendError, match="name the devices in a shard_map"):
+        kernels.choose(problem, target, "pallas_tpu")
 
 
 ON_FOUR_GPUS = """

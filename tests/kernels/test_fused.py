@@ -436,7 +436,7 @@ KERNELS = ("pallas_gpu", "pallas_tpu", "triton")
 
 @pytest.mark.parametrize("chip", kernels.CHIPS.values(), ids=lambda chip: chip.name)
 def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_on(chip):
-    target = kernels.registry.Target(chip.platform, chip)
+    target = kernels.Target(chip.platform, chip)
     for name in KERNELS:
         written_for = (chip.platform == "tpu") == (name == "pallas_tpu")
         reached = written_for
@@ -444,7 +444,7 @@ def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_
             reached = chip.platform == "cuda" and chip.compute_capability >= (9, 0)
         assert ((name, chip.name) in kernels.auto.VERDICTS) == reached
         if not reached:
-            problem = kernels.registry.Problem(1, 4096, 128, "float32")
+            problem = kernels.Problem(1, 4096, 128, "float32")
             assert kernels.registry._BACKENDS[name].refusal(problem, target) is not None
 
 

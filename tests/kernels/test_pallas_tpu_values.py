@@ -21,7 +21,7 @@ from bn_fused.kernels import CHIPS, Problem, Spec, Target
 from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
 from bn_fused.kernels.contract import OPERATIONS
-from bn_fused.kernels.registry import problem_of
+from bn_fused.kernels.target import problem_of
 
 from support import oracle
 from support.tolerances import assert_close

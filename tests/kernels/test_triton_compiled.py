@@ -11,7 +11,7 @@ from bn_fused.bench import deviceless
 from bn_fused.kernels.backends.triton import operations as triton_backend
 from bn_fused.kernels.backends.triton.plan import heuristic, search_set
 from bn_fused.kernels.chips import CHIPS
-from bn_fused.kernels.registry import Problem, Target
+from bn_fused.kernels.target import Problem, Target
 
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic

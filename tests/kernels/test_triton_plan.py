@@ -29,7 +29,8 @@ from bn_fused.kernels.backends.triton.plan import (
     slab_columns,
 )
 from bn_fused.kernels.chips import CHIPS, AmdChip, GpuChip
-from bn_fused.kernels.registry import BackendError, Problem, Target, check_plan, choose
+from bn_fused.kernels.registry import check_plan, choose
+from bn_fused.kernels.target import BackendError, Problem, Target
 
 from support import ROOT
 

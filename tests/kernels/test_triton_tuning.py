@@ -18,7 +18,7 @@ from bn_fused.kernels.backends.triton import operations as triton_backend, tunin
 from bn_fused.kernels.backends.triton.plan import Config, heuristic, make_plan, search_set
 from bn_fused.kernels.backends.triton.tuning import FOLDER, VARIABLE, Entry
 from bn_fused.kernels.chips import CHIPS
-from bn_fused.kernels.registry import Problem, Target
+from bn_fused.kernels.target import Problem, Target
 
 H200 = CHIPS["h200"]
 KIND = H200.device_kind
