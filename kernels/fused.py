@@ -11,7 +11,7 @@ from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
 from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
 from bn_fused.kernels.dispatch import run
-from bn_fused.kernels.registry import REFERENCE, check_backend_name
+from bn_fused.kernels.registry import check_backend_name, is_reference
 from bn_fused.kernels.target import FLOATING
 
 LAYOUT = "grc"
@@ -70,7 +70,7 @@ def fused_batch_norm(
     wide = widest(x.dtype, running_mean.dtype)
     packed = Coefficients(*coefficients).pack(wide)
     packed = jnp.broadcast_to(packed if packed.ndim == 2 else packed[None], (x.shape[0], packed.shape[-1]))
-    if backend == REFERENCE:
+    if is_reference(backend):
         operands = (x, weight, bias, running_mean, running_var, packed, residual)
         results = reference.fused_batch_norm(*operands, eps=eps, activation=activation)
     else:

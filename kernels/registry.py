@@ -1,18 +1,12 @@
-"""The backends there are, and which of them computes a given problem for a given target: `choose`."""
+"""The registered backends, and which of them computes a given problem for a given target: `choose`."""
 
-import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from bn_fused.kernels.auto import Verdict, verdict
-from bn_fused.kernels.backends import jnp as jnp_backend
-from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
-from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
-from bn_fused.kernels.backends.triton import operations as triton_backend
+from bn_fused.kernels.backends import Backend, jnp as jnp_backend, pallas_gpu, pallas_tpu, triton
 from bn_fused.kernels.contract import OPERATIONS
 from bn_fused.kernels.target import FLOATING, BackendError
 
-REFERENCE = "reference"
+_REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -24,59 +18,13 @@ class BackendChoice:
     plan: object = None
 
 
-def no_refusal(problem, target):
-    """A backend that takes every problem on every target."""
-    del problem, target
-
-
-def not_taken(problem, target):
-    """The verdict on a backend that runs by name alone."""
-    del problem, target
-    return Verdict(False, "it does not say where it is the faster one")
-
-
-def no_plan(problem, target):
-    """A backend whose tiles and launches XLA decides."""
-    del problem, target
-
-
-def no_plan_refusal(plan, problem, target):
-    """A backend that can run every plan of its type, or finds out while it lowers."""
-    del plan, problem, target
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute the operations of `contract.OPERATIONS`.
-
-    - `operations`: name to function; each takes the operation's operands by keyword and `spec`, and returns its
-      results in the order of the table (a tuple, or the array where there is one).
-    - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
-    - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. It is asked where nothing is refused.
-    - `plan(problem, target)`: a frozen description of tiles and launches, or None.
-    - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
-    """
-
-    name: str
-    operations: Mapping[str, Callable] = field(hash=False)
-    refusal: Callable = no_refusal
-    verdict: Callable = not_taken
-    plan: Callable = no_plan
-    plan_refusal: Callable = no_plan_refusal
-
-
-def _jnp_verdict(problem, target):
-    del problem
-    return Verdict(True, f"plain jnp, which XLA compiles for {target} and fuses with the operations around it")
-
-
 # Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last.
 _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend):
     """Plug in a backend. Its name must be new."""
-    if backend.name in _BACKENDS or backend.name in ("auto", REFERENCE):
+    if backend.name in _BACKENDS or backend.name in ("auto", _REFERENCE):
         raise ValueError(f"backend name {backend.name!r} is taken; registered are {', '.join(backend_names())}")
     missing = sorted(set(OPERATIONS) - set(backend.operations))
     if missing:
@@ -91,36 +39,18 @@ def unregister(name):
     del _BACKENDS[name]
 
 
-register(
-    Backend(
-        "jnp",
-        {name: getattr(jnp_backend, name) for name in OPERATIONS},
-        verdict=_jnp_verdict,
-        plan=jnp_backend.plan,
-    )
-)
+for _backend in (jnp_backend.BACKEND, triton.BACKEND, pallas_gpu.BACKEND, pallas_tpu.BACKEND):
+    register(_backend)
 
 
-def _verdict_of_the_table(name, problem, target):
-    return verdict(name, problem, target)
-
-
-for _name, _module in (("triton", triton_backend), ("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
-    register(
-        Backend(
-            _name,
-            {name: getattr(_module, name) for name in OPERATIONS},
-            refusal=_module.refusal,
-            verdict=functools.partial(_verdict_of_the_table, _name),
-            plan=_module.plan,
-            plan_refusal=getattr(_module, "plan_refusal", no_plan_refusal),
-        )
-    )
+def is_reference(backend):
+    """Whether a name is that of the definition: it has no operations and no plan, JAX differentiates it as a whole."""
+    return backend == _REFERENCE
 
 
 def backend_names():
     """The names `backend=` takes besides "auto"."""
-    return (*_BACKENDS, REFERENCE)
+    return (*_BACKENDS, _REFERENCE)
 
 
 def check_backend_name(backend):
@@ -137,8 +67,8 @@ def choose(problem, target, requested="auto"):
     check_backend_name(requested)
     if problem.dtype not in FLOATING:
         raise TypeError(f"dtype is {problem.dtype}; accepted are {', '.join(FLOATING)}")
-    if requested == REFERENCE:
-        return BackendChoice(REFERENCE, "asked for by name: the definition, differentiated by JAX")
+    if is_reference(requested):
+        return BackendChoice(requested, "asked for by name: the definition, differentiated by JAX")
     if requested != "auto":
         backend = _BACKENDS[requested]
         refusal = backend.refusal(problem, target)
@@ -168,7 +98,7 @@ def check_plan(choice, plan, problem, target):
     """
     if type(plan) is not type(choice.plan):
         raise TypeError(f"plan is {plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
-    refusal = None if choice.name == REFERENCE else _BACKENDS[choice.name].plan_refusal(plan, problem, target)
+    refusal = _BACKENDS[choice.name].plan_refusal(plan, problem, target)
     if refusal is not None:
         raise BackendError(f"backend {choice.name!r} cannot run {plan!r} on {target}: {refusal}")
 

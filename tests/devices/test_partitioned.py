@@ -56,9 +56,7 @@ def opaque():
     """The shapes of x that the operations of the backend `opaque` are traced with, by operation."""
     seen = []
 
-    def watched(name):
-        operation = getattr(kernels.backends.jnp, name)
-
+    def watched(name, operation):
         @functools.wraps(operation)
         def call(**operands):
             seen.append((name, operands["x"].shape))
@@ -66,7 +64,8 @@ def opaque():
 
         return call
 
-    kernels.register(kernels.Backend("opaque", {name: watched(name) for name in kernels.contract.OPERATIONS}))
+    operations = kernels.backends.jnp.BACKEND.operations
+    kernels.register(kernels.Backend("opaque", {name: watched(name, of) for name, of in operations.items()}))
     yield seen
     kernels.unregister("opaque")
 

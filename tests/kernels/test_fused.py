@@ -254,21 +254,18 @@ def test_the_backends_there_are():
 @pytest.fixture
 def tpu_only():
     """A backend for TPUs only, which computes as jnp does and notes what it was asked to compute."""
-    from bn_fused.kernels.backends import jnp as jnp_backend
-    from bn_fused.kernels.contract import OPERATIONS
-
     asked = []
 
-    def counting(name):
+    def counting(name, operation):
         def compute(**values):
             asked.append(name)
-            return getattr(jnp_backend, name)(**values)
+            return operation(**values)
 
         return compute
 
     backend = kernels.Backend(
         "fake_tpu",
-        {name: counting(name) for name in OPERATIONS},
+        {name: counting(name, operation) for name, operation in jnp_backend.BACKEND.operations.items()},
         refusal=lambda problem, target: None if target.platform == "tpu" else "it is written for TPUs",
         verdict=lambda problem, target: kernels.auto.Verdict(True, "a test prefers it"),
         plan=lambda problem, target: ("plan", problem.rows, problem.channels),

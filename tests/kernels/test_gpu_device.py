@@ -220,7 +220,7 @@ UNSOUND = """
 from bn_fused.kernels.pallas_gpu_plan import Resident
 pallas_gpu_resident.PATIENCE_SECONDS = 3
 kernels.registry._BACKENDS["pallas_gpu"] = dataclasses.replace(
-    kernels.registry._BACKENDS["pallas_gpu"], plan_refusal=kernels.registry.no_plan_refusal)
+    kernels.registry._BACKENDS["pallas_gpu"], plan_refusal=kernels.backends.no_plan_refusal)
 # One unit of twice as many blocks as there are multiprocessors, each of which fills its shared memory.
 members = 2 * jax.devices("cuda")[0].core_count
 x = jnp.ones((members * 4 * 196, 128), jnp.bfloat16)

@@ -20,7 +20,6 @@ from bn_fused import kernels
 from bn_fused.kernels import CHIPS, Problem, Spec, Target
 from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
-from bn_fused.kernels.contract import OPERATIONS
 from bn_fused.kernels.target import problem_of
 
 from support import oracle
@@ -167,8 +166,8 @@ def interpreted():
             kernels.Backend(
                 name,
                 {
-                    operation: functools.partial(getattr(pallas_tpu, operation), interpret=interpret)
-                    for operation in OPERATIONS
+                    operation: functools.partial(compute, interpret=interpret)
+                    for operation, compute in kernels.backends.pallas_tpu.BACKEND.operations.items()
                 },
                 refusal=lambda problem, target: pallas_tpu.refusal(problem, V5E),
                 plan=lambda problem, target: change(pallas_tpu.plan(problem, V5E)),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from bn_fused.kernels.activations import is_transcendental
 from bn_fused.kernels.chips import TpuChip
 
-LANES = 128
+LANES = TpuChip.lanes
 # Rows of a block are a multiple of this: a tile has 8 rows of float32, 16 of bfloat16.
 ROW_TILE = 16
 # A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
