@@ -216,17 +216,17 @@ def blend(pivot, delta, var, running_mean, running_var, coefficients):
     running statistics in the state's.
     """
     moments_dtype, state_dtype = pivot.dtype, running_mean.dtype
-    wide = widest(moments_dtype, state_dtype)
+    dtype = widest(moments_dtype, state_dtype)
     pivot, delta, var, running_mean, running_var, coefficients = (
-        value.astype(wide) for value in (pivot, delta, var, running_mean, running_var, coefficients)
+        value.astype(dtype) for value in (pivot, delta, var, running_mean, running_var, coefficients)
     )
     new = blend_channels(pivot, delta, var, running_mean, running_var, Coefficients.unpack(coefficients), scaled)
     dtypes = Blend(moments_dtype, moments_dtype, state_dtype, state_dtype)
-    return Blend(*(value.astype(dtype) for value, dtype in zip(new, dtypes, strict=True)))
+    return Blend(*(value.astype(own) for value, own in zip(new, dtypes, strict=True)))
 
 
 def blend_channels(pivot, delta, var, running_mean, running_var, coefficients, times):
-    """The formulas of `blend`, in one dtype, with `times(coefficient, value)`: `scaled`, or what a kernel has for it."""
+    """The formulas of `blend`, in one dtype; `times(coefficient, value)` is `scaled`, or what a kernel has for it."""
     c = Coefficients(*coefficients)
     mean = pivot + delta
     # norm_mean - pivot, without going through the rounded mean: for the approach `batch` it is delta itself.

@@ -74,8 +74,8 @@ def choose(problem, target, requested="auto"):
         refusal = backend.refusal(problem, target)
         if refusal is not None:
             raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
-        found = backend.verdict(problem, target)
-        reason = "asked for by name" if found.taken else f"asked for by name; auto does not take it: {found.why}"
+        verdict = backend.verdict(problem, target)
+        reason = "asked for by name" if verdict.taken else f"asked for by name; auto does not take it: {verdict.why}"
         return BackendChoice(requested, reason, backend.plan(problem, target))
     passed_over = []
     for backend in reversed(_BACKENDS.values()):
@@ -83,11 +83,11 @@ def choose(problem, target, requested="auto"):
         if refusal is not None:
             passed_over.append(f"{backend.name} cannot run here: {refusal}")
             continue
-        found = backend.verdict(problem, target)
-        if found.taken:
-            reason = "; ".join([found.why, *reversed(passed_over)])
+        verdict = backend.verdict(problem, target)
+        if verdict.taken:
+            reason = "; ".join([verdict.why, *reversed(passed_over)])
             return BackendChoice(backend.name, reason, backend.plan(problem, target))
-        passed_over.append(f"{backend.name} runs by name: {found.why}")
+        passed_over.append(f"{backend.name} runs by name: {verdict.why}")
     raise AssertionError("the jnp backend takes every problem")
 
 

@@ -167,7 +167,7 @@ class _View(View):
         """Several values per group as float32 [groups, number]."""
         return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
-    def wide(self, *values):
+    def tiled(self, *values):
         """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
         values = [self.channel(value) for value in values]
         return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
@@ -254,24 +254,24 @@ def _moments_partial(view, x):
 
 def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    _, found = merge_moments(*_moments_partial(view, view.spread(x)))
+    _, found = merge_moments(*_moments_partial(view, view.as_rows(x)))
     return tuple(view.unchannel(value) for value in found)
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     blends = running_mean.dtype == F32 and running_var.dtype == F32
     view = _View(x, spec, "forward" if blends else None)
-    flat = view.spread(x)
+    flat = view.as_rows(x)
     if view.kept is not None:
         given = [weight, bias, running_mean, running_var]
         return _resident_forward(view, flat, given, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
     if blends:
-        given = view.wide(weight, bias, running_mean, running_var)
+        given = view.tiled(weight, bias, running_mean, running_var)
         numbers = [view.numbers(coefficients)]
         wide, found = merge_moments(*partial, (given, numbers), spec.eps)
         pivot, delta, var, *new = (view.unchannel(value) for value in found)
@@ -280,14 +280,14 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
         _, found = merge_moments(*partial)
         pivot, delta, var = (view.unchannel(value) for value in found)
         offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
-        channels = view.wide(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
+        channels = view.tiled(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
     y = _normalise(view, flat, residual, channels, spec, reverse=True)
     return y, pivot, delta, var, *new
 
 
 def _resident_forward(view, flat, given, coefficients, residual, spec):
-    arrays = [flat] if residual is None else [flat, view.spread(residual)]
-    given, numbers = view.wide(*given), [view.numbers(coefficients)]
+    arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
+    given, numbers = view.tiled(*given), [view.numbers(coefficients)]
     tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
 
     def moments_row(values, channels, numbers):
@@ -300,22 +300,22 @@ def _resident_forward(view, flat, given, coefficients, residual, spec):
         tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row, moments_merge(tiles, True, spec.eps), row,
         sums=2, outputs=1, exact=5, moments=True,
     )  # fmt: skip
-    return view.unspread(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
+    return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
 
 
 def _normalise(view, flat, residual, channels, spec, reverse):
-    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
     row, tiles = _normalise_row(spec.activation), view.tiling(len(arrays))
     (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], row, outputs=1, reverse=reverse)
-    return view.unspread(y)
+    return view.like_x(y)
 
 
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    channels = view.wide(pivot, offset, rstd, weight, bias)
-    return _normalise(view, view.spread(x), residual, channels, spec, reverse=False)
+    channels = view.tiled(pivot, offset, rstd, weight, bias)
+    return _normalise(view, view.as_rows(x), residual, channels, spec, reverse=False)
 
 
 def backward(
@@ -337,10 +337,10 @@ def backward(
     spec,
 ):
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec, "backward")
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
-    channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
+    channels = view.tiled(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
     row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
@@ -364,11 +364,11 @@ def backward(
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
-    channels = view.wide(pivot, offset, rstd, weight, bias)
+    channels = view.tiled(pivot, offset, rstd, weight, bias)
     row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
     *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
     _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
@@ -377,15 +377,15 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    channels = view.wide(pivot, delta, dmean, dvar)
+    channels = view.tiled(pivot, delta, dmean, dvar)
     name = "bn_fused_moments_backward"
-    flat, numbers = [view.spread(x)], [view.group(count)]
+    flat, numbers = [view.as_rows(x)], [view.group(count)]
     (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
-    return (view.unspread(dx),)
+    return (view.like_x(dx),)
 
 
-def _no_mask(mask):
+def _check_no_mask(mask):
     if mask is not None:
         raise ValueError("pallas_gpu takes no mask")

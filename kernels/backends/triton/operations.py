@@ -360,9 +360,9 @@ def _partial_moments(view, slab, flat):
 
 def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    return tuple(view.unchannel(value) for value in _moments(view, view.spread(x)))
+    return tuple(view.unchannel(value) for value in _moments(view, view.as_rows(x)))
 
 
 def _moments(view, flat):
@@ -373,16 +373,16 @@ def _moments(view, flat):
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
-    flat, added = view.spread(x), None if residual is None else view.spread(residual)
+    flat, added = view.as_rows(x), None if residual is None else view.as_rows(residual)
     scale_and_shift = view.channels_of(weight, bias)
     if running_mean.dtype != F32 or running_var.dtype != F32:
         moments = [view.unchannel(value) for value in _moments(view, flat)]
         offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
         channels = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
         y, _ = _normalise(view, view.slab(), flat, added, [*channels, *scale_and_shift], reverse=True)
-        return view.unspread(y), *moments, *new
+        return view.like_x(y), *moments, *new
     packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
     per_channel = [*view.channels_of(running_mean, running_var), packed]
     slab, y, parts = view.slab(view.plan.slabs), None, []
@@ -393,7 +393,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
         channels = [pivot, offset, rstd, *scale_and_shift]
         y, slab = _normalise(view, slab, flat, added, channels, before=y, reverse=True)
         parts.append(found[:5])
-    return view.unspread(y), *(view.unchannel(value) for value in view.joined(parts))
+    return view.like_x(y), *(view.unchannel(value) for value in view.joined(parts))
 
 
 def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
@@ -419,12 +419,12 @@ def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
 
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    added = None if residual is None else view.spread(residual)
-    y, _ = _normalise(view, view.slab(), view.spread(x), added, channels, reverse=False)
-    return view.unspread(y)
+    added = None if residual is None else view.as_rows(residual)
+    y, _ = _normalise(view, view.slab(), view.as_rows(x), added, channels, reverse=False)
+    return view.like_x(y)
 
 
 def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, before=None, reverse=False):
@@ -478,7 +478,7 @@ def backward(
     spec,
 ):
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
@@ -497,7 +497,7 @@ def backward(
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     slab = view.slab()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
@@ -509,13 +509,13 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (kernels, _) = _View(x, spec), _kernels()
-    inputs = [view.spread(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
+    inputs = [view.as_rows(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
     (dx,), _ = view.stream(kernels.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
-    return (view.unspread(dx),)
+    return (view.like_x(dx),)
 
 
-def _no_mask(mask):
+def _check_no_mask(mask):
     if mask is not None:
         raise ValueError("triton takes no mask")
