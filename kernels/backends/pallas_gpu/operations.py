@@ -1,12 +1,12 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
 Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
-fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`pallas_gpu_resident`):
+fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`resident`):
 
     forward              R (+R r) W                                                            1 launch
     backward             R x, R dy (+R r) W (+W dr)                                            1 launch
 
-else it is streamed (`pallas_gpu_kernels`), as are the other operations always:
+else it is streamed (`stream`), as are the other operations always:
 
     forward              moments R, [merge], normalise R (+R r) W                              3 launches
     backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
@@ -30,10 +30,10 @@ Moments are sums of deviations from a pivot, the mean of the first tile of each 
 pivot, delta, squares): no digit is lost where |mean| is much larger than the standard deviation.
 
 Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
-several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
-`pallas_gpu_plan.fold_of`); 2^31 rows or more; a plan given by hand whose blocks wait for each other and may not all be
-on the chip. The running statistics are blended inside the launch if they are float32, and with jnp after it otherwise:
-the forward is streamed then.
+several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see `plan.fold_of`); 2^31
+rows or more; a plan given by hand whose blocks wait for each other and may not all be on the chip. The running
+statistics are blended inside the launch if they are float32, and with jnp after it otherwise: the forward is streamed
+then.
 
 Compiled for those chips and run in an interpreter; never yet on a GPU.
 """
@@ -107,8 +107,8 @@ def refusal(problem, target):
         itemsize = jnp.dtype(problem.dtype).itemsize
         return (
             f"the copy engine needs rows of at least {WARPGROUP} values and of a multiple of {ALIGNMENT} bytes; "
-            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has no "
-            f"divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
+            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has "
+            f"no divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
         )
     return None
 
@@ -168,7 +168,7 @@ class _View(View):
         return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
     def tiled(self, *values):
-        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
+        """Values per channel for a kernel: float32 [groups, channels] each; for folded rows repeated, all in one."""
         values = [self.channel(value) for value in values]
         return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
@@ -297,7 +297,8 @@ def _resident_forward(view, flat, given, coefficients, residual, spec):
         return normalise_row(values, [*found, *channels], numbers)[1]
 
     (y,), (pivot, delta, var, *new) = resident(
-        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row, moments_merge(tiles, True, spec.eps), row,
+        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row,
+        moments_merge(tiles, True, spec.eps), row,
         sums=2, outputs=1, exact=5, moments=True,
     )  # fmt: skip
     return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))

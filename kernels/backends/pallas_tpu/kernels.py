@@ -1,4 +1,4 @@
-"""The kernels of the backend `pallas_tpu` on arrays [groups, rows, channels]; see `pallas_tpu` for what they move.
+"""The kernels of the backend `pallas_tpu` on arrays [groups, rows, channels]; `operations` says what they move.
 
 A kernel sees a block of x as a reference [block_rows, block_channels], and a channel's values as [1, block_channels].
 Its grid is (groups * channel blocks, row blocks), with the phase between them where it has two.
@@ -48,7 +48,7 @@ class _Walk:
         self.chunk = plan.chunk_rows
 
     def blocks(self, work):
-        """Run work(rows, kept) for this step's block, which has so many rows of x and stays in VMEM or not."""
+        """Run work(rows, in_vmem) for this step's block, which has so many rows of x and stays in VMEM or not."""
         resident, count, whole = self.plan.resident, self.count, self.plan.block_rows
         spans = [
             (0, min(resident, count - 1), whole, True),
@@ -62,12 +62,12 @@ class _Walk:
             if merged and merged[-1][2:] == kind:
                 start = merged.pop()[0]
             merged.append([start, stop, *kind])
-        for start, stop, rows, kept in merged:
+        for start, stop, rows, in_vmem in merged:
             if len(merged) == 1:
-                work(rows, kept)
+                work(rows, in_vmem)
             else:
                 inside = (self.index >= start) & (self.index < stop)
-                pl.when(inside)(functools.partial(work, rows, kept))
+                pl.when(inside)(functools.partial(work, rows, in_vmem))
 
     def chunks(self, rows, body, carry=None):
         """carry = body(rows of the chunk as a slice, how many of them are x's or None for all, carry), repeatedly."""
@@ -186,7 +186,7 @@ def _moments_of(walk, stats):
 def _statistics_phase(walk, x, slab, stats, finish):
     """One block's part of the first phase of `forward`, and the whole of `moments`."""
     pl.when(walk.index == 0)(lambda: _choose_pivot(walk, x, stats))
-    walk.blocks(lambda rows, kept: _add_to_moments(walk, rows, x, slab.at[walk.index] if kept else None, stats))
+    walk.blocks(lambda rows, in_vmem: _add_to_moments(walk, rows, x, slab.at[walk.index] if in_vmem else None, stats))
     pl.when(walk.index == walk.count - 1)(lambda: finish(*_moments_of(walk, stats)))
 
 
@@ -238,8 +238,8 @@ def _forward(refs, walk, phase, *, eps, activation):
         refs.pivot[...], refs.delta[...], refs.var[...] = pivot, delta, var
         refs.new_running_mean[...], refs.new_running_var[...] = new_mean, new_var
 
-    def normalise(rows, kept):
-        x = refs.slab.at[walk.index] if kept else refs.x
+    def normalise(rows, in_vmem):
+        x = refs.slab.at[walk.index] if in_vmem else refs.x
         per_channel = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT))
         _normalise_block(walk, rows, x, refs.y, refs.residual, *per_channel, activation)
 
@@ -257,7 +257,7 @@ def _moments(refs, walk, phase, **_):
 def _normalise(refs, walk, phase, *, activation, **_):
     scale, shift = _scale_and_shift(refs)
     walk.blocks(
-        lambda rows, kept: _normalise_block(
+        lambda rows, in_vmem: _normalise_block(
             walk, rows, refs.x, refs.y, refs.residual, refs.pivot[...], scale, shift, activation
         )
     )
@@ -302,10 +302,10 @@ def _write_sums(refs):
 
 def _backward(refs, walk, phase, *, activation, **_):
     stats = refs.stats
-    kept_names = [name for name in ("x", "dy", "residual") if getattr(refs, f"{name}_slab") is not None]
+    saved = [name for name in ("x", "dy", "residual") if getattr(refs, f"{name}_slab") is not None]
 
-    def slabs(kept):
-        return {name: getattr(refs, f"{name}_slab").at[walk.index] for name in kept_names} if kept else {}
+    def slabs(in_vmem):
+        return {name: getattr(refs, f"{name}_slab").at[walk.index] for name in saved} if in_vmem else {}
 
     def finish():
         sum_dz, sum_dz_xhat = _write_sums(refs)
@@ -318,11 +318,11 @@ def _backward(refs, walk, phase, *, activation, **_):
 
     def sums():
         pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-        walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, slabs(kept), activation))
+        walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, slabs(in_vmem), activation))
         pl.when(walk.index == walk.count - 1)(finish)
 
-    def gradient(rows, kept):
-        sources = SimpleNamespace(**{**vars(refs), **slabs(kept)})
+    def gradient(rows, in_vmem):
+        sources = SimpleNamespace(**{**vars(refs), **slabs(in_vmem)})
         pivot, scale, shift, slope, level = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT, SLOPE, LEVEL))
 
         def write(chunk, valid, carry):
@@ -340,7 +340,7 @@ def _backward(refs, walk, phase, *, activation, **_):
 
 def _normalise_backward(refs, walk, phase, *, activation, **_):
     pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-    walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, {}, activation, refs.dx))
+    walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, {}, activation, refs.dx))
 
     @pl.when(walk.index == walk.count - 1)
     def _():
@@ -355,10 +355,10 @@ def _moments_backward(refs, walk, phase, **_):
         refs.dx[chunk, :] = ((_float(refs.x, chunk) - pivot) * slope + level).astype(refs.dx.dtype)
         return carry
 
-    walk.blocks(lambda rows, kept: walk.chunks(rows, write))
+    walk.blocks(lambda rows, in_vmem: walk.chunks(rows, write))
 
 
-# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays kept in VMEM between the two.
+# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays saved in VMEM between the two.
 KERNELS = {
     "forward": (_forward, True, ("residual",), ("x",)),
     "backward": (_backward, True, (), ("x", "dy", "residual")),
@@ -382,7 +382,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
     float32) or SCALARS ([groups, 1, n], float32). `results`: {name: kind}; large ones have x's dtype. Returns
     {name: array}.
     """
-    kernel, two_phases, second_only, keepable = KERNELS[name]
+    kernel, two_phases, read_for_results, savable = KERNELS[name]
     large = next(array for kind, array in operands.values() if kind == LARGE)
     groups, rows, channels = large.shape
     block_rows, block_channels, resident = plan.block_rows, plan.block_channels, plan.resident
@@ -396,9 +396,9 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
 
     def read(name):
         def place(index, phase, row):
-            if two_phases and name in second_only:
+            if two_phases and name in read_for_results:
                 row = jnp.where(phase == 1, row, 0)
-            elif two_phases and name in keepable and resident:
+            elif two_phases and name in savable and resident:
                 # What is in VMEM is not read again: the window stays on the first phase's last block.
                 row = jnp.where((phase == 1) & (row < resident), row_blocks - 1, row)
             group, channel = column(index)
@@ -439,8 +439,8 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         for name, kind in results.items()
     }
     out_specs = [spec(kind, None, write if kind == LARGE else per_channel) for name, kind in results.items()]
-    kept = [name for name in keepable if name in operands] if resident else []
-    scratch = {f"{name}_slab": pltpu.VMEM((resident, block_rows, block_channels), large.dtype) for name in kept}
+    saved = [name for name in savable if name in operands] if resident else []
+    scratch = {f"{name}_slab": pltpu.VMEM((resident, block_rows, block_channels), large.dtype) for name in saved}
     scratch["stats"] = pltpu.VMEM((SUBLANES, block_channels), jnp.float32)
     names = (*operands, *results, *scratch)
     absent = dict.fromkeys(("residual", "dresidual", "x_slab", "dy_slab", "residual_slab"))
