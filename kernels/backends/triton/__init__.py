@@ -4,7 +4,7 @@ import functools
 
 from bn_fused.kernels.auto import verdict
 from bn_fused.kernels.backends import Backend
-from bn_fused.kernels.backends.triton import operations
+from bn_fused.kernels.backends.triton import limits, operations, tuning
 
 BACKEND = Backend(
     "triton",
@@ -16,8 +16,8 @@ BACKEND = Backend(
         "normalise": operations.normalise,
         "normalise_backward": operations.normalise_backward,
     },
-    refusal=operations.refusal,
+    refusal=limits.refusal,
     verdict=functools.partial(verdict, "triton"),
-    plan=operations.plan,
-    plan_refusal=operations.plan_refusal,
+    plan=tuning.plan,
+    plan_refusal=limits.plan_refusal,
 )

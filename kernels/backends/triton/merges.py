@@ -4,7 +4,7 @@ Each block of threads has a few channels, and adds up in a fixed order what the 
 are merged about the first range's pivot: Chan, Golub & LeVeque, The American Statistician 37, 1983.
 What the second pass needs per channel is computed in the same launch.
 
-A launch has all channels, or the SLAB channels of one slab, see `triton_kernels`. What is given per channel is of all,
+A launch has all channels, or the SLAB channels of one slab, see `passes`. What is given per channel is of all,
 [groups, channels]; partial results and what is written are those of the slab, [groups, slab].
 """
 

@@ -3,7 +3,7 @@
 They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows
 of one block of columns, and walks through it tile by tile; each value of a tile has a place of its own in the registers
 of one thread, where it is added up, and only the end of the range is summed across threads. The partial results of the
-ranges lie in memory as [groups, splits, values, slab], and `triton_merges` merges them in a fixed order: two runs give
+ranges lie in memory as [groups, splits, values, slab], and `merges` merges them in a fixed order: two runs give
 the same bits.
 
 A launch has all columns, or those of one slab: SLAB neighbouring columns, less in the last. Which slab it is, is read
@@ -103,7 +103,7 @@ def _finite_or_zero(value):
 
 @triton.jit
 def _variance_sum(square_sum, total, mean):
-    """square_sum - total * mean, at least 0: the sum of squares about the mean; `jnp_backend` has the same guard."""
+    """square_sum - total * mean, at least 0: the sum of squares about the mean; see `contract.squares_about_mean`."""
     correction = total * mean
     overflows = (tl.abs(mean) < float("inf")) & ~(tl.abs(correction) < float("inf"))
     squares = square_sum - tl.where(overflows, 0.0, correction)

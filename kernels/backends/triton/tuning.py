@@ -18,7 +18,9 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 
-from bn_fused.kernels.backends.triton.plan import MOST_STAGES, REVISION, Config
+import jax.numpy as jnp
+
+from bn_fused.kernels.backends.triton.plan import BY_RULE, MOST_STAGES, REVISION, Config, make_plan
 
 VARIABLE = "BN_FUSED_TUNING"
 FOLDER = pathlib.Path(__file__).parent / "tuned"
@@ -62,6 +64,21 @@ class Entry:
 def file_name(device_kind):
     """The name of a device kind's file: `nvidia-h200.json`."""
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
+
+
+def plan(problem, target):
+    """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
+    sizes = (problem.groups, problem.rows, problem.channels)
+    config, path = config_for(target.chip.device_kind, *sizes, problem.dtype)
+    return make_plan(
+        *sizes,
+        jnp.dtype(problem.dtype).itemsize,
+        target.chip,
+        config,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+        tuning=BY_RULE if path is None else str(path),
+    )
 
 
 def config_for(device_kind, groups, rows, channels, dtype):
