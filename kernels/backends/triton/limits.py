@@ -82,12 +82,12 @@ def missing(platform="cuda"):
     for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed: {INSTALL}"
-    found, triton = _version("jax-triton"), _version("triton")
-    if found is None or triton is None:
-        package = "jax-triton" if found is None else "triton"
+    jax_triton, triton = _version("jax-triton"), _version("triton")
+    if jax_triton is None or triton is None:
+        package = "jax-triton" if jax_triton is None else "triton"
         return f"{package} is there without its metadata, so that its version is not known: {INSTALL}"
-    if found != JAX_TRITON:
-        return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
+    if jax_triton != JAX_TRITON:
+        return f"it works with jax-triton {JAX_TRITON}, and {jax_triton} is installed: {INSTALL}"
     numbers = tuple(int(number) for number in re.findall(r"\d+", triton)[:2])
     if numbers < OLDEST_TRITON:
         oldest = ".".join(map(str, OLDEST_TRITON))

@@ -60,9 +60,9 @@ F32 = jnp.float32
 
 def _check_that_jax_triton_compiles_for(architecture):
     """ValueError unless the AMD GPU that jax-triton would compile for is there, and of that architecture."""
-    found = first_amd_architecture()
-    if found != architecture:
-        there = "there is none" if found is None else f"that is {found}"
+    first = first_amd_architecture()
+    if first != architecture:
+        there = "there is none" if first is None else f"that is {first}"
         raise ValueError(
             f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered "
             f"for {architecture} here"
@@ -137,17 +137,17 @@ class _View(View):
         plan, (groups, rows, width) = self.plan, self.folded
         blocks = -(-slab.columns // plan.columns)
         grid = groups * plan.splits * blocks
-        results = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
+        types = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
         if sums:
-            results.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, slab.columns), F32))
+            types.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, slab.columns), F32))
         elif not slab.whole:
-            results.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-        found = launch(
+            types.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+        results = launch(
             kernel,
             name,
             # A pointer that is not read stands where there is nothing before.
             [slab.number, *(slab.number if array is None else array for array in before), *inputs],
-            results,
+            types,
             in_place={1 + place: place for place, array in enumerate(before) if array is not None},
             grid=grid,
             warps=plan.warps,
@@ -166,9 +166,9 @@ class _View(View):
             **constants,
         )
         if sums or slab.whole:
-            return found, slab
-        *found, number = found
-        return found, dataclasses.replace(slab, number=number)
+            return results, slab
+        *results, number = results
+        return results, dataclasses.replace(slab, number=number)
 
     def merge(self, kernel, name, slab, inputs, number, **constants):
         """A launch of O(channels): `number` results [groups, slab.channels]."""
@@ -204,14 +204,15 @@ class _View(View):
 
 
 def _kernels():
-    from bn_fused.kernels.backends.triton import merges as triton_merges, passes as triton_kernels
+    """The modules `passes` and `merges`, which import Triton."""
+    from bn_fused.kernels.backends.triton import merges, passes
 
-    return triton_kernels, triton_merges
+    return passes, merges
 
 
 def _partial_moments(view, slab, flat):
-    kernels, _ = _kernels()
-    (partial,), _ = view.stream(kernels.moments, "moments", slab, [flat], arrays=1, sums=3)
+    passes, _ = _kernels()
+    (partial,), _ = view.stream(passes.moments, "moments", slab, [flat], arrays=1, sums=3)
     return partial
 
 
@@ -233,31 +234,30 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     flat, added = view.as_rows(x), None if residual is None else view.as_rows(residual)
-    scale_and_shift = view.channels_of(weight, bias)
+    affine = view.channels_of(weight, bias)
     if running_mean.dtype != F32 or running_var.dtype != F32:
         moments = [view.unchannel(value) for value in _moments(view, flat)]
         offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
         channels = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
-        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *scale_and_shift], reverse=True)
+        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *affine], reverse=True)
         return view.like_x(y), *moments, *new
     packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
     per_channel = [*view.channels_of(running_mean, running_var), packed]
     slab, y, parts = view.slab(view.plan.slabs), None, []
     for _ in range(view.plan.slabs):
         inputs = [_partial_moments(view, slab, flat), *per_channel]
-        found = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
-        pivot, _, _, _, _, offset, rstd = found
-        channels = [pivot, offset, rstd, *scale_and_shift]
+        *statistics, offset, rstd = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
+        channels = [statistics[0], offset, rstd, *affine]
         y, slab = _normalise(view, slab, flat, added, channels, before=y, reverse=True)
-        parts.append(found[:5])
+        parts.append(statistics)
     return view.like_x(y), *(view.unchannel(value) for value in view.joined(parts))
 
 
 def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
     """y with this slab, and the slab after it."""
-    kernels, _ = _kernels()
+    passes, _ = _kernels()
     (y,), following = view.stream(
-        kernels.normalise,
+        passes.normalise,
         "normalise",
         slab,
         # Where there is no residual its pointer is never read.
@@ -286,17 +286,17 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
 
 def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, before=None, reverse=False):
     """A pass of a backward over dy, x and, where it matters, the residual: see the kernel."""
-    kernels, _ = _kernels()
+    passes, _ = _kernels()
     residual = len(arrays) == 3
     dz = dx and residual
     # The pointers that are not read, and those that are not written.
     inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
     outputs = dx + dz
     written = outputs + (sums or not slab.whole)
-    unused = dict.fromkeys(("first", "second", "third")[written:])
+    unused = dict.fromkeys(("first_out", "second_out", "third_out")[written:])
     before = [None] * outputs if before is None else list(before)
     return view.stream(
-        kernels.gradient,
+        passes.gradient,
         name,
         slab,
         inputs,
@@ -367,9 +367,9 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
     _check_no_mask(mask)
-    view, (kernels, _) = _View(x, spec), _kernels()
+    view, (passes, _) = _View(x, spec), _kernels()
     inputs = [view.as_rows(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
-    (dx,), _ = view.stream(kernels.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
+    (dx,), _ = view.stream(passes.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
     return (view.like_x(dx),)
 
 
