@@ -24,7 +24,7 @@ import sys
 from types import MappingProxyType
 
 from bn_fused.bench.installing import has_compiler, pip_install, python
-from bn_fused.kernels.backends.triton.operations import JAX_TRITON, OLDEST_TRITON
+from bn_fused.kernels.backends.triton.limits import JAX_TRITON, OLDEST_TRITON
 from bn_fused.kernels.chips import CHIPS, Chip, GpuChip, TpuChip
 
 CUDA, TPU, TRITON = "cuda", "tpu", "triton"

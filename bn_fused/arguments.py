@@ -17,7 +17,8 @@ import numpy as np
 from bn_fused.approaches import APPROACHES, DEBIAS
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.jax_internals import device_axis_names, varying_axes
-from bn_fused.kernels.registry import FLOATING, check_backend_name
+from bn_fused.kernels.registry import check_backend_name
+from bn_fused.kernels.target import FLOATING
 
 LOW_PRECISION = ("bfloat16", "float16")
 _PACKAGES = (__package__, "equinox", "jax")  # whose lines a warning does not point at

@@ -11,7 +11,7 @@ from bn_fused import arguments
 from bn_fused.kernels import Problem, Target, choose
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.chips import CHIPS, chip_of
-from bn_fused.kernels.registry import FLOATING, PLATFORMS
+from bn_fused.kernels.target import FLOATING, PLATFORMS
 
 
 def explain(

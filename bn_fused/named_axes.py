@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from bn_fused import arguments
 from bn_fused.devices import total_size
 from bn_fused.kernels.contract import present_results
-from bn_fused.kernels.dispatch import SPREAD, bind, define_eager_form, insert_axis, result_types
+from bn_fused.kernels.dispatch import WITH_ROWS, bind, define_eager_form, insert_axis, result_types
 from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
@@ -116,7 +116,7 @@ class NamedOperation:
         return self._insert(axis, spec, averaged.without(axis.name), operands, GROUP)
 
     def _mapped_per_channel(self, operands):
-        return [name for name in _mapped(operands) if self.operands[name] not in SPREAD]
+        return [name for name in _mapped(operands) if self.operands[name] not in WITH_ROWS]
 
     def _insert(self, axis, spec, averaged, operands, role):
         names, values, dims = zip(*((name, o.value, o.dim) for name, o in operands.items()), strict=True)

@@ -24,6 +24,7 @@ from bn_fused.kernels.contract import (
     Coefficients,
     accumulation_dtype,
     blend,
+    moments_cotangents,
     reciprocal_std,
     scaled,
     statistics_cotangents,
@@ -251,12 +252,8 @@ def _moments_backward_apart(axis, spec, averaged, operands):
 
 def _backward_apart(axis, spec, averaged, operands):
     direct = normalise_backward.batch_as_group(axis, spec, NOTHING, _only(operands, normalise_backward.operands))
-
-    def into_moments(dmoment, batch, dnormalisation):
-        return dmoment + scaled(batch, dnormalisation)
-
-    dmean = map_batched(axis, into_moments, operands["dmean"], operands["batch"], direct["doffset"])
-    dvar = map_batched(axis, into_moments, operands["dvar"], operands["batch"], direct["dnorm_var"])
+    names = ("dmean", "dvar", "doffset", "dnorm_var", "batch")
+    dmean, dvar = map_batched(axis, moments_cotangents, *((operands | direct)[name] for name in names))
     through = moments_backward.apart(
         axis, spec, averaged, {**_only(operands, moments_backward.operands), "dmean": dmean, "dvar": dvar}
     )["dx"]

@@ -13,7 +13,7 @@ from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, bl
 from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
 from bn_fused.kernels.layout import CHANNEL, ROW
 from bn_fused.kernels.merging import Devices, merge_moments
-from bn_fused.kernels.registry import REFERENCE
+from bn_fused.kernels.registry import is_reference
 from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum, position_count
 from bn_fused.primitives import forward, moments, normalise
 from bn_fused.running_stats import RunningStats
@@ -79,7 +79,7 @@ def infer(call, x, stats, weight, bias, residual):
     state_dtype = _state_dtype(stats)
     running = (value.astype(state_dtype) for value in (stats.mean, stats.var, stats.zero_frac))
     mean, var = approaches.inference_moments(*running, call.settings.eps)
-    if call.settings.backend == REFERENCE:
+    if is_reference(call.settings.backend):
         return reference.normalise(call, x, mean, var, weight, bias, residual)
     return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual)
 
@@ -119,7 +119,7 @@ def train(call, x, stats, weight, bias, residual, mask):
         debias=approaches.debias_factor(settings.debias, positions, examples, settings.eps, state_dtype),
         nothing_counts=None if mask is None else positions == 0,
     )
-    step = _reference_step if settings.backend == REFERENCE else _fused_step
+    step = _reference_step if is_reference(settings.backend) else _fused_step
     y, new_mean, new_var = step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask)
     if settings.virtual_batch_size is not None:
         new_mean, new_var = _mean_of_virtual_batches(scalars, vmaps, devices, (new_mean, new_var), stats)

@@ -4,20 +4,18 @@
 holds the backends and chooses among them, `dispatch` makes the choice when an operation is lowered.
 """
 
+from bn_fused.kernels.backends import Backend as Backend
 from bn_fused.kernels.chips import CHIPS as CHIPS
 from bn_fused.kernels.contract import Coefficients as Coefficients, Spec as Spec
 from bn_fused.kernels.fused import fused_batch_norm as fused_batch_norm
 from bn_fused.kernels.registry import (
-    Backend as Backend,
     BackendChoice as BackendChoice,
-    BackendError as BackendError,
-    Problem as Problem,
-    Target as Target,
     backend_names as backend_names,
     choose as choose,
     register as register,
     unregister as unregister,
 )
+from bn_fused.kernels.target import BackendError as BackendError, Problem as Problem, Target as Target
 
 __all__ = [
     "Backend",

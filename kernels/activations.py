@@ -1,4 +1,8 @@
-"""The activations that can follow the normalisation in the same pass: one table of functions and derivatives."""
+"""The activations that can follow the normalisation in the same pass: one table with everything a backend asks.
+
+A line of `ACTIVATIONS` is all that an activation needs: whoever offers a choice, or checks one, reads the table. Only
+the backend `triton` has functions of its own, in another language, and refuses by name what those do not know.
+"""
 
 import math
 from collections.abc import Callable
@@ -11,15 +15,17 @@ LEAKY_RELU_SLOPE = 0.01
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its derivative, both of the value before the activation.
+    """An elementwise function, its derivative, and what it costs.
 
-    `definition` is JAX's own function of that name, which the reference backend differentiates with JAX;
-    `function` and `derivative` are what kernels compute.
+    - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX.
+    - `function`, `derivative`: what kernels compute, both of the value before the activation.
+    - `transcendental`: they have an exponential or a tanh in them, which takes many operations.
     """
 
     definition: Callable
     function: Callable
     derivative: Callable
+    transcendental: bool
 
 
 def _silu_derivative(x):
@@ -42,16 +48,28 @@ def _gelu_derivative(x):
 
 ACTIVATIONS = {
     "relu": Activation(
-        jax.nn.relu,
-        lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
-        lambda x: (x > 0).astype(x.dtype),
+        definition=jax.nn.relu,
+        function=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
+        derivative=lambda x: (x > 0).astype(x.dtype),
+        transcendental=False,
     ),
-    "silu": Activation(jax.nn.silu, lambda x: x * jax.nn.sigmoid(x), _silu_derivative),
-    "gelu": Activation(jax.nn.gelu, jax.nn.gelu, _gelu_derivative),
+    "silu": Activation(
+        definition=jax.nn.silu,
+        function=lambda x: x * jax.nn.sigmoid(x),
+        derivative=_silu_derivative,
+        transcendental=True,
+    ),
+    "gelu": Activation(
+        definition=jax.nn.gelu,
+        function=jax.nn.gelu,
+        derivative=_gelu_derivative,
+        transcendental=True,
+    ),
     "leaky_relu": Activation(
-        lambda x: jax.nn.leaky_relu(x, LEAKY_RELU_SLOPE),
-        lambda x: jnp.where(x >= 0, x, LEAKY_RELU_SLOPE * x),
-        lambda x: jnp.where(x >= 0, jnp.ones_like(x), jnp.full_like(x, LEAKY_RELU_SLOPE)),
+        definition=lambda x: jax.nn.leaky_relu(x, LEAKY_RELU_SLOPE),
+        function=lambda x: jnp.where(x >= 0, x, LEAKY_RELU_SLOPE * x),
+        derivative=lambda x: jnp.where(x >= 0, jnp.ones_like(x), jnp.full_like(x, LEAKY_RELU_SLOPE)),
+        transcendental=False,
     ),
 }
 
@@ -59,3 +77,8 @@ ACTIVATIONS = {
 def activate(x, name):
     """Apply the activation of this name; None is the identity."""
     return x if name is None else ACTIVATIONS[name].function(x)
+
+
+def is_transcendental(name):
+    """Whether the activation of this name takes many operations; None does not."""
+    return name is not None and ACTIVATIONS[name].transcendental

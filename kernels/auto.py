@@ -4,20 +4,10 @@ A line changes when figures do: for GPUs the times that `bn-bench run` records u
 that whole network blocks move, compiled for each chip (docs/tpu-audit.md). `auto` does not take what has no line.
 """
 
-from dataclasses import dataclass
 from types import MappingProxyType
 
-from bn_fused.kernels.backends.pallas_tpu.plan import LANES
-from bn_fused.kernels.chips import CHIPS
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether `auto` takes a backend on a chip, and why."""
-
-    taken: bool
-    why: str
-
+from bn_fused.kernels.backends import Verdict
+from bn_fused.kernels.chips import CHIPS, TpuChip
 
 UNMEASURED = Verdict(False, "its kernels never ran on this chip")
 FUSED_BY_XLA = Verdict(
@@ -34,6 +24,6 @@ VERDICTS = MappingProxyType(
 def verdict(backend, problem, target):
     """The `Verdict` on a backend that can run a problem on a target."""
     chip = None if target.chip is None else target.chip.name
-    if backend == "pallas_tpu" and problem.channels < LANES:
+    if backend == "pallas_tpu" and problem.channels < TpuChip.lanes:
         return NARROW
     return VERDICTS.get((backend, chip), Verdict(False, "nothing is known of its speed on this chip"))

@@ -8,6 +8,7 @@ Google's; how much of a TPU's VMEM a kernel gets was found by compiling.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class TpuChip:
 
     - `vmem`: the on-chip memory of a core; `vmem_limit`: what a kernel gets of it unless it asks for more.
     - `cores`: tensor cores of a device; two share the work of one program on v4 and v5p.
+    - `lanes`: columns of a vector register, of which an array in VMEM has a multiple.
     """
 
     name: str
@@ -102,6 +104,7 @@ class TpuChip:
     memory_bandwidth: int
     cores: int = 1
     platform: str = "tpu"
+    lanes: ClassVar[int] = 128
 
     @property
     def can_raise_vmem_limit(self) -> bool:

@@ -216,17 +216,17 @@ def blend(pivot, delta, var, running_mean, running_var, coefficients):
     running statistics in the state's.
     """
     moments_dtype, state_dtype = pivot.dtype, running_mean.dtype
-    wide = widest(moments_dtype, state_dtype)
+    dtype = widest(moments_dtype, state_dtype)
     pivot, delta, var, running_mean, running_var, coefficients = (
-        value.astype(wide) for value in (pivot, delta, var, running_mean, running_var, coefficients)
+        value.astype(dtype) for value in (pivot, delta, var, running_mean, running_var, coefficients)
     )
     new = blend_channels(pivot, delta, var, running_mean, running_var, Coefficients.unpack(coefficients), scaled)
     dtypes = Blend(moments_dtype, moments_dtype, state_dtype, state_dtype)
-    return Blend(*(value.astype(dtype) for value, dtype in zip(new, dtypes, strict=True)))
+    return Blend(*(value.astype(own) for value, own in zip(new, dtypes, strict=True)))
 
 
 def blend_channels(pivot, delta, var, running_mean, running_var, coefficients, times):
-    """The formulas of `blend`, in one dtype, with `times(coefficient, value)`: `scaled`, or what a kernel has for it."""
+    """The formulas of `blend`, in one dtype; `times(coefficient, value)` is `scaled`, or what a kernel has for it."""
     c = Coefficients(*coefficients)
     mean = pivot + delta
     # norm_mean - pivot, without going through the rounded mean: for the approach `batch` it is delta itself.
@@ -242,7 +242,42 @@ def reciprocal_std(norm_var, eps):
     return jax.lax.rsqrt(norm_var + jnp.asarray(eps, norm_var.dtype))
 
 
+def scale_and_shift(offset, rstd, weight, bias):
+    """What x is normalised by: (x - norm_mean) * rstd * weight + bias is (x - pivot) * scale + shift."""
+    scale = rstd * weight.astype(rstd.dtype)
+    return scale, bias.astype(rstd.dtype) - offset * scale
+
+
+def squares_about_mean(square_sum, total, mean):
+    """square_sum - total * mean, at least 0: the sum of squares about the mean.
+
+    Where only the correction overflows it is left out: the sum is infinite where the variance is. NaN stays. In
+    selections alone, because not every kernel language has logic on vectors of bool.
+    """
+    correction = total * mean
+    unless_overflow = jnp.where(jnp.abs(mean) < jnp.inf, jnp.zeros_like(mean), correction)
+    correction = jnp.where(jnp.abs(correction) < jnp.inf, correction, unless_overflow)
+    squares = square_sum - correction
+    return jnp.where(squares < 0, jnp.zeros_like(squares), squares)
+
+
+def sum_with_xhat(sum_dz, sum_dz_d, offset, rstd):
+    """sum(dz * xhat) from the sums of dz and of dz * d: xhat = (d - offset) * rstd, d = x - pivot."""
+    return (sum_dz_d - offset * sum_dz) * rstd
+
+
 def statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat):
     """The cotangents of offset and norm_var in the normalisation, from its two sums per channel."""
     scale = weight.astype(rstd.dtype) * rstd
     return -scale * sum_dz, -scale * rstd * sum_dz_xhat / 2
+
+
+def moments_cotangents(dmean, dvar, doffset, dnorm_var, batch, times=scaled):
+    """The cotangents of the batch's moments: those from elsewhere, and the share `batch` of the normalisation's."""
+    return dmean + times(batch, doffset), dvar + times(batch, dnorm_var)
+
+
+def through_moments(dmean, dvar, delta, count):
+    """slope and level of dmean/count + (d - delta) * 2 * dvar/count as a function of d: what dx has by the moments."""
+    slope = 2 * dvar / count
+    return slope, dmean / count - delta * slope

@@ -30,9 +30,10 @@ from bn_fused.kernels.jax_internals import (
 )
 from bn_fused.kernels.layout import CHANNEL, GROUP, axes_of
 from bn_fused.kernels.partition import ASKING_PLATFORMS, partitioned
-from bn_fused.kernels.registry import PLATFORMS, Target, check_plan, choose, operation_of, problem_of
+from bn_fused.kernels.registry import check_plan, choose, operation_of
+from bn_fused.kernels.target import PLATFORMS, Target, problem_of
 
-SPREAD = (LIKE_X, MASK)  # kinds with x's rank
+WITH_ROWS = (LIKE_X, MASK)  # the kinds that have x's rows, and so its rank
 
 
 def bind(primitive, operands, **parameters):
@@ -71,24 +72,24 @@ def insert_axis(spec, kinds, values, dims, size, role):
     ROW to those of x's rank only. Returns the new spec, the operands, and where the results have the axis: a function
     of the kind.
     """
-    spread = [dim for dim, kind in zip(dims, kinds, strict=True) if kind in SPREAD and dim is not None]
-    place = spread[0] if spread else 0
+    mapped = [dim for dim, kind in zip(dims, kinds, strict=True) if kind in WITH_ROWS and dim is not None]
+    place = mapped[0] if mapped else 0
     group_place = spec.layout[:place].count(GROUP)
 
-    def give(value, dim, kind):
-        if kind not in SPREAD and role != GROUP:
+    def with_axis(value, dim, kind):
+        if kind not in WITH_ROWS and role != GROUP:
             return value
-        target = place if kind in SPREAD else group_place
+        target = place if kind in WITH_ROWS else group_place
         if dim is not None:
             return value if dim == target else jnp.moveaxis(value, dim, target)
         shape = (*value.shape[:target], size, *value.shape[target:])
         return jnp.broadcast_to(jnp.expand_dims(value, target), shape)
 
-    values = [give(value, dim, kind) for value, dim, kind in zip(values, dims, kinds, strict=True)]
+    values = [with_axis(value, dim, kind) for value, dim, kind in zip(values, dims, kinds, strict=True)]
     spec = replace(spec, layout=spec.layout[:place] + role + spec.layout[place:])
 
     def result_dim(kind):
-        if kind in SPREAD:
+        if kind in WITH_ROWS:
             return place
         return group_place if role == GROUP else None
 

@@ -11,7 +11,8 @@ from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
 from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
 from bn_fused.kernels.dispatch import run
-from bn_fused.kernels.registry import FLOATING, REFERENCE, check_backend_name
+from bn_fused.kernels.registry import check_backend_name, is_reference
+from bn_fused.kernels.target import FLOATING
 
 LAYOUT = "grc"
 
@@ -60,16 +61,15 @@ def fused_batch_norm(
     ValueError or TypeError for arguments that do not fit; `BackendError` when it is compiled for a target on which
     the named backend cannot run.
     """
-    _check(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend)
+    _check_arguments(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend)
     grouped = x.ndim == 3
     arrays = (x, weight, bias, running_mean, running_var, residual)
     if not grouped:
         arrays = tuple(None if array is None else array[None] for array in arrays)
     x, weight, bias, running_mean, running_var, residual = arrays
-    wide = widest(x.dtype, running_mean.dtype)
-    packed = Coefficients(*coefficients).pack(wide)
+    packed = Coefficients(*coefficients).pack(widest(x.dtype, running_mean.dtype))
     packed = jnp.broadcast_to(packed if packed.ndim == 2 else packed[None], (x.shape[0], packed.shape[-1]))
-    if backend == REFERENCE:
+    if is_reference(backend):
         operands = (x, weight, bias, running_mean, running_var, packed, residual)
         results = reference.fused_batch_norm(*operands, eps=eps, activation=activation)
     else:
@@ -81,7 +81,7 @@ def fused_batch_norm(
     return results if grouped else tuple(result[0] for result in results)
 
 
-def _check(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend):
+def _check_arguments(x, weight, bias, running_mean, running_var, residual, activation, eps, coefficients, backend):
     if x.ndim not in (2, 3):
         raise ValueError(f"x has shape {x.shape}; accepted are [rows, channels] and [groups, rows, channels]")
     if jnp.dtype(x.dtype).name not in FLOATING:
@@ -135,8 +135,8 @@ def _fused(spec, x, weight, bias, running_mean, running_var, coefficients, resid
 def _fused_forward(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
     results = _fused(spec, x, weight, bias, running_mean, running_var, coefficients, residual)
     moments = results[1:4]
-    # Without an activation the residual's gradient is dy: nothing of it is kept.
-    kept = residual if spec.activation is not None else None
+    # Without an activation the residual's gradient is dy: nothing of it is saved.
+    saved_residual = residual if spec.activation is not None else None
     return results, (
         x,
         weight,
@@ -144,7 +144,7 @@ def _fused_forward(spec, x, weight, bias, running_mean, running_var, coefficient
         running_mean,
         running_var,
         coefficients,
-        kept,
+        saved_residual,
         residual is not None,
         moments,
     )

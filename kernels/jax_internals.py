@@ -161,7 +161,7 @@ def zero_tangent(value):
 
 
 def lower_plainly(function, context, *values):
-    """Lower a function of arrays, which returns a list, with types that carry neither explicit sharding nor device axes.
+    """Lower a function of arrays, which returns a list, with types that carry no explicit sharding and no device axes.
 
     So any code traces in it, wherever it stands; and no sharding is written down that nobody asked for (a mesh that is
     set would have all that is traced replicated).

@@ -38,11 +38,11 @@ def expand(value, layout):
     """Give a value per channel [*groups, channels] x's rank, so that it broadcasts against x."""
     source = {CHANNEL: value.ndim - 1}
     source.update(zip(axes_of(layout, GROUP), range(value.ndim - 1), strict=True))
-    kept = [axis for axis, role in enumerate(layout) if role != ROW]
-    order = [source[CHANNEL] if layout[axis] == CHANNEL else source[axis] for axis in kept]
+    axes = [axis for axis, role in enumerate(layout) if role != ROW]
+    order = [source[CHANNEL] if layout[axis] == CHANNEL else source[axis] for axis in axes]
     if order != sorted(order):
         value = jnp.transpose(value, order)
-    sizes = dict(zip(kept, value.shape, strict=True))
+    sizes = dict(zip(axes, value.shape, strict=True))
     return jnp.reshape(value, [sizes.get(axis, 1) for axis in range(len(layout))])
 
 
@@ -53,13 +53,8 @@ def sum_rows(array, layout):
     return jnp.moveaxis(total, channel, -1)
 
 
-def sum_channels(value):
-    """Sum a value per channel [*groups, channels] to one per group [*groups]."""
-    return jnp.sum(value, -1)
-
-
 def sample_rows(array, layout):
-    """A slice with about sqrt(rows) rows of every group, spread evenly, for a pivot: see `jnp_backend`.
+    """A slice with about sqrt(rows) rows of every group, evenly apart, for a pivot: see the backend `jnp`.
 
     The axes between the first and the last row axis are thinned first, the first one (the examples, which may lie on
     several devices) last.
@@ -70,7 +65,7 @@ def sample_rows(array, layout):
     remaining = count_rows(array.shape, layout)
     target = math.isqrt(remaining - 1) + 1 if remaining > 1 else 1
     index = [slice(None)] * array.ndim
-    for axis in (*others[:-1], *others[-1:], first):
+    for axis in (*others, first):
         size = array.shape[axis]
         # An odd stride does not fall in step with what repeats at a power of two.
         stride = max(1, min(size, remaining // target) - 1 | 1)

@@ -87,7 +87,7 @@ def _merge(devices, pivot, delta, var, count):
 def _merge_jvp(devices, values, tangents):
     """One sum, as small as the moments, where JAX's own rule has one of all slots, or two, one after the other.
 
-    The mean's tangent is all in delta's. The variance is spread - delta^2, with the spread around the pivot, which is
+    The mean's tangent is all in delta's. The variance is the mean square about the pivot, less delta^2. The pivot is
     no function of anything that is differentiated, and neither is the count.
     """
     (pivot, delta, var, count), (dpivot, ddelta, dvar, _) = values, tangents
@@ -96,9 +96,9 @@ def _merge_jvp(devices, values, tangents):
     dmean = dpivot + ddelta
     deviation = (pivot - whole_pivot) + delta
     changes = jnp.concatenate([_times(count, dmean), _times(count, dvar + 2 * _unless_empty(count, deviation) * dmean)])
-    dwhole_delta, dspread = jnp.split(devices.sum(changes) / jnp.maximum(whole, 1), 2)
+    dwhole_delta, dmean_square = jnp.split(devices.sum(changes) / jnp.maximum(whole, 1), 2)
     zeros = jnp.zeros_like
-    return merged, (zeros(whole_pivot), dwhole_delta, dspread - 2 * whole_delta * dwhole_delta, zeros(whole))
+    return merged, (zeros(whole_pivot), dwhole_delta, dmean_square - 2 * whole_delta * dwhole_delta, zeros(whole))
 
 
 def _unless_empty(count, value):
@@ -128,8 +128,8 @@ def _chan(pivots, deltas, variances, counts):
     shifts = _unless_empty(counts, (pivots - first[None, :]) + deltas)
     shift = jnp.sum(counts * shifts, 0) / total
     deviations = _unless_empty(counts, shifts - shift[None, :])
-    spread = jnp.sum(_times(counts, variances + deviations * deviations), 0)
-    return first, shift, spread / total, jnp.sum(counts)
+    squares = jnp.sum(_times(counts, variances + deviations * deviations), 0)
+    return first, shift, squares / total, jnp.sum(counts)
 
 
 def _two_sums(devices, pivot, delta, var, count):
@@ -139,5 +139,5 @@ def _two_sums(devices, pivot, delta, var, count):
     merged = sums[:-1] / total
     shift = (pivot - merged) + delta
     changes = jnp.concatenate([_times(count, shift), _times(count, var + shift * shift)])
-    missing, spread = jnp.split(devices.sum(changes) / total, 2)
-    return merged, missing, jnp.maximum(spread - missing * missing, 0), sums[-1]
+    missing, mean_square = jnp.split(devices.sum(changes) / total, 2)
+    return merged, missing, jnp.maximum(mean_square - missing * missing, 0), sums[-1]

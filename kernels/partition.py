@@ -11,7 +11,7 @@ and compiles the operation for a device's part:
     the others          local
 
 Values per channel lie as x's channels do, y and dx as x does. Where no rows are shared nothing is exchanged, and
-the operation is the one of one device. On TPUs, whose compiler does not ask, kernels are refused, and XLA partitions jnp.
+the operation is the one of one device. TPUs' compiler does not ask: kernels are refused there, and XLA partitions jnp.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from bn_fused.kernels.contract import (
     PER_GROUP,
     accumulation_dtype,
     blend,
+    moments_cotangents,
     reciprocal_std,
-    scaled,
     statistics_cotangents,
 )
 from bn_fused.kernels.jax_internals import SdyShardingRule, custom_partitioning
@@ -51,10 +51,10 @@ def partitioned(run, run_part, operation, spec, names, backend):
     """
     kinds = [OPERATIONS[operation].operands[name] for name in names]
     result_kinds = list(OPERATIONS[operation].result_kinds(names).values())
-    first, wide = kinds.index(LIKE_X), jax.config.jax_enable_x64
+    place_of_x, x64 = kinds.index(LIKE_X), jax.config.jax_enable_x64
 
     def shardings(mesh, arguments):
-        x = arguments[first]
+        x = arguments[place_of_x]
         placed = _divisible(mesh, x.shape, x.sharding)
 
         def of(kind):
@@ -75,7 +75,7 @@ def partitioned(run, run_part, operation, spec, names, backend):
             operands = dict(zip(names, values[:-1], strict=True))
             # XLA may ask from a thread of its own, which has not this one's settings; and a part lies on one device,
             # no mesh that the program is traced under says anything about it.
-            with jax.enable_x64(wide), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            with jax.enable_x64(x64), jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
                 return tuple(_compute(run_part, operation, spec, operands, rows))
 
         identity = NamedSharding(mesh, PartitionSpec(None))
@@ -189,10 +189,8 @@ def _normalise_backward(run, spec, operands, rows):
 
 def _backward(run, spec, operands, rows):
     dx, sum_dz, sum_dz_xhat, *dresidual = _normalise_backward(run, spec, operands, rows)
-    doffset, dnorm_var = statistics_cotangents(operands["weight"], operands["rstd"], sum_dz, sum_dz_xhat)
-    moments = {
-        "dmean": operands["dmean"] + scaled(operands["batch"], doffset),
-        "dvar": operands["dvar"] + scaled(operands["batch"], dnorm_var),
-    }
+    from_normalisation = statistics_cotangents(operands["weight"], operands["rstd"], sum_dz, sum_dz_xhat)
+    dmean, dvar = moments_cotangents(operands["dmean"], operands["dvar"], *from_normalisation, operands["batch"])
+    moments = {"dmean": dmean, "dvar": dvar}
     (through,) = run("moments_backward", spec, **_only("moments_backward", operands | moments))
     return dx + through, sum_dz, sum_dz_xhat, *dresidual

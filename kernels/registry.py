@@ -1,59 +1,12 @@
-"""The backends there are, and which of them computes a given problem for a given target: `choose`."""
+"""The registered backends, and which of them computes a given problem for a given target: `choose`."""
 
-import functools
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import jax.numpy as jnp
+from bn_fused.kernels.backends import Backend, jnp as jnp_backend, pallas_gpu, pallas_tpu, triton
+from bn_fused.kernels.contract import OPERATIONS
+from bn_fused.kernels.target import FLOATING, BackendError
 
-from bn_fused.kernels.auto import Verdict, verdict
-from bn_fused.kernels.backends import jnp as jnp_backend
-from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
-from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
-from bn_fused.kernels.backends.triton import operations as triton_backend
-from bn_fused.kernels.chips import Chip
-from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.layout import axes_of, count_rows, group_shape
-
-REFERENCE = "reference"
-FLOATING = ("float32", "bfloat16", "float16", "float64")
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-
-
-class BackendError(ValueError):
-    """A backend that was asked for by name cannot run; the message says for which target, and what is missing."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What an operation is lowered for.
-
-    A platform of `PLATFORMS`; the chip, where it is known; whether XLA is left to partition the code over several
-    devices (False for what runs on each device's part of the arrays, see `partition`); whether the program runs on
-    several devices at all.
-    """
-
-    platform: str
-    chip: Chip | None = None
-    partitioned: bool = False
-    several_devices: bool = False
-
-    def __str__(self):
-        return self.platform if self.chip is None else f"{self.platform} ({self.chip.name})"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """The size and kind of one call: what a backend's refusal and plan depend on."""
-
-    groups: int
-    rows: int
-    channels: int
-    dtype: str
-    activation: str | None = None
-    residual: bool = False
-    mask: bool = False
+_REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -65,59 +18,13 @@ class BackendChoice:
     plan: object = None
 
 
-def no_refusal(problem, target):
-    """A backend that takes every problem on every target."""
-    del problem, target
-
-
-def not_taken(problem, target):
-    """The verdict on a backend that runs by name alone."""
-    del problem, target
-    return Verdict(False, "it does not say where it is the faster one")
-
-
-def no_plan(problem, target):
-    """A backend whose tiles and launches XLA decides."""
-    del problem, target
-
-
-def no_plan_refusal(plan, problem, target):
-    """A backend that can run every plan of its type, or finds out while it lowers."""
-    del plan, problem, target
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to compute the operations of `contract.OPERATIONS`.
-
-    - `operations`: name to function; each takes the operation's operands by keyword and `spec`, and returns its
-      results in the order of the table (a tuple, or the array where there is one).
-    - `refusal(problem, target)`: None, or one sentence: why it cannot run that.
-    - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. It is asked where nothing is refused.
-    - `plan(problem, target)`: a frozen description of tiles and launches, or None.
-    - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan that was given by hand must not run there.
-    """
-
-    name: str
-    operations: Mapping[str, Callable] = field(hash=False)
-    refusal: Callable = no_refusal
-    verdict: Callable = not_taken
-    plan: Callable = no_plan
-    plan_refusal: Callable = no_plan_refusal
-
-
-def _jnp_verdict(problem, target):
-    del problem
-    return Verdict(True, f"plain jnp, which XLA compiles for {target} and fuses with the operations around it")
-
-
 # Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last.
 _BACKENDS: dict[str, Backend] = {}
 
 
 def register(backend):
     """Plug in a backend. Its name must be new."""
-    if backend.name in _BACKENDS or backend.name in ("auto", REFERENCE):
+    if backend.name in _BACKENDS or backend.name in ("auto", _REFERENCE):
         raise ValueError(f"backend name {backend.name!r} is taken; registered are {', '.join(backend_names())}")
     missing = sorted(set(OPERATIONS) - set(backend.operations))
     if missing:
@@ -132,36 +39,18 @@ def unregister(name):
     del _BACKENDS[name]
 
 
-register(
-    Backend(
-        "jnp",
-        {name: getattr(jnp_backend, name) for name in OPERATIONS},
-        verdict=_jnp_verdict,
-        plan=jnp_backend.plan,
-    )
-)
+for _backend in (jnp_backend.BACKEND, triton.BACKEND, pallas_gpu.BACKEND, pallas_tpu.BACKEND):
+    register(_backend)
 
 
-def _verdict_of_the_table(name, problem, target):
-    return verdict(name, problem, target)
-
-
-for _name, _module in (("triton", triton_backend), ("pallas_gpu", pallas_gpu), ("pallas_tpu", pallas_tpu)):
-    register(
-        Backend(
-            _name,
-            {name: getattr(_module, name) for name in OPERATIONS},
-            refusal=_module.refusal,
-            verdict=functools.partial(_verdict_of_the_table, _name),
-            plan=_module.plan,
-            plan_refusal=getattr(_module, "plan_refusal", no_plan_refusal),
-        )
-    )
+def is_reference(backend):
+    """Whether a name is that of the definition: it has no operations and no plan, JAX differentiates it as a whole."""
+    return backend == _REFERENCE
 
 
 def backend_names():
     """The names `backend=` takes besides "auto"."""
-    return (*_BACKENDS, REFERENCE)
+    return (*_BACKENDS, _REFERENCE)
 
 
 def check_backend_name(backend):
@@ -178,15 +67,15 @@ def choose(problem, target, requested="auto"):
     check_backend_name(requested)
     if problem.dtype not in FLOATING:
         raise TypeError(f"dtype is {problem.dtype}; accepted are {', '.join(FLOATING)}")
-    if requested == REFERENCE:
-        return BackendChoice(REFERENCE, "asked for by name: the definition, differentiated by JAX")
+    if is_reference(requested):
+        return BackendChoice(requested, "asked for by name: the definition, differentiated by JAX")
     if requested != "auto":
         backend = _BACKENDS[requested]
         refusal = backend.refusal(problem, target)
         if refusal is not None:
             raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
-        found = backend.verdict(problem, target)
-        reason = "asked for by name" if found.taken else f"asked for by name; auto does not take it: {found.why}"
+        verdict = backend.verdict(problem, target)
+        reason = "asked for by name" if verdict.taken else f"asked for by name; auto does not take it: {verdict.why}"
         return BackendChoice(requested, reason, backend.plan(problem, target))
     passed_over = []
     for backend in reversed(_BACKENDS.values()):
@@ -194,11 +83,11 @@ def choose(problem, target, requested="auto"):
         if refusal is not None:
             passed_over.append(f"{backend.name} cannot run here: {refusal}")
             continue
-        found = backend.verdict(problem, target)
-        if found.taken:
-            reason = "; ".join([found.why, *reversed(passed_over)])
+        verdict = backend.verdict(problem, target)
+        if verdict.taken:
+            reason = "; ".join([verdict.why, *reversed(passed_over)])
             return BackendChoice(backend.name, reason, backend.plan(problem, target))
-        passed_over.append(f"{backend.name} runs by name: {found.why}")
+        passed_over.append(f"{backend.name} runs by name: {verdict.why}")
     raise AssertionError("the jnp backend takes every problem")
 
 
@@ -209,7 +98,7 @@ def check_plan(choice, plan, problem, target):
     """
     if type(plan) is not type(choice.plan):
         raise TypeError(f"plan is {plan!r}; backend {choice.name!r} takes one such as its own, {choice.plan!r}")
-    refusal = None if choice.name == REFERENCE else _BACKENDS[choice.name].plan_refusal(plan, problem, target)
+    refusal = _BACKENDS[choice.name].plan_refusal(plan, problem, target)
     if refusal is not None:
         raise BackendError(f"backend {choice.name!r} cannot run {plan!r} on {target}: {refusal}")
 
@@ -217,16 +106,3 @@ def check_plan(choice, plan, problem, target):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
-
-
-def problem_of(spec: Spec, x, present):
-    """The problem that an operand x (anything with shape and dtype) and the names of the operands make."""
-    return Problem(
-        groups=math.prod(group_shape(x.shape, spec.layout)),
-        rows=count_rows(x.shape, spec.layout),
-        channels=x.shape[axes_of(spec.layout, "c")[0]],
-        dtype=jnp.dtype(x.dtype).name,
-        activation=spec.activation,
-        residual="residual" in present,
-        mask="mask" in present,
-    )

@@ -96,7 +96,7 @@ def test_a_backend_whose_check_fails_shows_FAILED_is_not_timed_and_the_status_is
 
 
 def test_a_layer_that_raises_fails_in_one_line_and_the_others_run(broken_backend, capsys):
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
 
     def raises(**operands):
         raise RuntimeError("no such instruction\nand more")
@@ -110,7 +110,7 @@ def test_a_layer_that_raises_fails_in_one_line_and_the_others_run(broken_backend
 
 
 def test_a_backend_that_cannot_run_here_is_named_with_its_reason(broken_backend, capsys):
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
     kernels.unregister(broken_backend)
     kernels.register(kernels.Backend(broken_backend, operations, refusal=lambda problem, target: "it needs a chip"))
     assert bn_bench(*SMALL) == 0
@@ -513,7 +513,7 @@ def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_back
 
 
 def test_the_doctor_says_why_a_backend_cannot_run(broken_backend, capsys):
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
     kernels.unregister(broken_backend)
     kernels.register(kernels.Backend(broken_backend, operations, refusal=lambda problem, target: "it needs a chip"))
     assert bn_bench("doctor") == 0

@@ -29,21 +29,6 @@ def small_network(monkeypatch):
     monkeypatch.setitem(resnet.ARCHITECTURES, "resnet18", resnet.Architecture((1, 1), bottleneck=False, width=4))
 
 
-@pytest.fixture
-def broken_backend():
-    """A backend that is jnp but for the gradient of x, which it doubles."""
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
-    backward = operations["backward"]
-
-    def doubled(**operands):
-        dx, *others = backward(**operands)
-        return (2 * dx, *others)
-
-    kernels.register(kernels.Backend("broken", operations | {"backward": doubled}))
-    yield "broken"
-    kernels.unregister("broken")
-
-
 def setting(**changes):
     """A small one."""
     return step_networks.Setting(**(dict(model="resnet18", batch=4, image=16, dtype="float32", classes=5) | changes))
@@ -155,7 +140,7 @@ def test_a_wrong_gradient_shows_FAILED_is_not_timed_and_the_status_is_1(broken_b
 
 
 def test_a_network_that_raises_fails_in_one_line_and_the_others_run(monkeypatch):
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
 
     def broken(**operands):
         raise ArithmeticError("no such instruction\nand a long story")
@@ -171,7 +156,7 @@ def test_a_network_that_raises_fails_in_one_line_and_the_others_run(monkeypatch)
 
 
 def test_a_backend_that_cannot_run_here_is_named_and_refused_if_it_was_asked_for():
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
     kernels.register(kernels.Backend("elsewhere", operations, refusal=lambda problem, target: "it needs a chip"))
     try:
         done = run(*SMALL, "--against", "none")
@@ -337,7 +322,7 @@ def test_the_norm_that_a_backend_cannot_run_is_named():
     def refuses_eight_channels(problem, target):
         return "there are eight channels" if problem.channels == 8 else None
 
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
+    operations = kernels.backends.jnp.BACKEND.operations
     kernels.register(kernels.Backend("picky", operations, refusal=refuses_eight_channels))
     try:
         reason = step_networks.refusal("picky", setting())

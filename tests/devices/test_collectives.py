@@ -150,9 +150,9 @@ LAUNCHES_ON_GPUS = {"gradient": 6, "tangent": 3, "per_example": 5}
 def test_the_kernels_on_four_chips_exchange_once_each_way(backend, target):
     missing = deviceless.missing(target)
     if missing is None and backend == "triton":
-        from bn_fused.kernels.backends.triton import operations as triton_backend
+        from bn_fused.kernels.backends.triton import limits
 
-        missing = triton_backend.missing()
+        missing = limits.missing()
     if missing is not None:
         pytest.skip(missing)
     answers = child({"target": target, "devices": 4, "backend": backend})

@@ -56,9 +56,7 @@ def opaque():
     """The shapes of x that the operations of the backend `opaque` are traced with, by operation."""
     seen = []
 
-    def watched(name):
-        operation = getattr(kernels.backends.jnp, name)
-
+    def watched(name, operation):
         @functools.wraps(operation)
         def call(**operands):
             seen.append((name, operands["x"].shape))
@@ -66,7 +64,8 @@ def opaque():
 
         return call
 
-    kernels.register(kernels.Backend("opaque", {name: watched(name) for name in kernels.contract.OPERATIONS}))
+    operations = kernels.backends.jnp.BACKEND.operations
+    kernels.register(kernels.Backend("opaque", {name: watched(name, of) for name, of in operations.items()}))
     yield seen
     kernels.unregister("opaque")
 
@@ -280,10 +279,10 @@ def test_transforms_around_a_partitioned_kernel(how, opaque, x64):
 
 
 def test_a_tpu_kernel_is_refused_by_a_sentence_where_it_cannot_be_given_parts():
-    target = kernels.registry.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
-    problem = kernels.registry.Problem(1, 1024, 128, "float32")
-    with pytest.raises(kernels.registry.BackendError, match="name the devices in a shard_map"):
-        kernels.registry.choose(problem, target, "pallas_tpu")
+    target = kernels.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
+    problem = kernels.Problem(1, 1024, 128, "float32")
+    with pytest.raises(kernels.BackendError, match="name the devices in a shard_map"):
+        kernels.choose(problem, target, "pallas_tpu")
 
 
 ON_FOUR_GPUS = """

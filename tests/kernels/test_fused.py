@@ -10,6 +10,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.kernels.activations import ACTIVATIONS, Activation
 from bn_fused.kernels.backends import jnp as jnp_backend
 
 from support import oracle
@@ -253,21 +254,18 @@ def test_the_backends_there_are():
 @pytest.fixture
 def tpu_only():
     """A backend for TPUs only, which computes as jnp does and notes what it was asked to compute."""
-    from bn_fused.kernels.backends import jnp as jnp_backend
-    from bn_fused.kernels.contract import OPERATIONS
-
     asked = []
 
-    def counting(name):
+    def counting(name, operation):
         def compute(**values):
             asked.append(name)
-            return getattr(jnp_backend, name)(**values)
+            return operation(**values)
 
         return compute
 
     backend = kernels.Backend(
         "fake_tpu",
-        {name: counting(name) for name in OPERATIONS},
+        {name: counting(name, operation) for name, operation in jnp_backend.BACKEND.operations.items()},
         refusal=lambda problem, target: None if target.platform == "tpu" else "it is written for TPUs",
         verdict=lambda problem, target: kernels.auto.Verdict(True, "a test prefers it"),
         plan=lambda problem, target: ("plan", problem.rows, problem.channels),
@@ -399,6 +397,22 @@ def test_explain_and_the_function_agree(tpu_only):
     assert (choice.name == "fake_tpu") == bool(tpu_only.asked)
 
 
+def test_a_new_line_in_the_table_of_activations_is_all_that_a_new_activation_needs(monkeypatch):
+    """For every backend but triton, which has its own functions and refuses by name what those do not know."""
+    tanh = Activation(jnp.tanh, jnp.tanh, lambda x: 1 - jnp.square(jnp.tanh(x)), transcendental=True)
+    monkeypatch.setitem(ACTIVATIONS, "tanh", tanh)
+    x, stats = operands()[0]["x"], bn_fused.RunningStats.init(CHANNELS)
+
+    def gradient(backend):
+        return jax.grad(lambda x: jnp.sum(bn_fused.batch_norm(x, stats, activation="tanh", backend=backend)[0] ** 3))(x)
+
+    assert_close(gradient("jnp"), np.asarray(gradient("reference"), np.float64), 10)
+    for target, backend in (("h200", "pallas_gpu"), ("v5e", "pallas_tpu")):
+        assert bn_fused.explain((4096, 128), jnp.float32, activation="tanh", target=target, backend=backend).plan
+    with pytest.raises(bn_fused.BackendError, match="take the activations .*, not tanh"):
+        bn_fused.explain((4096, 128), jnp.float32, activation="tanh", target="h200", backend="triton")
+
+
 def test_a_backends_name_is_new_and_its_operations_complete():
     complete = dict.fromkeys(("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward"))
     for name in ("jnp", "reference", "auto"):
@@ -419,7 +433,7 @@ KERNELS = ("pallas_gpu", "pallas_tpu", "triton")
 
 @pytest.mark.parametrize("chip", kernels.CHIPS.values(), ids=lambda chip: chip.name)
 def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_on(chip):
-    target = kernels.registry.Target(chip.platform, chip)
+    target = kernels.Target(chip.platform, chip)
     for name in KERNELS:
         written_for = (chip.platform == "tpu") == (name == "pallas_tpu")
         reached = written_for
@@ -427,7 +441,7 @@ def test_the_table_that_auto_reads_has_a_line_for_every_kernel_and_chip_it_runs_
             reached = chip.platform == "cuda" and chip.compute_capability >= (9, 0)
         assert ((name, chip.name) in kernels.auto.VERDICTS) == reached
         if not reached:
-            problem = kernels.registry.Problem(1, 4096, 128, "float32")
+            problem = kernels.Problem(1, 4096, 128, "float32")
             assert kernels.registry._BACKENDS[name].refusal(problem, target) is not None
 
 

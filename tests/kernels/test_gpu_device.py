@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from bn_fused.kernels.backends.triton import operations as triton_backend
+from bn_fused.kernels.backends.triton import limits
 
 from support.kernel_results import ALL, BLEND
 from support.pallas_gpu_cases import Case, check
@@ -25,8 +25,8 @@ LEAST = {"pallas_gpu": 9, "triton": 8}
 def no_gpu(backend):
     """None where this machine has a GPU that a backend's kernels run on, else why not."""
     absent = f"no NVIDIA GPU of compute capability {LEAST[backend]} or later"
-    if backend == "triton" and triton_backend.missing() is not None:
-        return triton_backend.missing()
+    if backend == "triton" and limits.missing() is not None:
+        return limits.missing()
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         asked = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -220,7 +220,7 @@ UNSOUND = """
 from bn_fused.kernels.backends.pallas_gpu.plan import Resident
 pallas_gpu_resident.PATIENCE_SECONDS = 3
 kernels.registry._BACKENDS["pallas_gpu"] = dataclasses.replace(
-    kernels.registry._BACKENDS["pallas_gpu"], plan_refusal=kernels.registry.no_plan_refusal)
+    kernels.registry._BACKENDS["pallas_gpu"], plan_refusal=kernels.backends.no_plan_refusal)
 # One unit of twice as many blocks as there are multiprocessors, each of which fills its shared memory.
 members = 2 * jax.devices("cuda")[0].core_count
 x = jnp.ones((members * 4 * 196, 128), jnp.bfloat16)

@@ -14,7 +14,8 @@ from bn_fused import kernels
 from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
 from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, WARPGROUP, Plan, fold_of, make_plan, splits_of, tiling
 from bn_fused.kernels.chips import CHIPS
-from bn_fused.kernels.registry import BackendError, Problem, Target, choose
+from bn_fused.kernels.registry import choose
+from bn_fused.kernels.target import BackendError, Problem, Target
 
 from support.pallas_gpu_tiles import SHAPES, merged_by_hand
 from support.tolerances import assert_close

@@ -22,7 +22,8 @@ from bn_fused.kernels.backends.pallas_gpu.plan import (
     tiles_of,
 )
 from bn_fused.kernels.chips import CHIPS, chip_of
-from bn_fused.kernels.registry import BackendError, Problem, Target, check_plan, choose
+from bn_fused.kernels.registry import check_plan, choose
+from bn_fused.kernels.target import BackendError, Problem, Target
 
 from support.described_devices import device
 from support.pallas_gpu_tiles import SHAPES, merged_by_hand

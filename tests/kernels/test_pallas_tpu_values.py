@@ -20,8 +20,7 @@ from bn_fused import kernels
 from bn_fused.kernels import CHIPS, Problem, Spec, Target
 from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
-from bn_fused.kernels.contract import OPERATIONS, blend
-from bn_fused.kernels.registry import problem_of
+from bn_fused.kernels.target import problem_of
 
 from support import oracle
 from support.tolerances import assert_close
@@ -167,8 +166,8 @@ def interpreted():
             kernels.Backend(
                 name,
                 {
-                    operation: functools.partial(getattr(pallas_tpu, operation), interpret=interpret)
-                    for operation in OPERATIONS
+                    operation: functools.partial(compute, interpret=interpret)
+                    for operation, compute in kernels.backends.pallas_tpu.BACKEND.operations.items()
                 },
                 refusal=lambda problem, target: pallas_tpu.refusal(problem, V5E),
                 plan=lambda problem, target: change(pallas_tpu.plan(problem, V5E)),
@@ -383,19 +382,6 @@ def test_running_statistics_that_have_no_part_in_the_result_may_be_anything():
     first = kernels.Coefficients(1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
     results = pallas_tpu.forward(x, ones, ones, nan, nan, first.pack(jnp.float32)[None], spec=spec, interpret=True)
     assert all(np.isfinite(result).all() for result in results)
-
-
-def test_the_blend_in_the_kernel_is_that_of_the_contract():
-    from bn_fused.kernels.backends.pallas_tpu import kernels as pallas_tpu_kernels
-
-    random = np.random.default_rng(0)
-    values = [jnp.asarray(random.standard_normal((1, 8)), jnp.float32) for _ in range(5)]
-    for numbers in (BLEND, BATCH, kernels.Coefficients(0.0, 1.0, 1.0, 0.0, 0.0, 1.0)):
-        packed = numbers.pack(jnp.float32)[None]
-        with jax.disable_jit():  # operation by operation, so that a compiler cannot round one of them in another way
-            got, expected = pallas_tpu_kernels._blend(*values, packed[None]), blend(*values, packed)
-        for one, other in zip(got, expected, strict=True):
-            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("layout", ["rcrr", "rrrc", "grcr", "crg", "c"])

@@ -14,7 +14,8 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
-from bn_fused.kernels.backends.triton import operations as triton_backend
+from bn_fused.kernels.activations import ACTIVATIONS
+from bn_fused.kernels.backends.triton import limits, operations as triton_backend, tuning
 from bn_fused.kernels.backends.triton.plan import (
     MERGE_TILE,
     MOST_FOLDED,
@@ -28,7 +29,8 @@ from bn_fused.kernels.backends.triton.plan import (
     slab_columns,
 )
 from bn_fused.kernels.chips import CHIPS, AmdChip, GpuChip
-from bn_fused.kernels.registry import BackendError, Problem, Target, check_plan, choose
+from bn_fused.kernels.registry import check_plan, choose
+from bn_fused.kernels.target import BackendError, Problem, Target
 
 from support import ROOT
 
@@ -46,7 +48,7 @@ SHAPES = [
 @pytest.fixture
 def installed(monkeypatch):
     """As if jax-triton and Triton were installed, in versions that fit."""
-    monkeypatch.setattr(triton_backend, "missing", lambda platform: None)
+    monkeypatch.setattr(limits, "missing", lambda platform: None)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -178,19 +180,20 @@ def test_the_search_set_starts_with_the_heuristic_and_is_small():
 
 def test_a_plan_says_its_passes_and_launches():
     problem = Problem(1, 100352, 64, "float32", "relu", residual=True)
-    plan = triton_backend.plan(problem, H200)
+    plan = tuning.plan(problem, H200)
     assert plan.architecture == 90
     assert plan.passes("forward") == (3, 1) and plan.passes("backward") == (6, 2)
     assert plan.launches("forward") == ("bn_fused_moments", "bn_fused_merge_moments", "bn_fused_normalise")
-    assert triton_backend.plan(problem, MI250X).architecture == "gfx90a"
-    assert triton_backend.plan(problem, MI300X).architecture == "gfx942"
-    assert plan == triton_backend.plan(problem, H200) and hash(plan) == hash(triton_backend.plan(problem, H200))
+    assert tuning.plan(problem, MI250X).architecture == "gfx90a"
+    assert tuning.plan(problem, MI300X).architecture == "gfx942"
+    assert plan == tuning.plan(problem, H200) and hash(plan) == hash(tuning.plan(problem, H200))
 
 
 @pytest.mark.parametrize(
     ("problem", "target", "sentence"),
     [
         (Problem(1, 64, 8, "float64"), H200, "float32, bfloat16, float16, not float64"),
+        (Problem(1, 64, 8, "float32", "tanh"), H200, "the activations relu, leaky_relu, silu, gelu, not tanh"),
         (Problem(1, 64, 8, "float32", mask=True), H200, "take no mask"),
         (Problem(1, 64, 8, "float32"), Target("cuda"), "not known for which GPU"),
         (Problem(1, 64, 8, "float32"), Target("cpu"), "written for GPUs"),
@@ -223,6 +226,11 @@ def test_what_the_kernels_do_not_take_is_refused_in_a_sentence(problem, target, 
     assert str(error.value).startswith("backend 'triton' cannot run on ") and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_of_the_table_is_taken(activation, installed):
+    assert choose(Problem(1, 64, 8, "float32", activation), H200, "triton").name == "triton"
+
+
 @pytest.mark.parametrize("chip", GPUS)
 def test_what_the_kernels_take_is_taken_by_name_and_not_by_auto(chip, installed):
     target = Target(CHIPS[chip].platform, CHIPS[chip])
@@ -247,7 +255,7 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
     versions = {"jax_triton": "0.3.1", "triton": "3.10.0+git1"} | found
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: versions[name])
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions[name.replace("-", "_")])
-    triton_backend.missing.cache_clear()
+    limits.missing.cache_clear()
     try:
         if sentence is None:
             assert choose(Problem(1, 64, 8, "float32"), A100, "triton").name == "triton"
@@ -255,7 +263,7 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(found,
             with pytest.raises(BackendError, match=sentence):
                 choose(Problem(1, 64, 8, "float32"), A100, "triton")
     finally:
-        triton_backend.missing.cache_clear()
+        limits.missing.cache_clear()
 
 
 @pytest.mark.parametrize("package", ["jax-triton", "triton"])
@@ -267,13 +275,13 @@ def test_a_package_without_metadata_is_named_and_auto_takes_another_backend(pack
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(importlib.metadata, "version", version)
-    triton_backend.missing.cache_clear()
+    limits.missing.cache_clear()
     try:
         with pytest.raises(BackendError, match=f" {package} is there without its metadata.*: pip install jax-triton"):
             choose(Problem(1, 64, 8, "float32"), A100, "triton")
         assert choose(Problem(1, 64, 8, "float32"), A100).name == "jnp"
     finally:
-        triton_backend.missing.cache_clear()
+        limits.missing.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +301,7 @@ def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version,
     versions = {"jax-triton": "0.3.1", "triton": version}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
-    triton_backend.missing.cache_clear()
+    limits.missing.cache_clear()
     try:
         assert choose(Problem(1, 64, 8, "float32"), A100, "triton").name == "triton"
         if works:
@@ -304,7 +312,7 @@ def test_for_amd_a_triton_that_jax_triton_does_not_work_with_is_refused(version,
             ):
                 choose(Problem(1, 64, 8, "float32"), MI300X, "triton")
     finally:
-        triton_backend.missing.cache_clear()
+        limits.missing.cache_clear()
 
 
 @pytest.mark.parametrize(

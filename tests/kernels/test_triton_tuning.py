@@ -14,11 +14,11 @@ from bn_fused.bench import cli, tune
 from bn_fused.bench.commands import tune as command
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 from bn_fused.kernels.backends import jnp as jnp_backend
-from bn_fused.kernels.backends.triton import operations as triton_backend, tuning as triton_tuning
+from bn_fused.kernels.backends.triton import limits, tuning as triton_tuning
 from bn_fused.kernels.backends.triton.plan import Config, heuristic, make_plan, search_set
 from bn_fused.kernels.backends.triton.tuning import FOLDER, VARIABLE, Entry
 from bn_fused.kernels.chips import CHIPS
-from bn_fused.kernels.registry import Problem, Target
+from bn_fused.kernels.target import Problem, Target
 
 H200 = CHIPS["h200"]
 KIND = H200.device_kind
@@ -27,7 +27,7 @@ OTHER = dataclasses.replace(TUNED, stages=1)
 
 
 def planned(rows, channels=64, dtype="bfloat16", groups=1):
-    return triton_backend.plan(Problem(groups, rows, channels, dtype), Target("cuda", H200))
+    return triton_tuning.plan(Problem(groups, rows, channels, dtype), Target("cuda", H200))
 
 
 def with_config(config, rows, channels=64, itemsize=2, groups=1):
@@ -79,7 +79,7 @@ def test_a_plan_names_the_file_that_it_is_from(tuned):
 
 
 def test_explain_shows_it_and_the_files_in_use_are_listed(tuned, monkeypatch):
-    monkeypatch.setattr(triton_backend, "missing", lambda platform: None)
+    monkeypatch.setattr(limits, "missing", lambda platform: None)
     tuned.write_text(text(entry()))
     choice = bn_fused.explain((100352, 64), "bfloat16", target="h200", backend="triton")
     assert str(tuned) in str(choice)

@@ -85,9 +85,9 @@ def operation_of(backend, target, name, groups, rows, channels, dtype, activatio
     x = kinds["x"]
     compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
     found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
-    plan = kernels.registry.choose(
-        kernels.registry.Problem(groups, rows, channels, dtype, activation, residual),
-        kernels.registry.Target("cuda", kernels.chips.CHIPS[target]),
+    plan = kernels.choose(
+        kernels.Problem(groups, rows, channels, dtype, activation, residual),
+        kernels.Target("cuda", kernels.chips.CHIPS[target]),
         backend,
     ).plan
     found |= {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name)}

@@ -20,7 +20,8 @@ from triton.backends.amd.compiler import HIPBackend
 from bn_fused.kernels import dispatch
 from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.contract import OPERATIONS, Spec
-from bn_fused.kernels.registry import Problem, Target, choose
+from bn_fused.kernels.registry import choose
+from bn_fused.kernels.target import Problem, Target
 
 S = jax.ShapeDtypeStruct
 answers = {"get_compute_capability": 90}

@@ -22,12 +22,12 @@ class View:
         self.channels, self.itemsize, self.fold = self.transposed[-1], x.dtype.itemsize, fold
         self.folded = (self.groups, self.rows // fold, fold * self.channels)
 
-    def spread(self, array):
+    def as_rows(self, array):
         """An array of x's shape as [groups, rows/fold, fold*channels]."""
         return jnp.reshape(jnp.transpose(array, self.order), self.folded)
 
-    def unspread(self, array):
-        """The inverse of `spread`."""
+    def like_x(self, array):
+        """The inverse of `as_rows`: an array of x's shape."""
         inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
         return jnp.transpose(jnp.reshape(array, self.transposed), inverse)
 
@@ -46,10 +46,10 @@ class View:
     def gradient_arrays(self, dy, x, residual, activation):
         """What a backward reads: without an activation, its derivative and so the residual do not matter."""
         arrays = (dy, x) if residual is None or activation is None else (dy, x, residual)
-        return [self.spread(array) for array in arrays]
+        return [self.as_rows(array) for array in arrays]
 
     def gradients(self, results, sums, dy, residual):
         """The results of a backward: dx (and dresidual, or dy in its place) and the two sums per channel."""
-        dx, *dresidual = (self.unspread(result) for result in results)
+        dx, *dresidual = (self.like_x(result) for result in results)
         gradients = (dx, *(self.unchannel(value) for value in sums))
         return gradients if residual is None else (*gradients, *(dresidual or (dy,)))

@@ -1,1 +1,23 @@
 """The backend `pallas_gpu`: Pallas kernels for NVIDIA Hopper and Blackwell (Mosaic GPU)."""
+
+import functools
+
+from bn_fused.kernels.auto import verdict
+from bn_fused.kernels.backends import Backend
+from bn_fused.kernels.backends.pallas_gpu import operations
+
+BACKEND = Backend(
+    "pallas_gpu",
+    {
+        "forward": operations.forward,
+        "backward": operations.backward,
+        "moments": operations.moments,
+        "moments_backward": operations.moments_backward,
+        "normalise": operations.normalise,
+        "normalise_backward": operations.normalise_backward,
+    },
+    refusal=operations.refusal,
+    verdict=functools.partial(verdict, "pallas_gpu"),
+    plan=operations.plan,
+    plan_refusal=operations.plan_refusal,
+)

@@ -1,12 +1,12 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
 Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
-fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`pallas_gpu_resident`):
+fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`resident`):
 
     forward              R (+R r) W                                                            1 launch
     backward             R x, R dy (+R r) W (+W dr)                                            1 launch
 
-else it is streamed (`pallas_gpu_kernels`), as are the other operations always:
+else it is streamed (`stream`), as are the other operations always:
 
     forward              moments R, [merge], normalise R (+R r) W                              3 launches
     backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
@@ -30,10 +30,10 @@ Moments are sums of deviations from a pivot, the mean of the first tile of each 
 pivot, delta, squares): no digit is lost where |mean| is much larger than the standard deviation.
 
 Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
-several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see
-`pallas_gpu_plan.fold_of`); 2^31 rows or more; a plan given by hand whose blocks wait for each other and may not all be
-on the chip. The running statistics are blended inside the launch if they are float32, and with jnp after it otherwise:
-the forward is streamed then.
+several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see `plan.fold_of`); 2^31
+rows or more; a plan given by hand whose blocks wait for each other and may not all be on the chip. The running
+statistics are blended inside the launch if they are float32, and with jnp after it otherwise: the forward is streamed
+then.
 
 Compiled for those chips and run in an interpreter; never yet on a GPU.
 """
@@ -65,7 +65,15 @@ from bn_fused.kernels.backends.pallas_gpu.stream import (
     sums_merge,
     times,
 )
-from bn_fused.kernels.contract import blend, reciprocal_std, statistics_cotangents
+from bn_fused.kernels.contract import (
+    blend,
+    moments_cotangents,
+    reciprocal_std,
+    scale_and_shift,
+    statistics_cotangents,
+    sum_with_xhat,
+    through_moments,
+)
 
 DTYPES = ("float32", "bfloat16", "float16")
 CAPABILITIES = (9, 10)  # major versions for which Mosaic GPU is known to compile these kernels
@@ -99,8 +107,8 @@ def refusal(problem, target):
         itemsize = jnp.dtype(problem.dtype).itemsize
         return (
             f"the copy engine needs rows of at least {WARPGROUP} values and of a multiple of {ALIGNMENT} bytes; "
-            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has no "
-            f"divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
+            f"{problem.channels} channels of {itemsize} bytes make none, and the number of rows, {problem.rows}, has "
+            f"no divisor up to {MOST_FOLDED} by which several rows could be read as one that does"
         )
     return None
 
@@ -159,8 +167,8 @@ class _View(View):
         """Several values per group as float32 [groups, number]."""
         return jnp.reshape(values.astype(F32), (self.groups, values.shape[-1]))
 
-    def wide(self, *values):
-        """Values per channel for a kernel: float32 [groups, channels] each; repeated for folded rows, and all in one."""
+    def tiled(self, *values):
+        """Values per channel for a kernel: float32 [groups, channels] each; for folded rows repeated, all in one."""
         values = [self.channel(value) for value in values]
         return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
@@ -174,9 +182,9 @@ def _moments_row(values, channels, _):
 
 
 def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
-    scale = rstd * weight
+    scale, shift = scale_and_shift(offset, rstd, weight, bias)
     d = x - pivot
-    z = d * scale + (bias - offset * scale)
+    z = d * scale + shift
     return d, z if residual is None else z + residual, scale
 
 
@@ -189,7 +197,7 @@ def _normalise_row(activation):
     return row
 
 
-def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False):
+def _gradient_row(activation, *, write_dx, moments=False, write_dz=False):
     """Of rows of dy, x and, where it matters, the residual: the sums of dz and dz * d; or dx; or both."""
 
     def row(values, channels, _):
@@ -199,11 +207,11 @@ def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False
         results = ()
         if write_dx:
             dx = dz * scale
-            if through_moments:
+            if moments:
                 slope, level = channels[-2:]
                 dx = dx + (d * slope + level)
             results = (dx, dz) if write_dz else (dx,)
-        return () if through_moments else (dz, dz * d), results
+        return () if moments else (dz, dz * d), results
 
     return row
 
@@ -211,7 +219,7 @@ def _gradient_row(activation, *, write_dx, through_moments=False, write_dz=False
 def _moments_gradient_row(values, channels, numbers):
     pivot, delta, dmean, dvar = channels
     (count,) = numbers
-    slope, level = _through_moments(dmean, dvar, delta, count)
+    slope, level = through_moments(dmean, dvar, delta, count)
     return (), ((values[0] - pivot) * slope + level,)
 
 
@@ -222,7 +230,7 @@ def _finish_sums(sums, channels, _):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     sum_dz, sum_dz_d = sums
     _, offset, rstd, *_ = channels
-    return sum_dz, (sum_dz_d - offset * sum_dz) * rstd
+    return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
 def _finish_backward(sums, channels, numbers):
@@ -230,15 +238,9 @@ def _finish_backward(sums, channels, numbers):
     _, _, rstd, weight, _, dmean, dvar, delta = channels
     batch, count = numbers
     sum_dz, sum_dz_xhat = _finish_sums(sums, channels, ())
-    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
-    slope, level = _through_moments(dmean + times(batch, doffset), dvar + times(batch, dnorm_var), delta, count)
-    return slope, level, sum_dz, sum_dz_xhat
-
-
-def _through_moments(dmean, dvar, delta, count):
-    """slope and level of dmean/n + (d - delta) * 2 * dvar/n, as a function of d."""
-    slope = 2 * dvar / count
-    return slope, dmean / count - delta * slope
+    from_normalisation = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    dmean, dvar = moments_cotangents(dmean, dvar, *from_normalisation, batch, times)
+    return *through_moments(dmean, dvar, delta, count), sum_dz, sum_dz_xhat
 
 
 # The operations.
@@ -252,24 +254,24 @@ def _moments_partial(view, x):
 
 def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    _, found = merge_moments(*_moments_partial(view, view.spread(x)))
+    _, found = merge_moments(*_moments_partial(view, view.as_rows(x)))
     return tuple(view.unchannel(value) for value in found)
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     blends = running_mean.dtype == F32 and running_var.dtype == F32
     view = _View(x, spec, "forward" if blends else None)
-    flat = view.spread(x)
+    flat = view.as_rows(x)
     if view.kept is not None:
         given = [weight, bias, running_mean, running_var]
         return _resident_forward(view, flat, given, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
     if blends:
-        given = view.wide(weight, bias, running_mean, running_var)
+        given = view.tiled(weight, bias, running_mean, running_var)
         numbers = [view.numbers(coefficients)]
         wide, found = merge_moments(*partial, (given, numbers), spec.eps)
         pivot, delta, var, *new = (view.unchannel(value) for value in found)
@@ -278,14 +280,14 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
         _, found = merge_moments(*partial)
         pivot, delta, var = (view.unchannel(value) for value in found)
         offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
-        channels = view.wide(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
+        channels = view.tiled(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
     y = _normalise(view, flat, residual, channels, spec, reverse=True)
     return y, pivot, delta, var, *new
 
 
 def _resident_forward(view, flat, given, coefficients, residual, spec):
-    arrays = [flat] if residual is None else [flat, view.spread(residual)]
-    given, numbers = view.wide(*given), [view.numbers(coefficients)]
+    arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
+    given, numbers = view.tiled(*given), [view.numbers(coefficients)]
     tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
 
     def moments_row(values, channels, numbers):
@@ -295,25 +297,26 @@ def _resident_forward(view, flat, given, coefficients, residual, spec):
         return normalise_row(values, [*found, *channels], numbers)[1]
 
     (y,), (pivot, delta, var, *new) = resident(
-        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row, moments_merge(tiles, True, spec.eps), row,
+        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row,
+        moments_merge(tiles, True, spec.eps), row,
         sums=2, outputs=1, exact=5, moments=True,
     )  # fmt: skip
-    return view.unspread(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
+    return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
 
 
 def _normalise(view, flat, residual, channels, spec, reverse):
-    arrays = [flat] if residual is None else [flat, view.spread(residual)]
+    arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
     row, tiles = _normalise_row(spec.activation), view.tiling(len(arrays))
     (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], row, outputs=1, reverse=reverse)
-    return view.unspread(y)
+    return view.like_x(y)
 
 
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    channels = view.wide(pivot, offset, rstd, weight, bias)
-    return _normalise(view, view.spread(x), residual, channels, spec, reverse=False)
+    channels = view.tiled(pivot, offset, rstd, weight, bias)
+    return _normalise(view, view.as_rows(x), residual, channels, spec, reverse=False)
 
 
 def backward(
@@ -335,13 +338,13 @@ def backward(
     spec,
 ):
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec, "backward")
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
-    channels = view.wide(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
+    channels = view.tiled(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
-    row = _gradient_row(spec.activation, write_dx=True, through_moments=True, write_dz=write_dz)
+    row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
     outputs = 1 + write_dz
     if view.kept is not None:
         tiles = view.resident_tiling(len(arrays), SUMS)
@@ -362,11 +365,11 @@ def backward(
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
-    channels = view.wide(pivot, offset, rstd, weight, bias)
+    channels = view.tiled(pivot, offset, rstd, weight, bias)
     row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
     *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
     _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
@@ -375,15 +378,15 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    channels = view.wide(pivot, delta, dmean, dvar)
+    channels = view.tiled(pivot, delta, dmean, dvar)
     name = "bn_fused_moments_backward"
-    flat, numbers = [view.spread(x)], [view.group(count)]
+    flat, numbers = [view.as_rows(x)], [view.group(count)]
     (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
-    return (view.unspread(dx),)
+    return (view.like_x(dx),)
 
 
-def _no_mask(mask):
+def _check_no_mask(mask):
     if mask is not None:
         raise ValueError("pallas_gpu takes no mask")

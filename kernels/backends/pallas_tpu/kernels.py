@@ -1,4 +1,4 @@
-"""The kernels of the backend `pallas_tpu` on arrays [groups, rows, channels]; see `pallas_tpu` for what they move.
+"""The kernels of the backend `pallas_tpu` on arrays [groups, rows, channels]; `operations` says what they move.
 
 A kernel sees a block of x as a reference [block_rows, block_channels], and a channel's values as [1, block_channels].
 Its grid is (groups * channel blocks, row blocks), with the phase between them where it has two.
@@ -14,8 +14,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from bn_fused.kernels.activations import ACTIVATIONS, activate
+from bn_fused.kernels.activations import ACTIVATIONS, activate, is_transcendental
 from bn_fused.kernels.backends.pallas_tpu.plan import ROW_TILE, ceil_div, round_up
+from bn_fused.kernels.contract import (
+    Coefficients,
+    blend_channels,
+    moments_cotangents,
+    reciprocal_std,
+    scale_and_shift,
+    squares_about_mean,
+    statistics_cotangents,
+    sum_with_xhat,
+    through_moments,
+)
 
 SUBLANES = 8
 PIVOT_ROWS = 128
@@ -37,7 +48,7 @@ class _Walk:
         self.chunk = plan.chunk_rows
 
     def blocks(self, work):
-        """Run work(rows, kept) for this step's block, which has so many rows of x and stays in VMEM or not."""
+        """Run work(rows, in_vmem) for this step's block, which has so many rows of x and stays in VMEM or not."""
         resident, count, whole = self.plan.resident, self.count, self.plan.block_rows
         spans = [
             (0, min(resident, count - 1), whole, True),
@@ -51,12 +62,12 @@ class _Walk:
             if merged and merged[-1][2:] == kind:
                 start = merged.pop()[0]
             merged.append([start, stop, *kind])
-        for start, stop, rows, kept in merged:
+        for start, stop, rows, in_vmem in merged:
             if len(merged) == 1:
-                work(rows, kept)
+                work(rows, in_vmem)
             else:
                 inside = (self.index >= start) & (self.index < stop)
-                pl.when(inside)(functools.partial(work, rows, kept))
+                pl.when(inside)(functools.partial(work, rows, in_vmem))
 
     def chunks(self, rows, body, carry=None):
         """carry = body(rows of the chunk as a slice, how many of them are x's or None for all, carry), repeatedly."""
@@ -109,19 +120,9 @@ def _float(reference, chunk):
 # ------------------------------------------------------------------------------------------ arithmetic per channel
 
 
-def _scaled(coefficient, value):
+def _times(coefficient, value):
     """`contract.scaled` for a scalar."""
     return jnp.where(coefficient == 0, 0.0, coefficient * value)
-
-
-def _blend(pivot, delta, var, running_mean, running_var, coefficients):
-    """`contract.blend` for coefficients in scalar memory: offset, norm_var and the new running statistics."""
-    batch, running, constant, mean_gain, var_gain, keep = (coefficients[0, 0, index] for index in range(6))
-    offset = _scaled(batch, delta) + (_scaled(batch - 1, pivot) + _scaled(running, running_mean))
-    norm_var = _scaled(batch, var) + _scaled(running, running_var) + constant
-    new_mean = _scaled(mean_gain, pivot + delta) + _scaled(keep, running_mean)
-    new_var = _scaled(var_gain, var) + _scaled(keep, running_var)
-    return offset, norm_var, new_mean, new_var
 
 
 def _finite_or(value, other):
@@ -167,11 +168,7 @@ def _add_to_moments(walk, rows, x, slab, stats):
     before = walk.index.astype(jnp.float32) * walk.plan.block_rows
     share = rows / (before + rows)
     shift = total * (1 / rows)
-    correction = total * shift
-    # Where only the correction overflows, the variance does.
-    overflows = (jnp.abs(total) < jnp.inf) & (jnp.abs(correction) == jnp.inf)
-    m2 = squares - jnp.where(overflows, 0.0, correction)
-    m2 = jnp.where(m2 < 0, 0.0, m2)
+    m2 = squares_about_mean(squares, total, shift)
     pivot, delta = _row(stats, PIVOT), _row(stats, DELTA)
     block_delta = (centre - pivot) + shift
     gap = jnp.where(before == 0, 0.0, block_delta - delta)
@@ -189,7 +186,7 @@ def _moments_of(walk, stats):
 def _statistics_phase(walk, x, slab, stats, finish):
     """One block's part of the first phase of `forward`, and the whole of `moments`."""
     pl.when(walk.index == 0)(lambda: _choose_pivot(walk, x, stats))
-    walk.blocks(lambda rows, kept: _add_to_moments(walk, rows, x, slab.at[walk.index] if kept else None, stats))
+    walk.blocks(lambda rows, in_vmem: _add_to_moments(walk, rows, x, slab.at[walk.index] if in_vmem else None, stats))
     pl.when(walk.index == walk.count - 1)(lambda: finish(*_moments_of(walk, stats)))
 
 
@@ -220,8 +217,7 @@ def _pre_activation_cotangent(refs, chunk, pivot, scale, shift, activation):
 
 
 def _scale_and_shift(refs):
-    scale = refs.rstd[...] * refs.weight[...]
-    return scale, refs.bias[...] - refs.offset[...] * scale
+    return scale_and_shift(refs.offset[...], refs.rstd[...], refs.weight[...], refs.bias[...])
 
 
 # ------------------------------------------------------------------------------------------ the kernels
@@ -231,17 +227,19 @@ def _forward(refs, walk, phase, *, eps, activation):
     stats = refs.stats
 
     def finish(pivot, delta, var):
-        offset, norm_var, new_mean, new_var = _blend(
-            pivot, delta, var, refs.running_mean[...], refs.running_var[...], refs.coefficients
+        coefficients = (refs.coefficients[0, 0, index] for index in range(len(Coefficients._fields)))
+        offset, norm_var, new_mean, new_var = blend_channels(
+            pivot, delta, var, refs.running_mean[...], refs.running_var[...], coefficients, _times
         )
-        scale = lax.rsqrt(norm_var + eps) * refs.weight[...]
-        stats[pl.ds(SCALE, 1), :] = scale
-        stats[pl.ds(SHIFT, 1), :] = refs.bias[...] - offset * scale
+        rstd = reciprocal_std(norm_var, eps)
+        stats[pl.ds(SCALE, 1), :], stats[pl.ds(SHIFT, 1), :] = scale_and_shift(
+            offset, rstd, refs.weight[...], refs.bias[...]
+        )
         refs.pivot[...], refs.delta[...], refs.var[...] = pivot, delta, var
         refs.new_running_mean[...], refs.new_running_var[...] = new_mean, new_var
 
-    def normalise(rows, kept):
-        x = refs.slab.at[walk.index] if kept else refs.x
+    def normalise(rows, in_vmem):
+        x = refs.slab.at[walk.index] if in_vmem else refs.x
         per_channel = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT))
         _normalise_block(walk, rows, x, refs.y, refs.residual, *per_channel, activation)
 
@@ -259,7 +257,7 @@ def _moments(refs, walk, phase, **_):
 def _normalise(refs, walk, phase, *, activation, **_):
     scale, shift = _scale_and_shift(refs)
     walk.blocks(
-        lambda rows, kept: _normalise_block(
+        lambda rows, in_vmem: _normalise_block(
             walk, rows, refs.x, refs.y, refs.residual, refs.pivot[...], scale, shift, activation
         )
     )
@@ -297,41 +295,34 @@ def _begin_sums(refs):
 
 def _write_sums(refs):
     sum_dz = _row(refs.stats, SUM_DZ)
-    sum_dz_xhat = (_row(refs.stats, SUM_DZ_D) - refs.offset[...] * sum_dz) * refs.rstd[...]
+    sum_dz_xhat = sum_with_xhat(sum_dz, _row(refs.stats, SUM_DZ_D), refs.offset[...], refs.rstd[...])
     refs.sum_dz[...], refs.sum_dz_xhat[...] = sum_dz, sum_dz_xhat
     return sum_dz, sum_dz_xhat
 
 
-def _through_moments(dmean, dvar, delta, count):
-    """slope and level: d * slope + level = dmean/n + (d - delta) * 2 * dvar/n."""
-    slope = 2 * dvar / count
-    return slope, dmean / count - delta * slope
-
-
 def _backward(refs, walk, phase, *, activation, **_):
     stats = refs.stats
-    kept_names = [name for name in ("x", "dy", "residual") if getattr(refs, f"{name}_slab") is not None]
+    saved = [name for name in ("x", "dy", "residual") if getattr(refs, f"{name}_slab") is not None]
 
-    def slabs(kept):
-        return {name: getattr(refs, f"{name}_slab").at[walk.index] for name in kept_names} if kept else {}
+    def slabs(in_vmem):
+        return {name: getattr(refs, f"{name}_slab").at[walk.index] for name in saved} if in_vmem else {}
 
     def finish():
         sum_dz, sum_dz_xhat = _write_sums(refs)
-        # The cotangents of offset and norm_var, of which the batch's moments get the share `batch`.
-        rstd, batch = refs.rstd[...], refs.batch[0, 0, 0]
-        scale = refs.weight[...] * rstd
-        dmean = refs.dmean[...] + _scaled(batch, -scale * sum_dz)
-        dvar = refs.dvar[...] + _scaled(batch, -scale * rstd * sum_dz_xhat / 2)
-        slope, level = _through_moments(dmean, dvar, refs.delta[...], refs.count[0, 0, 0])
+        from_normalisation = statistics_cotangents(refs.weight[...], refs.rstd[...], sum_dz, sum_dz_xhat)
+        dmean, dvar = moments_cotangents(
+            refs.dmean[...], refs.dvar[...], *from_normalisation, refs.batch[0, 0, 0], _times
+        )
+        slope, level = through_moments(dmean, dvar, refs.delta[...], refs.count[0, 0, 0])
         stats[pl.ds(SLOPE, 1), :], stats[pl.ds(LEVEL, 1), :] = slope, level
 
     def sums():
         pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-        walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, slabs(kept), activation))
+        walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, slabs(in_vmem), activation))
         pl.when(walk.index == walk.count - 1)(finish)
 
-    def gradient(rows, kept):
-        sources = SimpleNamespace(**{**vars(refs), **slabs(kept)})
+    def gradient(rows, in_vmem):
+        sources = SimpleNamespace(**{**vars(refs), **slabs(in_vmem)})
         pivot, scale, shift, slope, level = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT, SLOPE, LEVEL))
 
         def write(chunk, valid, carry):
@@ -349,7 +340,7 @@ def _backward(refs, walk, phase, *, activation, **_):
 
 def _normalise_backward(refs, walk, phase, *, activation, **_):
     pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-    walk.blocks(lambda rows, kept: _sum_block(walk, rows, refs, {}, activation, refs.dx))
+    walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, {}, activation, refs.dx))
 
     @pl.when(walk.index == walk.count - 1)
     def _():
@@ -358,16 +349,16 @@ def _normalise_backward(refs, walk, phase, *, activation, **_):
 
 def _moments_backward(refs, walk, phase, **_):
     pivot = refs.pivot[...]
-    slope, level = _through_moments(refs.dmean[...], refs.dvar[...], refs.delta[...], refs.count[0, 0, 0])
+    slope, level = through_moments(refs.dmean[...], refs.dvar[...], refs.delta[...], refs.count[0, 0, 0])
 
     def write(chunk, valid, carry):
         refs.dx[chunk, :] = ((_float(refs.x, chunk) - pivot) * slope + level).astype(refs.dx.dtype)
         return carry
 
-    walk.blocks(lambda rows, kept: walk.chunks(rows, write))
+    walk.blocks(lambda rows, in_vmem: walk.chunks(rows, write))
 
 
-# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays kept in VMEM between the two.
+# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays saved in VMEM between the two.
 KERNELS = {
     "forward": (_forward, True, ("residual",), ("x",)),
     "backward": (_backward, True, (), ("x", "dy", "residual")),
@@ -391,7 +382,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
     float32) or SCALARS ([groups, 1, n], float32). `results`: {name: kind}; large ones have x's dtype. Returns
     {name: array}.
     """
-    kernel, two_phases, second_only, keepable = KERNELS[name]
+    kernel, two_phases, read_for_results, savable = KERNELS[name]
     large = next(array for kind, array in operands.values() if kind == LARGE)
     groups, rows, channels = large.shape
     block_rows, block_channels, resident = plan.block_rows, plan.block_channels, plan.resident
@@ -405,9 +396,9 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
 
     def read(name):
         def place(index, phase, row):
-            if two_phases and name in second_only:
+            if two_phases and name in read_for_results:
                 row = jnp.where(phase == 1, row, 0)
-            elif two_phases and name in keepable and resident:
+            elif two_phases and name in savable and resident:
                 # What is in VMEM is not read again: the window stays on the first phase's last block.
                 row = jnp.where((phase == 1) & (row < resident), row_blocks - 1, row)
             group, channel = column(index)
@@ -448,8 +439,8 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         for name, kind in results.items()
     }
     out_specs = [spec(kind, None, write if kind == LARGE else per_channel) for name, kind in results.items()]
-    kept = [name for name in keepable if name in operands] if resident else []
-    scratch = {f"{name}_slab": pltpu.VMEM((resident, block_rows, block_channels), large.dtype) for name in kept}
+    saved = [name for name in savable if name in operands] if resident else []
+    scratch = {f"{name}_slab": pltpu.VMEM((resident, block_rows, block_channels), large.dtype) for name in saved}
     scratch["stats"] = pltpu.VMEM((SUBLANES, block_channels), jnp.float32)
     names = (*operands, *results, *scratch)
     absent = dict.fromkeys(("residual", "dresidual", "x_slab", "dy_slab", "residual_slab"))
@@ -475,7 +466,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * math.prod(large.shape),
-            transcendentals=0 if activation in (None, "relu", "leaky_relu") else math.prod(large.shape),
+            transcendentals=math.prod(large.shape) if is_transcendental(activation) else 0,
             bytes_accessed=int((plan.reads + plan.writes) * large.size * large.dtype.itemsize),
         ),
         interpret=interpret,

@@ -11,7 +11,7 @@ of them (hybrid) it lies between:
     moments_backward     1 read, 1 write
 
 `forward` and `backward` go over the rows of one channel block in two phases, sums and then results, and copy the blocks
-that stay in VMEM only once. `pallas_tpu_plan` decides how many those are.
+that stay in VMEM only once. `plan` decides how many those are.
 
 The moments are sums of deviations from the mean of the blocks before, merged by the formula of Chan, Golub & LeVeque
 ("Algorithms for computing the sample variance", The American Statistician 37, 1983) in the order of the rows.
@@ -23,13 +23,16 @@ their width is a multiple of 8). Channels are padded to a multiple of 128; with 
 layouts, and its copies around the kernel cost several times what the kernel does.
 
 `auto` does not take these kernels. docs/tpu-audit.md has what whole programs move, compiled for each generation: alone
-and with 128 channels or more, the kernels move fewer bytes than `jnp`; between convolutions or matrix products XLA computes the sums in the kernel of
-the operation before, and the normalisation in that of the one after, and keeps in VMEM what the kernels' own VMEM drives
-out. There `jnp` moves as little or less, and with few channels much less. A backend is not told what is around it.
+and with 128 channels or more, the kernels move fewer bytes than `jnp`; between convolutions or matrix products XLA
+computes the sums in the kernel of the operation before, and the normalisation in that of the one after, and keeps in
+VMEM what the kernels' own VMEM drives out. There `jnp` moves as little or less, and with few channels much less. A
+backend is not told what is around it.
 
 Not taken, and refused by name: float64 and float16 (which were not compiled), masks, arrays that XLA partitions
 over several devices, and a TPU that is not in the table of chips.
 """
+
+import math
 
 import jax.numpy as jnp
 
@@ -72,11 +75,8 @@ def _order(layout):
 
 def _view(array, layout):
     """An array of x's shape as [groups, rows, channels]."""
-    groups, channels = group_shape(array.shape, layout), array.shape[layout.index(CHANNEL)]
-    size = 1
-    for extent in groups:
-        size *= extent
-    return jnp.transpose(array, _order(layout)).reshape(size, -1, channels)
+    groups, channels = math.prod(group_shape(array.shape, layout)), array.shape[layout.index(CHANNEL)]
+    return jnp.transpose(array, _order(layout)).reshape(groups, -1, channels)
 
 
 def _unview(array, shape, layout):

@@ -5,18 +5,18 @@
 
 from dataclasses import dataclass
 
+from bn_fused.kernels.activations import is_transcendental
 from bn_fused.kernels.chips import TpuChip
 
-LANES = 128
+LANES = TpuChip.lanes
 # Rows of a block are a multiple of this: a tile has 8 rows of float32, 16 of bfloat16.
 ROW_TILE = 16
 # A chunk fills four vector registers of float32, more only where a row of the block is wider than that.
 CHUNK_ELEMENTS = 32 * LANES
 # Elements in one iteration of the inner loop, so that none of its values leaves the registers (seen in what the
-# compiler makes of it): in kernels that do little; in those that read two arrays; and in those that read three or have an
-# activation that takes many operations. Both together: half of that.
+# compiler makes of it): in kernels that do little; in those that read two arrays; and in those that read three or have
+# an activation that takes many operations. Both together: half of that.
 LIGHT_ELEMENTS, HEAVY_ELEMENTS, HEAVIEST_ELEMENTS = 256 * LANES, 128 * LANES, 64 * LANES
-SMOOTH = ("silu", "gelu")
 FEW_REGISTERS = ("v4",)  # chips with half as many registers as the others
 # A block's copy must take long against the third of a microsecond that a step of the grid costs.
 BLOCK_BYTES = 1 << 20
@@ -78,7 +78,7 @@ class Plan:
         return kernel.reads, kernel.writes
 
     def kind(self, operation):
-        """ "resident", "hybrid" or "streaming": how much of x an operation keeps in VMEM; see `KernelPlan`."""
+        """How much of x an operation keeps in VMEM: "resident", "hybrid" or "streaming"; see `KernelPlan`."""
         kernel = getattr(self, operation)
         return "streaming" if not kernel.resident else "resident" if kernel.whole else "hybrid"
 
@@ -99,16 +99,16 @@ def round_up(size, multiple):
 
 @dataclass(frozen=True)
 class _Traffic:
-    """What a kernel reads and writes of x's size: in its first phase, in its second, and what it keeps between."""
+    """The arrays of x's size that a kernel reads (in its first phase), reads again, saves between, and writes."""
 
-    first: int
-    second: int
-    kept: int
+    reads: int
+    reads_again: int
+    saves: int
     writes: int
 
     @property
     def windows(self):
-        return max(self.first, self.second) + self.writes
+        return max(self.reads, self.reads_again) + self.writes
 
 
 def _traffic(residual, activation):
@@ -155,13 +155,13 @@ def _blocks(rows, channels, block_bytes, itemsize, most_channels):
 def _inner_loop(block_channels, traffic, activation, chip):
     """Rows of a chunk, and chunks in one iteration."""
     elements, chunk_elements = LIGHT_ELEMENTS, CHUNK_ELEMENTS
-    smooth = activation in SMOOTH
-    if smooth or traffic.first > 2:
-        elements = HEAVIEST_ELEMENTS // 2 if smooth and traffic.first > 1 else HEAVIEST_ELEMENTS
-    elif traffic.first > 1:
+    transcendental = is_transcendental(activation)
+    if transcendental or traffic.reads > 2:
+        elements = HEAVIEST_ELEMENTS // 2 if transcendental and traffic.reads > 1 else HEAVIEST_ELEMENTS
+    elif traffic.reads > 1:
         elements = HEAVY_ELEMENTS
     if chip.name in FEW_REGISTERS:
-        elements //= 4 if traffic.first > 1 else 2
+        elements //= 4 if traffic.reads > 1 else 2
         chunk_elements //= 2
     chunk_rows = max(chunk_elements // block_channels, ROW_TILE)
     return chunk_rows, max(1, elements // (chunk_rows * block_channels))
@@ -170,7 +170,7 @@ def _inner_loop(block_channels, traffic, activation, chip):
 def _kernel_plan(problem, itemsize, traffic, chip):
     rows, channels = problem.rows, problem.channels
     available = chip.vmem - RESERVED_BYTES
-    heaviest = traffic.first > 1 and problem.activation in SMOOTH
+    heaviest = traffic.reads > 1 and is_transcendental(problem.activation)
     most_channels = MOST_CHANNELS // 2 if heaviest else MOST_CHANNELS
     if chip.name in FEW_REGISTERS:
         most_channels = LANES
@@ -181,18 +181,18 @@ def _kernel_plan(problem, itemsize, traffic, chip):
         size = block_rows * block_channels * itemsize
         # Each window is double-buffered: one block is worked on while another is copied.
         pipeline = 2 * traffic.windows * size
-        fitting = max(0, (available - pipeline) // (traffic.kept * size)) if traffic.kept else 0
-        if fitting >= count or not traffic.kept or block_bytes <= SMALLEST_BLOCK_BYTES:
+        fitting = max(0, (available - pipeline) // (traffic.saves * size)) if traffic.saves else 0
+        if fitting >= count or not traffic.saves or block_bytes <= SMALLEST_BLOCK_BYTES:
             break
         block_bytes //= 2
-    if traffic.kept and fitting < count:
+    if traffic.saves and fitting < count:
         # Not everything fits in any case: the full block size then.
         block_rows, block_channels = _blocks(rows, channels, BLOCK_BYTES, itemsize, most_channels)
         count, size = ceil_div(rows, block_rows), block_rows * block_channels * itemsize
         pipeline = 2 * traffic.windows * size
-        fitting = max(0, (available - pipeline) // (traffic.kept * size))
+        fitting = max(0, (available - pipeline) // (traffic.saves * size))
     resident = min(count, fitting)
-    reads = traffic.first + traffic.second - traffic.kept * resident / count
-    limit = RESERVED_BYTES + pipeline + traffic.kept * resident * size
+    reads = traffic.reads + traffic.reads_again - traffic.saves * resident / count
+    limit = RESERVED_BYTES + pipeline + traffic.saves * resident * size
     loop = _inner_loop(block_channels, traffic, problem.activation, chip)
     return KernelPlan(block_rows, block_channels, *loop, resident, resident == count, reads, traffic.writes, limit)

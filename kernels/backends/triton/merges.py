@@ -1,10 +1,10 @@
 """The merges of the backend `triton`, launches of O(channels) between two passes. Importing it imports Triton.
 
-Each block of threads has a few channels, and adds up in a fixed order what the ranges of rows found of them. Moments
+Each block of threads has a few channels, and adds up in a fixed order the ranges' partial results of them. Moments
 are merged about the first range's pivot: Chan, Golub & LeVeque, The American Statistician 37, 1983.
 What the second pass needs per channel is computed in the same launch.
 
-A launch has all channels, or the SLAB channels of one slab, see `triton_kernels`. What is given per channel is of all,
+A launch has all channels, or the SLAB channels of one slab, see `passes`. What is given per channel is of all,
 [groups, channels]; partial results and what is written are those of the slab, [groups, slab].
 """
 
@@ -103,13 +103,13 @@ def merge_moments(
 ):
     """The moments of each channel, [groups, slab], from those of its parts."""
     group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
-    found_pivot, found_delta, found_var = _merged_moments(
+    merged_pivot, merged_delta, merged_var = _merged_moments(
         partial, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    found = group * SLAB + of_slab
-    tl.store(pivot + found, found_pivot, mask=there)
-    tl.store(delta + found, found_delta, mask=there)
-    tl.store(var + found, found_var, mask=there)
+    slab_place = group * SLAB + of_slab
+    tl.store(pivot + slab_place, merged_pivot, mask=there)
+    tl.store(delta + slab_place, merged_delta, mask=there)
+    tl.store(var + slab_place, merged_var, mask=there)
 
 
 @triton.jit
@@ -137,13 +137,13 @@ def merge_and_blend(
 ):
     """`merge_moments`, and what `contract.blend` makes of the moments; `coefficients` [groups, 6]."""
     group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
-    found_pivot, found_delta, found_var = _merged_moments(
+    merged_pivot, merged_delta, merged_var = _merged_moments(
         partial, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    found = group * SLAB + of_slab
-    tl.store(pivot + found, found_pivot, mask=there)
-    tl.store(delta + found, found_delta, mask=there)
-    tl.store(var + found, found_var, mask=there)
+    slab_place = group * SLAB + of_slab
+    tl.store(pivot + slab_place, merged_pivot, mask=there)
+    tl.store(delta + slab_place, merged_delta, mask=there)
+    tl.store(var + slab_place, merged_var, mask=there)
 
     place = group * CHANNELS + channel
     old_mean = tl.load(running_mean + place, mask=there, other=0.0)
@@ -155,13 +155,13 @@ def merge_and_blend(
     var_gain = tl.load(coefficients + group * 6 + 4)
     keep = tl.load(coefficients + group * 6 + 5)
     # norm_mean - pivot, without going through the rounded mean: see `contract.blend_channels`.
-    rest = times(batch - 1, found_pivot) + times(running, old_mean)
-    tl.store(offset + found, times(batch, found_delta) + rest, mask=there)
-    norm_var = times(batch, found_var) + times(running, old_var) + constant
-    tl.store(rstd + found, tl.rsqrt(norm_var + EPS), mask=there)
-    mean = found_pivot + found_delta
-    tl.store(new_mean + found, times(mean_gain, mean) + times(keep, old_mean), mask=there)
-    tl.store(new_var + found, times(var_gain, found_var) + times(keep, old_var), mask=there)
+    rest = times(batch - 1, merged_pivot) + times(running, old_mean)
+    tl.store(offset + slab_place, times(batch, merged_delta) + rest, mask=there)
+    norm_var = times(batch, merged_var) + times(running, old_var) + constant
+    tl.store(rstd + slab_place, tl.rsqrt(norm_var + EPS), mask=there)
+    mean = merged_pivot + merged_delta
+    tl.store(new_mean + slab_place, times(mean_gain, mean) + times(keep, old_mean), mask=there)
+    tl.store(new_var + slab_place, times(var_gain, merged_var) + times(keep, old_var), mask=there)
 
 
 @triton.jit
@@ -182,18 +182,18 @@ def _merged_sums(
     COLUMNS: tl.constexpr,
 ):
     """sum(dz), sum(dz * xhat) and rstd; xhat = (d - offset) * rstd."""
-    first_sums = tl.zeros((ENTRIES, COLUMNS), tl.float32)
-    second_sums = tl.zeros((ENTRIES, COLUMNS), tl.float32)
+    sums_dz = tl.zeros((ENTRIES, COLUMNS), tl.float32)
+    sums_dz_d = tl.zeros((ENTRIES, COLUMNS), tl.float32)
     for first in tl.range(0, SPLITS * FOLD, ENTRIES):
         entries = first + tl.arange(0, ENTRIES)
         part, inside, _ = _entry(partial, entries, group, of_slab, there, ROWS, FOLD, SLAB, SPLITS, 2)
-        first_sums += tl.load(part, mask=inside, other=0.0)
-        second_sums += tl.load(part + FOLD * SLAB, mask=inside, other=0.0)
+        sums_dz += tl.load(part, mask=inside, other=0.0)
+        sums_dz_d += tl.load(part + FOLD * SLAB, mask=inside, other=0.0)
     place = group * CHANNELS + channel
     reciprocal = tl.load(rstd + place, mask=there, other=0.0)
-    total = tl.sum(first_sums, axis=0)
+    total = tl.sum(sums_dz, axis=0)
     about = tl.load(offset + place, mask=there, other=0.0) * total
-    return total, (tl.sum(second_sums, axis=0) - about) * reciprocal, reciprocal
+    return total, (tl.sum(sums_dz_d, axis=0) - about) * reciprocal, reciprocal
 
 
 @triton.jit
@@ -214,12 +214,12 @@ def merge_sums(
 ):
     """sum(dz) and sum(dz * xhat) of each channel, [groups, slab]."""
     group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
-    first, second, _ = _merged_sums(
+    total_dz, total_dz_xhat, _ = _merged_sums(
         partial, offset, rstd, group, of_slab, channel, there, ROWS, FOLD, CHANNELS, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    found = group * SLAB + of_slab
-    tl.store(sum_dz + found, first, mask=there)
-    tl.store(sum_dz_xhat + found, second, mask=there)
+    slab_place = group * SLAB + of_slab
+    tl.store(sum_dz + slab_place, total_dz, mask=there)
+    tl.store(sum_dz_xhat + slab_place, total_dz_xhat, mask=there)
 
 
 @triton.jit
@@ -248,21 +248,21 @@ def merge_backward(
 ):
     """`merge_sums`, and the part of dx that goes through the moments: d * slope + level."""
     group, of_slab, channel, there = _merge_place(slab, CHANNELS, SLAB, COLUMNS)
-    first, second, reciprocal = _merged_sums(
+    total_dz, total_dz_xhat, reciprocal = _merged_sums(
         partial, offset, rstd, group, of_slab, channel, there, ROWS, FOLD, CHANNELS, SLAB, SPLITS, ENTRIES, COLUMNS
     )
-    found = group * SLAB + of_slab
-    tl.store(sum_dz + found, first, mask=there)
-    tl.store(sum_dz_xhat + found, second, mask=there)
+    slab_place = group * SLAB + of_slab
+    tl.store(sum_dz + slab_place, total_dz, mask=there)
+    tl.store(sum_dz_xhat + slab_place, total_dz_xhat, mask=there)
 
     place = group * CHANNELS + channel
     batch = tl.load(batches + group)
     # The cotangents of offset and norm_var: see `contract.statistics_cotangents`.
     scale = tl.load(weight + place, mask=there, other=0.0) * reciprocal
-    mean_cotangent = tl.load(dmean + place, mask=there, other=0.0) + times(batch, -scale * first)
-    var_cotangent = tl.load(dvar + place, mask=there, other=0.0) + times(batch, -scale * reciprocal * second / 2)
+    mean_cotangent = tl.load(dmean + place, mask=there, other=0.0) + times(batch, -scale * total_dz)
+    var_cotangent = tl.load(dvar + place, mask=there, other=0.0) + times(batch, -scale * reciprocal * total_dz_xhat / 2)
     slopes, levels = through_moments(
         mean_cotangent, var_cotangent, tl.load(delta + place, mask=there, other=0.0), tl.load(counts + group)
     )
-    tl.store(slope + found, slopes, mask=there)
-    tl.store(level + found, levels, mask=there)
+    tl.store(slope + slab_place, slopes, mask=there)
+    tl.store(level + slab_place, levels, mask=there)

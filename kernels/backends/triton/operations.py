@@ -3,7 +3,7 @@
 For NVIDIA's since Ampere, and AMD's Instinct MI200 and MI300 series (gfx90a, gfx942), with their own tiles.
 
 Any number of rows and of channels is streamed in passes that read x from memory once each and write what they compute
-directly (`triton_kernels` says how, `triton_plan` with which tiles). Passes over arrays of x's size, R reads and W
+directly (`passes` says how, `plan` with which tiles). Passes over arrays of x's size, R reads and W
 writes, with `r` the residual, and launches:
 
     forward              moments R, [merge], normalise R (+R r) W                              3 launches
@@ -19,7 +19,7 @@ running statistics, or from the sums what the gradient needs per channel. Before
 tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
 through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
 
-Where the cache is large and the memory slow (Ada, MI300X: `triton_plan.heuristic`), forward and backward work slab by
+Where the cache is large and the memory slow (Ada, MI300X: `plan.heuristic`), forward and backward work slab by
 slab: the launches of a few channels, whose rows stay in the cache between both passes, then those of the next few. From
 memory that is R W forward and 2R W backward, for as many times more launches. The results are the same arrays, which
 each slab continues in place.
@@ -28,10 +28,11 @@ x of any layout is seen as [groups, rows, channels]; where the channels lie last
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
 convolutions of float32 on Ampere and Ada it keeps them first, and a transpose is added before and after each pass.
 
-Limits, refused by name: float64; a mask; compute capabilities below 8.0, and those and AMD's architectures that these
-kernels were not compiled for; arrays that XLA partitions over several devices; 2^31 rows, values per channel, or values
-between the first and the last row of a tile, or more; on AMD 2^32 threads of a launch or more. jax-triton must be
-installed, in the one version that works with all versions of JAX this library is for; for AMD with Triton 3.6 alone.
+Limits, refused by name: float64; an activation that `passes` does not have; a mask; compute capabilities below 8.0, and
+those and AMD's architectures that these kernels were not compiled for; arrays that XLA partitions over several devices;
+2^31 rows, values per channel, or values between the first and the last row of a tile, or more; on AMD 2^32 threads of a
+launch or more. jax-triton must be installed, in the one version that works with all versions of JAX this library is
+for; for AMD with Triton 3.6 alone.
 Where a row of channels is not a multiple of 16 bytes, and the number of rows has no divisor with which several rows
 are, values are read one by one, several times slower. The running statistics are blended inside the launch if they are
 float32, and with jnp after it otherwise.
@@ -44,164 +45,24 @@ XLA's programs, for AMD up to what XLA is given.
 """
 
 import dataclasses
-import functools
-import importlib.metadata
-import importlib.util
-import re
 
 import jax
 import jax.numpy as jnp
 
 from bn_fused.kernels.activations import LEAKY_RELU_SLOPE
 from bn_fused.kernels.backends.gpu.view import View
-from bn_fused.kernels.backends.triton.plan import (
-    BY_RULE,
-    Plan,
-    architecture_of,
-    check,
-    make_plan,
-    merge_tile,
-    most_threads,
-    slab_columns,
-)
-from bn_fused.kernels.backends.triton.tuning import config_for
+from bn_fused.kernels.backends.triton.plan import Plan, check, merge_tile, slab_columns
 from bn_fused.kernels.contract import blend, reciprocal_std
 from bn_fused.kernels.jax_internals import first_amd_architecture
 
-DTYPES = ("float32", "bfloat16", "float16")
-CAPABILITIES = (8, 9, 10, 12)  # major versions for which these kernels were compiled
-ARCHITECTURES = ("gfx90a", "gfx942")  # of AMD, for which these kernels were compiled: CDNA 2 and 3
-MOST = 1 << 31
-MOST_AMD = 1 << 32  # threads of a launch, which HIP counts in 32 bits
-JAX_TRITON = "0.3.1"  # what the extra `triton` installs; later versions fail with some versions of JAX
-OLDEST_TRITON = (3, 6)
-# With 3.7, 3.8 and 3.9 that jax-triton ends in a KeyError when it compiles for AMD; for NVIDIA it works with them.
-NEWEST_TRITON_FOR_AMD = (3, 6)
-INSTALL = f"pip install jax-triton=={JAX_TRITON} triton"
-ELSE = "backend='auto' takes one that does"
 F32 = jnp.float32
-
-
-def refusal(problem, target):
-    """None, or one sentence: why these kernels cannot compute the problem on the target."""
-    chip = target.chip
-    if target.platform not in ("cuda", "rocm"):
-        return "it is written for GPUs; backend='auto' takes one that runs there"
-    if problem.dtype not in DTYPES:
-        return f"its kernels take {', '.join(DTYPES)}, not {problem.dtype}; {ELSE}"
-    if problem.mask:
-        return f"its kernels take no mask; {ELSE}"
-    if chip is None:
-        return (
-            "it is not known for which GPU it is compiled, and its code depends on that: name one of "
-            "bn_fused.kernels.CHIPS, or ask where the GPU is, without a target"
-        )
-    unsuited = _unsuited(chip)
-    if unsuited is not None:
-        return unsuited
-    if target.partitioned:
-        return "XLA partitions the arrays over several devices, and would gather them whole for a kernel"
-    if max(problem.rows, problem.groups * problem.channels) >= MOST:
-        return (
-            f"it counts rows, and values per channel, in 32 bits, and there are {problem.rows} rows of "
-            f"{problem.groups} times {problem.channels} channels"
-        )
-    planned = plan(problem, target)
-    if planned.tile_rows * planned.fold * problem.channels >= MOST:
-        return f"it counts places within a tile of rows in 32 bits, and there are {problem.channels} channels"
-    if target.platform == "rocm" and most_threads(planned, problem.groups, problem.channels) >= MOST_AMD:
-        return (
-            f"a launch of 2^32 threads or more does not run on an AMD GPU, and {problem.groups} times "
-            f"{problem.channels} channels need one"
-        )
-    return missing(target.platform)
-
-
-def _unsuited(chip):
-    """None if these kernels were compiled for a GPU's architecture, else one sentence."""
-    if chip.platform == "rocm":
-        if chip.architecture in ARCHITECTURES:
-            return None
-        return (
-            f"its kernels were compiled for AMD's {' and '.join(ARCHITECTURES)} (Instinct MI200 and MI300), and "
-            f"{chip.device_kind} is {chip.architecture}"
-        )
-    major, minor = chip.compute_capability
-    if major < CAPABILITIES[0]:
-        return f"it needs compute capability 8.0 (Ampere) or later, and {chip.name} has {major}.{minor}"
-    if major not in CAPABILITIES:
-        return f"it is not known to compile for compute capability {major}.{minor} ({chip.name})"
-    return None
-
-
-@functools.cache
-def missing(platform="cuda"):
-    """None if jax-triton can be used here for GPUs of a platform, else one sentence: what to install."""
-    for module, package in (("jax_triton", "jax-triton"), ("triton", "triton")):
-        if importlib.util.find_spec(module) is None:
-            return f"{package} is not installed: {INSTALL}"
-    found, triton = _version("jax-triton"), _version("triton")
-    if found is None or triton is None:
-        package = "jax-triton" if found is None else "triton"
-        return f"{package} is there without its metadata, so that its version is not known: {INSTALL}"
-    if found != JAX_TRITON:
-        return f"it works with jax-triton {JAX_TRITON}, and {found} is installed: {INSTALL}"
-    numbers = tuple(int(number) for number in re.findall(r"\d+", triton)[:2])
-    if numbers < OLDEST_TRITON:
-        oldest = ".".join(map(str, OLDEST_TRITON))
-        return (
-            f"jax-triton {JAX_TRITON} needs triton {oldest} or later, and {triton} is installed: "
-            f"pip install 'triton>={oldest}'"
-        )
-    if platform == "rocm" and numbers > NEWEST_TRITON_FOR_AMD:
-        newest = ".".join(map(str, NEWEST_TRITON_FOR_AMD))
-        return (
-            f"for AMD GPUs jax-triton {JAX_TRITON} works with triton {newest} alone, and {triton} is installed: "
-            f"pip install 'triton=={newest}.*'"
-        )
-    return None
-
-
-def _version(package):
-    """The installed version of a package, None where its metadata is missing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def plan_refusal(plan, problem, target):
-    """None, or one sentence: why a plan that was given by hand cannot run."""
-    architecture = architecture_of(target.chip)
-    if plan.architecture != architecture:
-        return f"its architecture is {plan.architecture!r}, and that of {target.chip.name} is {architecture!r}"
-    try:
-        check(plan, problem.rows, problem.channels)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-def plan(problem, target):
-    """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
-    sizes = (problem.groups, problem.rows, problem.channels)
-    config, path = config_for(target.chip.device_kind, *sizes, problem.dtype)
-    return make_plan(
-        *sizes,
-        jnp.dtype(problem.dtype).itemsize,
-        target.chip,
-        config,
-        residual=problem.residual,
-        derivative=problem.activation is not None,
-        tuning=BY_RULE if path is None else str(path),
-    )
 
 
 def _check_that_jax_triton_compiles_for(architecture):
     """ValueError unless the AMD GPU that jax-triton would compile for is there, and of that architecture."""
-    found = first_amd_architecture()
-    if found != architecture:
-        there = "there is none" if found is None else f"that is {found}"
+    first = first_amd_architecture()
+    if first != architecture:
+        there = "there is none" if first is None else f"that is {first}"
         raise ValueError(
             f"jax-triton compiles for the first AMD GPU of the process alone, and {there}: triton cannot be lowered "
             f"for {architecture} here"
@@ -276,17 +137,17 @@ class _View(View):
         plan, (groups, rows, width) = self.plan, self.folded
         blocks = -(-slab.columns // plan.columns)
         grid = groups * plan.splits * blocks
-        results = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
+        types = [jax.ShapeDtypeStruct(self.folded, inputs[0].dtype)] * outputs
         if sums:
-            results.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, slab.columns), F32))
+            types.append(jax.ShapeDtypeStruct((groups, plan.splits, sums, slab.columns), F32))
         elif not slab.whole:
-            results.append(jax.ShapeDtypeStruct((1,), jnp.int32))
-        found = launch(
+            types.append(jax.ShapeDtypeStruct((1,), jnp.int32))
+        results = launch(
             kernel,
             name,
             # A pointer that is not read stands where there is nothing before.
             [slab.number, *(slab.number if array is None else array for array in before), *inputs],
-            results,
+            types,
             in_place={1 + place: place for place, array in enumerate(before) if array is not None},
             grid=grid,
             warps=plan.warps,
@@ -305,9 +166,9 @@ class _View(View):
             **constants,
         )
         if sums or slab.whole:
-            return found, slab
-        *found, number = found
-        return found, dataclasses.replace(slab, number=number)
+            return results, slab
+        *results, number = results
+        return results, dataclasses.replace(slab, number=number)
 
     def merge(self, kernel, name, slab, inputs, number, **constants):
         """A launch of O(channels): `number` results [groups, slab.channels]."""
@@ -343,22 +204,23 @@ class _View(View):
 
 
 def _kernels():
-    from bn_fused.kernels.backends.triton import merges as triton_merges, passes as triton_kernels
+    """The modules `passes` and `merges`, which import Triton."""
+    from bn_fused.kernels.backends.triton import merges, passes
 
-    return triton_kernels, triton_merges
+    return passes, merges
 
 
 def _partial_moments(view, slab, flat):
-    kernels, _ = _kernels()
-    (partial,), _ = view.stream(kernels.moments, "moments", slab, [flat], arrays=1, sums=3)
+    passes, _ = _kernels()
+    (partial,), _ = view.stream(passes.moments, "moments", slab, [flat], arrays=1, sums=3)
     return partial
 
 
 def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
-    return tuple(view.unchannel(value) for value in _moments(view, view.spread(x)))
+    return tuple(view.unchannel(value) for value in _moments(view, view.as_rows(x)))
 
 
 def _moments(view, flat):
@@ -369,34 +231,33 @@ def _moments(view, flat):
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
-    flat, added = view.spread(x), None if residual is None else view.spread(residual)
-    scale_and_shift = view.channels_of(weight, bias)
+    flat, added = view.as_rows(x), None if residual is None else view.as_rows(residual)
+    affine = view.channels_of(weight, bias)
     if running_mean.dtype != F32 or running_var.dtype != F32:
         moments = [view.unchannel(value) for value in _moments(view, flat)]
         offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
         channels = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
-        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *scale_and_shift], reverse=True)
-        return view.unspread(y), *moments, *new
+        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *affine], reverse=True)
+        return view.like_x(y), *moments, *new
     packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
     per_channel = [*view.channels_of(running_mean, running_var), packed]
     slab, y, parts = view.slab(view.plan.slabs), None, []
     for _ in range(view.plan.slabs):
         inputs = [_partial_moments(view, slab, flat), *per_channel]
-        found = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
-        pivot, _, _, _, _, offset, rstd = found
-        channels = [pivot, offset, rstd, *scale_and_shift]
+        *statistics, offset, rstd = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
+        channels = [statistics[0], offset, rstd, *affine]
         y, slab = _normalise(view, slab, flat, added, channels, before=y, reverse=True)
-        parts.append(found[:5])
-    return view.unspread(y), *(view.unchannel(value) for value in view.joined(parts))
+        parts.append(statistics)
+    return view.like_x(y), *(view.unchannel(value) for value in view.joined(parts))
 
 
 def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
     """y with this slab, and the slab after it."""
-    kernels, _ = _kernels()
+    passes, _ = _kernels()
     (y,), following = view.stream(
-        kernels.normalise,
+        passes.normalise,
         "normalise",
         slab,
         # Where there is no residual its pointer is never read.
@@ -415,27 +276,27 @@ def _normalise(view, slab, flat, added, channels, *, before=None, reverse):
 
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view = _View(x, spec)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    added = None if residual is None else view.spread(residual)
-    y, _ = _normalise(view, view.slab(), view.spread(x), added, channels, reverse=False)
-    return view.unspread(y)
+    added = None if residual is None else view.as_rows(residual)
+    y, _ = _normalise(view, view.slab(), view.as_rows(x), added, channels, reverse=False)
+    return view.like_x(y)
 
 
 def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, before=None, reverse=False):
     """A pass of a backward over dy, x and, where it matters, the residual: see the kernel."""
-    kernels, _ = _kernels()
+    passes, _ = _kernels()
     residual = len(arrays) == 3
     dz = dx and residual
     # The pointers that are not read, and those that are not written.
     inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
     outputs = dx + dz
     written = outputs + (sums or not slab.whole)
-    unused = dict.fromkeys(("first", "second", "third")[written:])
+    unused = dict.fromkeys(("first_out", "second_out", "third_out")[written:])
     before = [None] * outputs if before is None else list(before)
     return view.stream(
-        kernels.gradient,
+        passes.gradient,
         name,
         slab,
         inputs,
@@ -474,7 +335,7 @@ def backward(
     spec,
 ):
     """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
@@ -493,7 +354,7 @@ def backward(
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
-    _no_mask(mask)
+    _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     slab = view.slab()
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
@@ -505,13 +366,13 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
-    _no_mask(mask)
-    view, (kernels, _) = _View(x, spec), _kernels()
-    inputs = [view.spread(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
-    (dx,), _ = view.stream(kernels.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
-    return (view.unspread(dx),)
+    _check_no_mask(mask)
+    view, (passes, _) = _View(x, spec), _kernels()
+    inputs = [view.as_rows(x), *view.channels_of(pivot, delta, dmean, dvar), view.group(count)]
+    (dx,), _ = view.stream(passes.moments_gradient, "moments_backward", view.slab(), inputs, arrays=1, outputs=1)
+    return (view.like_x(dx),)
 
 
-def _no_mask(mask):
+def _check_no_mask(mask):
     if mask is not None:
         raise ValueError("triton takes no mask")

@@ -3,7 +3,7 @@
 They read and write arrays [groups, rows, width] with `width` = fold * channels. A block of threads has a range of rows
 of one block of columns, and walks through it tile by tile; each value of a tile has a place of its own in the registers
 of one thread, where it is added up, and only the end of the range is summed across threads. The partial results of the
-ranges lie in memory as [groups, splits, values, slab], and `triton_merges` merges them in a fixed order: two runs give
+ranges lie in memory as [groups, splits, values, slab], and `merges` merges them in a fixed order: two runs give
 the same bits.
 
 A launch has all columns, or those of one slab: SLAB neighbouring columns, less in the last. Which slab it is, is read
@@ -103,7 +103,7 @@ def _finite_or_zero(value):
 
 @triton.jit
 def _variance_sum(square_sum, total, mean):
-    """square_sum - total * mean, at least 0: the sum of squares about the mean; `jnp_backend` has the same guard."""
+    """square_sum - total * mean, at least 0: the sum of squares about the mean; see `contract.squares_about_mean`."""
     correction = total * mean
     overflows = (tl.abs(mean) < float("inf")) & ~(tl.abs(correction) < float("inf"))
     squares = square_sum - tl.where(overflows, 0.0, correction)
@@ -260,11 +260,13 @@ def normalise(
     within = _within(TILE_ROWS, COLUMNS, WIDTH)
 
     of_slab = channel - first_column
-    FOUND: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
-    scale = _per_channel(rstd, group, of_slab, there, FOUND) * _per_channel(weight, group, channel, there, CHANNELS)
+    SLAB_CHANNELS: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
+    scale = _per_channel(rstd, group, of_slab, there, SLAB_CHANNELS) * _per_channel(
+        weight, group, channel, there, CHANNELS
+    )
     shift = _per_channel(bias, group, channel, there, CHANNELS)
-    shift = shift - _per_channel(offset, group, of_slab, there, FOUND) * scale
-    centre = _per_channel(pivot, group, of_slab, there, FOUND)
+    shift = shift - _per_channel(offset, group, of_slab, there, SLAB_CHANNELS) * scale
+    centre = _per_channel(pivot, group, of_slab, there, SLAB_CHANNELS)
     steps = tl.cdiv(count, TILE_ROWS)
     for step in tl.range(0, steps, num_stages=STAGES):
         row = step * TILE_ROWS
@@ -283,8 +285,8 @@ def normalise(
 @triton.jit
 def gradient(
     slab,
-    before_first,
-    before_second,
+    dx_before,
+    dz_before,
     dy,
     x,
     residual,
@@ -295,9 +297,9 @@ def gradient(
     bias,
     slope,
     level,
-    first,
-    second,
-    third,
+    first_out,
+    second_out,
+    third_out,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -322,10 +324,10 @@ def gradient(
     - SUMS: the sums of dz and dz * d of each range of rows, [groups, splits, 2, slab].
     - WRITE_DX: dx = dz * scale, and with MOMENTS + d * slope + level; WRITE_DZ: dz, the residual's gradient.
 
-    Results are written to `first`, `second` and `third`: dx, dz and the sums, or in their place the number of the next
-    slab, those that there are, in this order; the other pointers are None. `residual`, `slope` and `level` are read if
-    RESIDUAL and MOMENTS; the latter two are those of the slab's channels, [groups, slab]. `before_first` and
-    `before_second` are dx and dz with the slabs that are done, in the same memory; they are not read.
+    The results are dx, dz, and the sums or the number of the next slab: those that a launch has are written, in this
+    order, to `first_out`, `second_out` and `third_out`; the other pointers are None. `residual`, `slope` and `level`
+    are read if RESIDUAL and MOMENTS; the latter two are those of the slab's channels, [groups, slab]. `dx_before` and
+    `dz_before` are dx and dz with the slabs that are done, in the same memory; they are not read.
     """
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
@@ -342,9 +344,9 @@ def gradient(
     centre = _per_channel(pivot, group, channel, there, CHANNELS)
     if MOMENTS:
         of_slab = channel - first_column
-        FOUND: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
-        slopes = _per_channel(slope, group, of_slab, there, FOUND)
-        levels = _per_channel(level, group, of_slab, there, FOUND)
+        SLAB_CHANNELS: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
+        slopes = _per_channel(slope, group, of_slab, there, SLAB_CHANNELS)
+        levels = _per_channel(level, group, of_slab, there, SLAB_CHANNELS)
     if SUMS:
         sum_dz = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
         sum_dz_d = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
@@ -369,24 +371,24 @@ def gradient(
             dx = dz * scale[None, :]
             if MOMENTS:
                 dx += d * slopes[None, :] + levels[None, :]
-            tl.store(first + tile + within, dx.to(first.dtype.element_ty), mask=inside)
+            tl.store(first_out + tile + within, dx.to(first_out.dtype.element_ty), mask=inside)
         if WRITE_DZ:
-            tl.store(second + tile + within, dz.to(second.dtype.element_ty), mask=inside)
+            tl.store(second_out + tile + within, dz.to(second_out.dtype.element_ty), mask=inside)
     if SUMS:
         if WRITE_DZ:
-            sums = third
+            sums_out = third_out
         elif WRITE_DX:
-            sums = second
+            sums_out = second_out
         else:
-            sums = first
-        result = sums + (group.to(tl.int64) * SPLITS + split) * (2 * SLAB) + (columns - first_column)
+            sums_out = first_out
+        result = sums_out + (group.to(tl.int64) * SPLITS + split) * (2 * SLAB) + (columns - first_column)
         tl.store(result, tl.sum(sum_dz, axis=0), mask=there)
         tl.store(result + SLAB, tl.sum(sum_dz_d, axis=0), mask=there)
     elif SLAB != WIDTH:
         if WRITE_DZ:
-            _say_which_is_next(third, slab)
+            _say_which_is_next(third_out, slab)
         else:
-            _say_which_is_next(second, slab)
+            _say_which_is_next(second_out, slab)
 
 
 @triton.jit

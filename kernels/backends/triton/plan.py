@@ -5,11 +5,11 @@ depend on the array; `heuristic` chooses one for an array, `search_set` lists th
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bn_fused.kernels.backends.gpu.launches import launches, passes
 
-# Raised with every change to the kernels that makes earlier timings meaningless: see `triton_tuning`.
+# Raised with every change to the kernels that makes earlier timings meaningless: see `tuning`.
 REVISION = 2
 
 BY_RULE = "by rule"  # of a plan whose configuration no tuning file has
@@ -182,8 +182,6 @@ def heuristic(groups, rows, channels, itemsize, chip):
 
 def search_set(groups, rows, channels, itemsize, chip):
     """The `Config`s to time for an array: the heuristic's, and what differs from it in one or two respects."""
-    from dataclasses import replace
-
     first = heuristic(groups, rows, channels, itemsize, chip)
     warps = [threads // chip.lanes for threads in (64, 128, 256)]
     # On AMD they are registers.

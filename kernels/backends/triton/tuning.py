@@ -1,10 +1,11 @@
 """Configurations of the backend `triton` that were timed on a device: JSON files, one for each device kind.
 
-`bn-bench tune` writes them; the versions in them are for the record, `revision` says for which kernels they are. They are looked for in the environment variable BN_FUSED_TUNING, which names a file or a
-folder of files, and then in this package, in the folder `tuned`. A file that cannot be read, or that was made for
-other kernels than these, is ignored with one warning, and `triton_plan.heuristic` is used.
+`bn-bench tune` writes them; the versions in them are for the record, `revision` says for which kernels they are: see
+`plan.REVISION`. They are looked for in the environment variable BN_FUSED_TUNING, which names a file or a folder of
+files, and then in this package, in the folder `tuned`. A file that cannot be read, or that was made for other kernels
+than these, is ignored with one warning, and `plan.heuristic` is used.
 
-    {"format": 1, "backend": "triton", "revision": 1, "device_kind": "NVIDIA H200", "versions": {...},
+    {"format": 1, "backend": "triton", "revision": 2, "device_kind": "NVIDIA H200", "versions": {...},
      "entries": [{"groups": 1, "rows": 100352, "channels": 64, "dtype": "bfloat16", "config": {...},
                   "seconds": 1e-4, "heuristic_seconds": 1.1e-4}, ...]}
 """
@@ -18,7 +19,9 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 
-from bn_fused.kernels.backends.triton.plan import MOST_STAGES, REVISION, Config
+import jax.numpy as jnp
+
+from bn_fused.kernels.backends.triton.plan import BY_RULE, MOST_STAGES, REVISION, Config, make_plan
 
 VARIABLE = "BN_FUSED_TUNING"
 FOLDER = pathlib.Path(__file__).parent / "tuned"
@@ -64,40 +67,55 @@ def file_name(device_kind):
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
 
 
+def plan(problem, target):
+    """The `Plan` for a problem: with the configuration that was timed on this kind of chip, if there is one."""
+    sizes = (problem.groups, problem.rows, problem.channels)
+    config, path = config_for(target.chip.device_kind, *sizes, problem.dtype)
+    return make_plan(
+        *sizes,
+        jnp.dtype(problem.dtype).itemsize,
+        target.chip,
+        config,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+        tuning=BY_RULE if path is None else str(path),
+    )
+
+
 def config_for(device_kind, groups, rows, channels, dtype):
     """The `Config` that was best on this device kind for an array of about this size, and its file; or two Nones."""
     for path in _files(device_kind):
-        near = [
-            (abs(math.log2(entry.rows / rows)), entry.rows, entry)
+        distances = {
+            entry: abs(math.log2(entry.rows / rows))
             for entry in _entries(path, device_kind)
             if (entry.groups, entry.channels, entry.dtype) == (groups, channels, dtype)
-        ]
-        near = [found for found in near if found[0] <= math.log2(NEAR)]
+        }
+        near = [entry for entry, distance in distances.items() if distance <= math.log2(NEAR)]
         if near:
-            return min(near, key=lambda found: found[:2])[2].config, path
+            return min(near, key=lambda entry: (distances[entry], entry.rows)).config, path
     return None, None
 
 
 def in_use(device_kind):
     """One line for each file that is looked into for a device kind, first to last; or that there is none."""
-    lines, told = [], []
-    given = os.environ.get(VARIABLE)
-    if given and _is_folder(pathlib.Path(given)) and not _exists(pathlib.Path(given) / file_name(device_kind)):
-        told.append(f"{given} (by {VARIABLE}) has no {file_name(device_kind)}")
+    lines, absent = [], []
+    setting = os.environ.get(VARIABLE)
+    if setting and _is_folder(pathlib.Path(setting)) and not _exists(pathlib.Path(setting) / file_name(device_kind)):
+        absent.append(f"{setting} (by {VARIABLE}) has no {file_name(device_kind)}")
     for path in _files(device_kind):
         where = "from the package" if path.parent == FOLDER else f"by {VARIABLE}"
         try:
             lines.append(f"{path} ({where}), entries: {len(read(path, device_kind))}")
         except Unusable as error:
             lines.append(f"{path} ({where}) is ignored: {error}")
-    return told + (lines or [f"no file for {device_kind}: plans are made by rule"])
+    return absent + (lines or [f"no file for {device_kind}: plans are made by rule"])
 
 
 def _files(device_kind):
     """The files to look into, first to last."""
-    given = os.environ.get(VARIABLE)
-    if given:
-        path = pathlib.Path(given)
+    setting = os.environ.get(VARIABLE)
+    if setting:
+        path = pathlib.Path(setting)
         if not _is_folder(path):
             yield path  # also if it is not there: then it is said so
         elif _exists(path / file_name(device_kind)):
@@ -143,28 +161,28 @@ def _read_once(path, changed, device_kind):
 def read(path, device_kind):
     """The entries of a file, made by these kernels on this device kind; raises `Unusable`."""
     try:
-        found = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise Unusable(f"it cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise Unusable("it is not JSON") from None
-    if not isinstance(found, dict) or found.get("backend") != "triton":
+    if not isinstance(document, dict) or document.get("backend") != "triton":
         raise Unusable('it is not one of the backend "triton"')
     expected = {"format": FORMAT, "revision": REVISION, "device_kind": device_kind}
     for name, value in expected.items():
-        if found.get(name) != value:
-            raise Unusable(f"its {name} is {found.get(name)!r}, not {value!r}; `bn-bench tune` makes a new one")
-    if not isinstance(found.get("entries"), list):
+        if document.get(name) != value:
+            raise Unusable(f"its {name} is {document.get(name)!r}, not {value!r}; `bn-bench tune` makes a new one")
+    if not isinstance(document.get("entries"), list):
         raise Unusable("it has no entries")
-    return tuple(_entry(one) for one in found["entries"])
+    return tuple(_entry(stored) for stored in document["entries"])
 
 
-def _entry(found):
+def _entry(stored):
     try:
-        config = Config(**found["config"])
-        entry = Entry(**(found | {"config": config}))
+        config = Config(**stored["config"])
+        entry = Entry(**(stored | {"config": config}))
     except (TypeError, KeyError):
-        raise Unusable(f"an entry is {found!r}") from None
+        raise Unusable(f"an entry is {stored!r}") from None
     for name, accepted in {
         **dict.fromkeys(("groups", "rows", "channels"), lambda value: type(value) is int and value >= 1),
         "dtype": lambda value: isinstance(value, str),

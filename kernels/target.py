@@ -1,0 +1,61 @@
+"""What a backend is asked: a `Problem`, the size and kind of one call, for a `Target` that it is lowered for."""
+
+import math
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from bn_fused.kernels.chips import Chip
+from bn_fused.kernels.contract import Spec
+from bn_fused.kernels.layout import CHANNEL, count_rows, group_shape
+
+FLOATING = ("float32", "bfloat16", "float16", "float64")
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class BackendError(ValueError):
+    """A backend that was asked for by name cannot run; the message says for which target, and what is missing."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an operation is lowered for.
+
+    A platform of `PLATFORMS`; the chip, where it is known; whether XLA is left to partition the code over several
+    devices (False for what runs on each device's part of the arrays, see `partition`); whether the program runs on
+    several devices at all.
+    """
+
+    platform: str
+    chip: Chip | None = None
+    partitioned: bool = False
+    several_devices: bool = False
+
+    def __str__(self):
+        return self.platform if self.chip is None else f"{self.platform} ({self.chip.name})"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`."""
+
+    groups: int
+    rows: int
+    channels: int
+    dtype: str
+    activation: str | None = None
+    residual: bool = False
+    mask: bool = False
+
+
+def problem_of(spec: Spec, x, present):
+    """The problem that an operand x (anything with shape and dtype) and the names of the operands make."""
+    return Problem(
+        groups=math.prod(group_shape(x.shape, spec.layout)),
+        rows=count_rows(x.shape, spec.layout),
+        channels=x.shape[spec.layout.index(CHANNEL)],
+        dtype=jnp.dtype(x.dtype).name,
+        activation=spec.activation,
+        residual="residual" in present,
+        mask="mask" in present,
+    )
