@@ -15,6 +15,8 @@ import hypothesis
 import jax
 import pytest
 
+from support.compilers import CompilerMissing
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,6 +38,16 @@ def pytest_collection_modifyitems(items):
         if shared is not None:
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {parameters.get(shared, shared)}"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that is skipped for want of a compiler is marked so, or `-m compilers` would not run it where they are."""
+    report = yield
+    missing = call.excinfo is not None and call.excinfo.errisinstance(CompilerMissing)
+    if missing and item.get_closest_marker("compilers") is None:
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} needs the marker `compilers`"
+    return report
 
 
 @pytest.fixture

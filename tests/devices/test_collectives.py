@@ -19,6 +19,7 @@ from bn_fused.bench import deviceless
 from bn_fused.bench.audit.traffic import parse
 
 from support.child_process import answer
+from support.compilers import skip_without_compilers
 
 CHANNELS, POSITIONS, LOCAL = 24, 1, 64
 CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
@@ -146,15 +147,10 @@ LAUNCHES = {"gradient": 4, "tangent": 2, "per_example": 3}
 LAUNCHES_ON_GPUS = {"gradient": 6, "tangent": 3, "per_example": 5}
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize(("backend", "target"), [("pallas_tpu", "v5e"), ("pallas_gpu", "h200"), ("triton", "a100")])
 def test_the_kernels_on_four_chips_exchange_once_each_way(backend, target):
-    missing = deviceless.missing(target)
-    if missing is None and backend == "triton":
-        from bn_fused.kernels.backends.triton import limits
-
-        missing = limits.missing()
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers(target, triton="cuda" if backend == "triton" else None)
     answers = child({"target": target, "devices": 4, "backend": backend})
     refusal = answers.pop("left to XLA")
     assert "XLA partitions" in refusal, refusal

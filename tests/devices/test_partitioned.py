@@ -18,9 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import bn_fused
 from bn_fused import kernels
-from bn_fused.bench import deviceless
 
 from support.collectives import collectives
+from support.compilers import skip_without_compilers
 from support.tolerances import assert_close
 
 EXAMPLES, CHANNELS, POSITIONS = 8, 4, 6
@@ -311,10 +311,9 @@ json.dump({
 """
 
 
+@pytest.mark.compilers
 def test_the_kernels_for_gpus_run_on_four_of_them_with_one_all_reduce_each_way():
-    missing = deviceless.missing("h200")
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers("h200")
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     process = subprocess.run(
         [sys.executable, "-c", ON_FOUR_GPUS],

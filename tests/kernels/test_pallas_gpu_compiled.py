@@ -10,11 +10,13 @@ import sys
 
 import pytest
 
-from bn_fused.bench import deviceless
 from bn_fused.kernels.chips import CHIPS
 
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic
+from support.compilers import skip_without_compilers
+
+pytestmark = pytest.mark.compilers
 
 # Groups, rows, channels, dtype, activation, residual.
 STREAMED = [(3, 65536, 96, "float32", "gelu", True)]
@@ -63,9 +65,7 @@ CASES = {
 
 def compiled_for(target, cases, dump, **programs):
     """What was counted in the programs (see `compiled_operations`), and the dumps of the kernels."""
-    missing = deviceless.missing(target)
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers(target)
     dumped = {"MOSAIC_GPU_DUMP_TO": str(dump), "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     found = answer(["-m", "support.compiled_operations"], ["pallas_gpu", target, cases, programs], dumped)
     return found, {path.name: path.read_text() for path in dump.iterdir()}
@@ -231,9 +231,7 @@ def test_a_plan_whose_blocks_could_wait_for_ever_is_refused_before_it_is_lowered
 
 def test_an_older_gpu_is_refused_before_anything_is_lowered():
     """Mosaic GPU would end the process there."""
-    missing = deviceless.missing("a100")
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers("a100")
     script = (
         "import jax, jax.numpy as jnp, bn_fused\n"
         "from bn_fused.bench.deviceless import compile_for\n"

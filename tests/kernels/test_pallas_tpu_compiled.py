@@ -8,10 +8,12 @@ import re
 import jax
 import pytest
 
-from bn_fused.bench import deviceless
 from bn_fused.kernels import CHIPS
 
 from support.child_process import answer
+from support.compilers import skip_without_compilers
+
+pytestmark = pytest.mark.compilers
 
 CHIP_NAMES = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
 # rows, channels, dtype, activation, residual
@@ -126,9 +128,7 @@ json.dump(found, sys.stdout)
 
 
 def compile_in_a_process(chip, cases, extras, dump):
-    missing = deviceless.missing(chip)
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers(chip)
     dumped = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
     return answer(["-c", COMPILE], [chip, cases, extras], dumped, timeout=600)
 

@@ -7,14 +7,16 @@ import importlib.util
 
 import pytest
 
-from bn_fused.bench import deviceless
-from bn_fused.kernels.backends.triton import limits, tuning
+from bn_fused.kernels.backends.triton import tuning
 from bn_fused.kernels.backends.triton.plan import heuristic, search_set
 from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.target import Problem, Target
 
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic
+from support.compilers import skip_without_compilers
+
+pytestmark = pytest.mark.compilers
 
 OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
 BOTH = OPERATIONS[:2]
@@ -190,9 +192,7 @@ FEW = (1, 64, 64, "float32", None, False)
 @pytest.fixture(scope="module")
 def for_amd():
     """{(chip, case, operation): what was lowered}, see `triton_lowered`, for the device there and for none."""
-    for sentence in (deviceless.missing("h200"), limits.missing("rocm")):  # JAX's part: in the plugins
-        if sentence is not None:
-            pytest.skip(sentence)
+    skip_without_compilers("h200", triton="rocm")  # JAX's part: in the plugins
     work = [*AMD, ["mi250x", None, [[FEW, ["moments"]]]], ["mi250x", "gfx942", [[FEW, ["moments"]]]]]
     # Each in a process of its own: jax-triton compiles for one GPU.
     found = [(index, answer(["-m", "support.triton_lowered"], [one])) for index, one in enumerate(work)]
@@ -255,9 +255,7 @@ CASES = {
 def by_xla(request):
     """What is counted in the programs: see `compiled_operations`."""
     target = request.param
-    for sentence in (deviceless.missing(target), limits.missing()):
-        if sentence is not None:
-            pytest.skip(sentence)
+    skip_without_compilers(target, triton="cuda")
     return target, answer(["-m", "support.compiled_operations"], ["triton", target, CASES[target], PROGRAMS[target]])
 
 
@@ -274,9 +272,7 @@ def test_between_convolutions_no_copy_or_transpose_is_added(by_xla):
 
 def test_the_launches_of_a_slab_run_after_those_of_the_one_before_it_and_write_into_the_same_arrays():
     """On an RTX 4090, for which the rule takes slabs."""
-    for sentence in (deviceless.missing("rtx4090"), limits.missing()):
-        if sentence is not None:
-            pytest.skip(sentence)
+    skip_without_compilers("rtx4090", triton="cuda")
     programs = {"order": [[64, 28, 28, 512], "bfloat16"]}
     found = answer(["-m", "support.compiled_operations"], ["triton", "rtx4090", [], programs])["order"]
     slabs = tuning.plan(Problem(1, 64 * 28 * 28, 512, "bfloat16", "relu"), Target("cuda", CHIPS["rtx4090"])).slabs

@@ -130,6 +130,12 @@ def test_ci_runs_the_commands_of_the_readme_as_they_stand_there():
     assert deviceless in ci
 
 
+def test_everybody_checks_style_with_the_same_ruff():
+    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["lint"]
+    (version,) = re.findall(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert extra == [f"ruff=={version}"]
+
+
 def python_blocks_of_the_readme():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
