@@ -9,7 +9,7 @@ from support import ROOT
 
 
 def child_environment(hidden=("XLA_FLAGS",), **settings):
-    """This process's environment without the variables of `hidden`, for one that imports `support`."""
+    """The environment of a process that imports `support`: the one here without the variables of `hidden`."""
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
     return {**inherited, "PYTHONPATH": str(ROOT / "tests"), **settings}
 

@@ -13,8 +13,8 @@ class CompilerMissing(pytest.skip.Exception):
 def skip_without_compilers(*targets, triton=None):
     """Skip the test, saying what to install, unless the compilers for these targets are there.
 
-    `targets`: as of `bn_fused.bench.deviceless.compile_for`. `triton`: None, or the platform ("cuda" or "rocm") for which
-    Triton's compiler is needed too.
+    - `targets`: as of `bn_fused.bench.deviceless.compile_for`.
+    - `triton`: None, or the platform ("cuda" or "rocm") for which Triton's compiler is needed too.
     """
     for sentence in (*map(deviceless.missing, targets), None if triton is None else limits.missing(triton)):
         if sentence is not None:
