@@ -9,11 +9,12 @@ import pytest
 
 import bn_fused
 from bn_fused.approaches import APPROACHES
+from bn_fused.kernels import activations
 
 EXAMPLES, CHANNELS, SIZE = 6, 5, 8
 SHAPES = {"NCHW": (EXAMPLES, CHANNELS, SIZE, SIZE), "NHWC": (EXAMPLES, SIZE, SIZE, CHANNELS)}
 ELEMENTS = EXAMPLES * CHANNELS * SIZE * SIZE
-ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
+ACTIVATIONS = (None, *activations.ACTIVATIONS)
 # Per channel the backward reads about a dozen vectors (statistics, their cotangents' factors, weight, bias).
 PER_CHANNEL = 32 * CHANNELS
 

@@ -13,11 +13,12 @@ import pytest
 
 import bn_fused
 from bn_fused.approaches import APPROACHES
+from bn_fused.kernels import activations
 
 from support import oracle
 from support.tolerances import assert_close, computed_in
 
-ACTIVATIONS = (None, "relu", "silu", "gelu", "leaky_relu")
+ACTIVATIONS = (None, *activations.ACTIVATIONS)
 BACKENDS = ("auto", "jnp", "reference")
 # Shape of the whole batch (axis 0 the examples) and its channel axis. Few, so that little is compiled; with
 # sizes that no vector width divides, one channel, one position per example, one example.
@@ -246,7 +247,7 @@ FIXED = [
         dtype=dtype,
         layout=("nchw", "rows", "one spatial axis", "nhwc")[(i + j) % (3 if route == "layer" else 4)],
         affine=(i + j + k) % 3 != 0,
-        activation=ACTIVATIONS[(i + 2 * j + 3 * k) % 5],
+        activation=ACTIVATIONS[(i + 2 * j + 3 * k) % len(ACTIVATIONS)],
         residual=(i + j) % 2 == 0,
         mask=(j + k) % 3 == 0,
         debias=("axis", "samples", "none")[(j + k) % 3],
