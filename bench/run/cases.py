@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bn_fused.bench.audit.hlo import parse
 from bn_fused.bench.check import (
     ELEMENTS_COMPARED,
     EPS,
@@ -178,13 +179,10 @@ def jax_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence
 
 def collective_bytes(hlo_text: str) -> int:
     """Bytes of the arrays that a program's collectives exchange, per device, counted in its optimised HLO."""
-    from bn_fused.bench.audit.traffic import parse
-
-    # Where one is started and awaited apart, the start lists what goes in beside what comes out.
-
     total = 0
     for computation in parse(hlo_text).computations.values():
         for instruction in computation.values():
+            # Of one that is started and awaited apart, the end: the start lists what goes in beside what comes out.
             if instruction.opcode.removesuffix("-done") in COLLECTIVES:
                 total += sum(array.nbytes for array in instruction.arrays)
     return total
