@@ -12,13 +12,11 @@ from rich.text import Text
 
 from bn_fused import kernels
 from bn_fused.bench import deviceless
-from bn_fused.bench.audit import (
-    compile as audit,
-    report as audit_report,
-    rows as audit_rows,
-    summary as audit_summary,
-)
+from bn_fused.bench.audit import report
 from bn_fused.bench.audit.blocks import BLOCKS, FORMS, RIVALS, Setting
+from bn_fused.bench.audit.compile import audit, cases_of
+from bn_fused.bench.audit.rows import Case, Row, load_document, row_from_json, to_json
+from bn_fused.bench.audit.summary import Unsuitable, summary
 from bn_fused.bench.commands.common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
 from bn_fused.bench.run import records
 from bn_fused.bench.run.suite import UNTIMED
@@ -83,7 +81,7 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
             if given and parameter.name not in GO_WITH_FROM:
                 raise click.UsageError(f"--from takes saved rows, all of them: {parameter.opts[0]} does not go with it")
         documents = [_read(path) for path in sources]
-        rows = [audit_rows.row_from_json(values) for document in documents for values in document["rows"]]
+        rows = [row_from_json(values) for document in documents for values in document["rows"]]
         interrupted = any(document["interrupted"] for document in documents)
         _print_saved(rows, details=details)
     else:
@@ -93,22 +91,20 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
         settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
         layers = choose_layers(backends, rivals)
         pass_names = [name for name in PASSES if name in passes]
-        cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
+        cases = cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
         rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
         documents = [{"command": shlex.join(["bn-bench", *sys.argv[1:]]), "versions": records.versions()}]
     if json_file is not None:
         command_line = "\n".join(dict.fromkeys(document["command"] for document in documents))
-        text = audit_rows.to_json(
-            rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted
-        )
+        text = to_json(rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted)
         json_file.write_text(text, encoding="utf-8")
     if markdown_file is not None:
         named_versions = ", ".join(f"{name} {version}" for name, version in documents[0]["versions"].items())
-        markdown_file.write_text(audit_report.markdown(rows, named_versions), encoding="utf-8")
+        markdown_file.write_text(report.markdown(rows, named_versions), encoding="utf-8")
     if summary_file is not None:
         try:
-            text = audit_summary.summary(title, rows, documents)
-        except audit_summary.Unsuitable as error:
+            text = summary(title, rows, documents)
+        except Unsuitable as error:
             raise click.UsageError(str(error)) from None
         summary_file.write_text(text, encoding="utf-8")
     context.exit(INTERRUPTED if interrupted else exit_status(rows))
@@ -121,7 +117,7 @@ GO_WITH_FROM = ("sources", "details", "json_file", "markdown_file", "summary_fil
 def _read(path):
     """A saved audit; one line if it cannot be read."""
     try:
-        return audit_rows.load_document(path.read_text(encoding="utf-8"))
+        return load_document(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.UsageError(f"from is {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
@@ -133,16 +129,16 @@ def _print_saved(rows, *, details):
     for group in dict.fromkeys(row.case.group for row in rows):
         _print_table(console, [row for row in rows if row.case.group == group], details)
     say(console)
-    console.print(Text(audit_report.NOTE, "dim"))
+    console.print(Text(report.NOTE, "dim"))
 
 
 def _print_table(console, rows, details):
     say(console)
     if any(row.status != "missing" for row in rows):
-        show(console, audit_report.table(rows))
+        show(console, report.table(rows))
     else:
-        say(console, audit_report.title(*rows[0].case.group))
-    for note in audit_report.notes(rows, details=details):
+        say(console, report.title(*rows[0].case.group))
+    for note in report.notes(rows, details=details):
         say(console, note)
 
 
@@ -181,13 +177,13 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
 
 
 def run_and_print(
-    cases: Sequence[audit_rows.Case], *, time_limit: float, instructions: bool, details: bool
-) -> tuple[list[audit_rows.Row], bool]:
+    cases: Sequence[Case], *, time_limit: float, instructions: bool, details: bool
+) -> tuple[list[Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
     console = make_console()
     say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
-    rows: list[audit_rows.Row] = []
-    waiting: list[audit_rows.Row] = []
+    rows: list[Row] = []
+    waiting: list[Row] = []
     interrupted = False
 
     def print_table():
@@ -203,7 +199,7 @@ def run_and_print(
             progress.update(task, description=text, completed=len(rows))
 
         try:
-            for row in audit.audit(cases, time_limit=time_limit, instructions=instructions, before=before):
+            for row in audit(cases, time_limit=time_limit, instructions=instructions, before=before):
                 if waiting and waiting[0].case.group != row.case.group:
                     print_table()
                 rows.append(row)
@@ -214,7 +210,7 @@ def run_and_print(
             print_table()
     say(console)
     if any(row.status == "compiled" for row in rows):
-        console.print(Text(audit_report.NOTE, "dim"))
+        console.print(Text(report.NOTE, "dim"))
     if interrupted:
         say(console, f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow")
     for row in rows:
@@ -223,7 +219,7 @@ def run_and_print(
     return rows, interrupted
 
 
-def exit_status(rows: Sequence[audit_rows.Row]) -> int:
+def exit_status(rows: Sequence[Row]) -> int:
     """0, or 1 if a program of ours failed to compile or none was compiled at all."""
     failed = any(row.status == "failed" and row.case.ours for row in rows)
     return FAILED if failed or not any(row.status == "compiled" for row in rows) else 0
