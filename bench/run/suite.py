@@ -12,7 +12,8 @@ import bn_fused
 from bn_fused import kernels
 from bn_fused.bench.check import Check, failure_of
 from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer
-from bn_fused.bench.run.cases import check_case, copy_program, make_case, make_inputs, make_oracle, sets_for
+from bn_fused.bench.run.cases import Case, Inputs, check_case, copy_program, make_inputs, make_oracle, sets_for
+from bn_fused.bench.run.jax_case import jax_case
 from bn_fused.bench.run.records import Row
 from bn_fused.bench.timing import Timed, measure
 from bn_fused.bench.workloads import COPY_PASSES, Workload
@@ -128,6 +129,15 @@ def plan(workload: Workload, settings: Settings) -> list[Planned]:
                 missing = "torch runs on one device here"
             planned.append(Planned(provider, approach, "missing" if missing else "ok", missing or ""))
     return planned
+
+
+def make_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence[str], sync: bool = False) -> Case:
+    """Compile a layer's passes at a workload."""
+    if provider.name == "torch":
+        from bn_fused.bench.run.torch_case import torch_case
+
+        return torch_case(inputs, passes)
+    return jax_case(provider, inputs, approach, passes, sync)
 
 
 def _row(workload: Workload, planned: Planned, pass_name: str, **values) -> Row:

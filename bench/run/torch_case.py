@@ -1,10 +1,13 @@
 """PyTorch's BatchNorm at a workload; imported only where torch is asked for and installed."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn import functional
 
 from bn_fused.bench.check import EPS
+from bn_fused.bench.run.cases import Case, Inputs
 from bn_fused.bench.timing import Timed
 
 ACTIVATIONS = {
@@ -16,10 +19,8 @@ ACTIVATIONS = {
 }
 
 
-def torch_case(inputs, passes):
+def torch_case(inputs: Inputs, passes: Sequence[str]) -> Case:
     """The passes of `torch.nn.functional.batch_norm` in training, channels last in memory for the layout "nhwc"."""
-    from bn_fused.bench.run.cases import Case
-
     if inputs.mesh is not None:
         raise ValueError("torch runs on one device here: leave out --devices, or torch")
     workload = inputs.workload

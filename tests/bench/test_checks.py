@@ -15,6 +15,7 @@ from bn_fused import kernels
 from bn_fused.bench import allocator, check, oracle, timing
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run import cases, suite
+from bn_fused.bench.run.jax_case import collective_bytes
 from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
@@ -187,7 +188,7 @@ def test_the_programs_of_our_layer_and_of_equinoxs_give_the_oracles_results(layo
     inputs = cases.make_inputs(workload, sets=sets)
     want = cases.make_oracle(inputs, "batch")
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
-        case = cases.make_case(provider, inputs, "batch", PASSES)
+        case = suite.make_case(provider, inputs, "batch", PASSES)
         for pass_name in PASSES:
             found = cases.check_case(case, pass_name, want, workload, provider.ours)
             assert found.ok, found.reason
@@ -203,7 +204,7 @@ def test_16_bit_inputs_are_checked_to_one_rounding_of_ours_and_more_of_rivals(dt
     inputs = cases.make_inputs(workload, sets=1)
     want = cases.make_oracle(inputs, "batch")
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
-        case = cases.make_case(provider, inputs, "batch", ("fwd+bwd",))
+        case = suite.make_case(provider, inputs, "batch", ("fwd+bwd",))
         assert cases.check_case(case, "fwd+bwd", want, workload, provider.ours).reason == ""
     assert check.Limits.of(dtype).array < check.Limits.of(dtype, ours=False).array
 
@@ -214,7 +215,7 @@ def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
     workload = Workload("any", (8, 4, 3, 3), layout=layout)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
     inputs = cases.make_inputs(workload, sets=1, mesh=mesh)
-    case = cases.make_case(RIVALS["jnp"], inputs, "batch", PASSES, sync)
+    case = suite.make_case(RIVALS["jnp"], inputs, "batch", PASSES, sync)
     shared, own = cases.make_oracle(inputs, "batch", 1), cases.make_oracle(inputs, "batch", 4)
     for pass_name in PASSES:
         assert cases.check_case(case, pass_name, shared, workload, True).ok == sync
@@ -238,7 +239,7 @@ ENTRY %main (x: f32[8], y: f32[4]) -> f32[8] {
   ROOT %sum = f32[8]{0} add(%done, %gathered)
 }
 """
-    assert cases.collective_bytes(program) == 8 * 4 + 8 * 4
+    assert collective_bytes(program) == 8 * 4 + 8 * 4
 
 
 def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_layer_with_and_without(monkeypatch):
@@ -248,7 +249,7 @@ def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_lay
         rounds = dict.fromkeys(work, np.ones(3))
         for key, timed in work.items():
             if key != "copy":
-                exchanged[key] = cases.collective_bytes(timed.start.func.as_text())
+                exchanged[key] = collective_bytes(timed.start.func.as_text())
                 # In the rounds twice, three times and twice as long; the ratio of the medians is 3.
                 rounds[key] = np.array([2.0, 30.0, 400.0] if key.sync else [1.0, 10.0, 200.0])
         return {key: timing.Samples(seconds) for key, seconds in rounds.items()}
@@ -270,12 +271,14 @@ def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_lay
 
 
 def test_a_layer_that_fails_without_sharing_its_statistics_is_not_timed_with(monkeypatch):
-    def make_case(provider, inputs, approach, passes, sync):
+    make_case = suite.make_case
+
+    def fails_alone(provider, inputs, approach, passes, sync):
         if not sync:
             raise RuntimeError("alone")
-        return cases.make_case(provider, inputs, approach, passes, sync)
+        return make_case(provider, inputs, approach, passes, sync)
 
-    monkeypatch.setattr(suite, "make_case", make_case)
+    monkeypatch.setattr(suite, "make_case", fails_alone)
     settings = suite.Settings(backends=("jnp",), rivals=(), passes=("fwd",), devices=2, sync=True, seconds=0.01)
     (row,) = suite.run_workload(Workload("any", (8, 4)), settings)
     assert (row.status, row.reason, row.median) == ("failed", "without --sync: RuntimeError: alone", None)
