@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import jax
 
 from bn_fused import kernels
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench.check import CHECKED, Check, check_approach
 from bn_fused.bench.providers import RIVALS
-from bn_fused.bench.run.suite import APPROACHES, refusal
+from bn_fused.bench.run.suite import refusal
 from bn_fused.kernels.backends.triton.tuning import VARIABLE, in_use
 
 

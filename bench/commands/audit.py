@@ -10,18 +10,26 @@ from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from bn_fused import kernels
 from bn_fused.bench import deviceless
 from bn_fused.bench.audit import report
 from bn_fused.bench.audit.blocks import BLOCKS, FORMS, RIVALS, Setting
 from bn_fused.bench.audit.compile import audit, cases_of
 from bn_fused.bench.audit.rows import Case, Row, load_document, row_from_json, to_json
 from bn_fused.bench.audit.summary import Unsuitable, summary
-from bn_fused.bench.commands.common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
+from bn_fused.bench.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    Backend,
+    OutputFile,
+    Shape,
+    activation_option,
+    make_console,
+    say,
+    show,
+)
+from bn_fused.bench.providers import timed_backends
 from bn_fused.bench.run import records
-from bn_fused.bench.run.suite import UNTIMED
 from bn_fused.bench.workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
-from bn_fused.kernels.activations import ACTIVATIONS
 
 
 def _repeatable(name, destination, choices, default, text):
@@ -41,8 +49,7 @@ def _repeatable(name, destination, choices, default, text):
 @_repeatable("--layout", "layouts", LAYOUTS, ("nchw",), "Where the channels are in the program: second or last.")
 @_repeatable("--dtype", "dtypes", DTYPES, (), "Of x; default: the workload's, float32.")
 @_repeatable("--pass", "passes", PASSES, ("fwd", "fwd+bwd"), "What is compiled.")
-@click.option("--activation", type=click.Choice(("none", *ACTIVATIONS)), default="none", show_default=True,
-              help="Applied after the normalisation; in a block relu if none is named.")  # fmt: skip
+@activation_option("Applied after the normalisation; in a block relu if none is named.")
 @click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation.")
 @click.option("--backend", "backends", multiple=True, type=Backend(),
               help="Repeatable; default: all but reference.")  # fmt: skip
@@ -168,7 +175,7 @@ def choose_settings(
 
 def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
     """The names of the layers: backends, then the forms of the rivals."""
-    ours = list(backends) or [name for name in kernels.backend_names() if name not in UNTIMED]
+    ours = list(backends) or timed_backends()
     against = rivals or tuple(RIVALS)
     if "jnp" in rivals:
         ours.append("jnp")

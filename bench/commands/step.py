@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import deviceless, saved
 from bn_fused.bench.commands.common import (
     FAILED,
@@ -20,7 +21,7 @@ from bn_fused.bench.commands.common import (
     show,
 )
 from bn_fused.bench.commands.numbers import Number
-from bn_fused.bench.run import records, report, suite
+from bn_fused.bench.run import records, report
 from bn_fused.bench.step import resnet
 from bn_fused.bench.step.audit import audit
 from bn_fused.bench.step.networks import (
@@ -53,7 +54,7 @@ SMALLEST_IMAGE = 16
 @click.option("--dtype", type=click.Choice(DTYPES),
               help="Of images and activations; default: float32 on a CPU, else bfloat16.")  # fmt: skip
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
-@click.option("--approach", "approaches", type=click.Choice(suite.APPROACHES), multiple=True, default=("batch",),
+@click.option("--approach", "approaches", type=click.Choice(APPROACHES), multiple=True, default=("batch",),
               show_default=True, help="Of bn_fused; repeatable.")  # fmt: skip
 @click.option("--backend", "backends", type=Backend("auto"), multiple=True,
               help="Repeatable; default: all that can run but the reference.")  # fmt: skip

@@ -20,10 +20,16 @@ ACTIVATIONS = {
 
 
 def torch_case(inputs: Inputs, passes: Sequence[str]) -> Case:
-    """The passes of `torch.nn.functional.batch_norm` in training, channels last in memory for the layout "nhwc"."""
+    """The passes of `torch.nn.functional.batch_norm` in training, channels last in memory for the layout "nhwc".
+
+    Raises ValueError for inputs on several devices, and for an activation that torch's table does not have.
+    """
     if inputs.mesh is not None:
         raise ValueError("torch runs on one device here: leave out --devices, or torch")
     workload = inputs.workload
+    if workload.activation not in ACTIVATIONS:
+        known = ", ".join(filter(None, ACTIVATIONS))
+        raise ValueError(f"activation is {workload.activation!r}: torch is timed with {known}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, workload.dtype)
     spatial = len(workload.shape) - 2

@@ -1,10 +1,12 @@
 """`bn-bench`'s foundations: its oracle, its checks, its timing, its workloads and its console entry."""
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import allocator, check, oracle, timing
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run import cases, suite
@@ -22,7 +25,7 @@ from bn_fused.kernels.activations import ACTIVATIONS
 # The oracle
 
 
-@pytest.mark.parametrize("approach", suite.APPROACHES)
+@pytest.mark.parametrize("approach", APPROACHES)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_the_oracles_gradient_is_the_slope_of_its_output(approach, steps_before):
     shape, settings = (4, 3, 2), dict(approach=approach, momentum=0.8, eps=1e-3, warmup_period=5)
@@ -71,7 +74,7 @@ def test_the_oracles_batch_statistics_are_unbiased_from_the_first_step():
 
 
 @pytest.mark.parametrize("backend", kernels.backend_names())
-@pytest.mark.parametrize("approach", suite.APPROACHES)
+@pytest.mark.parametrize("approach", APPROACHES)
 def test_every_backend_that_runs_here_passes_the_check_of_every_approach(backend, approach):
     refusal = suite.refusal(check.CHECKED, backend)
     if refusal is not None:
@@ -296,6 +299,16 @@ def test_cold_programs_work_on_more_than_the_last_cache_holds():
     assert sets * workload.nbytes >= cases.UNKNOWN_CACHE
     assert cases.sets_for(workload, jax.devices()[0], cold=False) == 1
     assert cases.sets_for(Workload("tiny", (2, 2)), jax.devices()[0], cold=True) == cases.MOST_SETS
+
+
+def test_an_activation_that_torch_is_not_timed_with_is_refused_by_name(monkeypatch):
+    for name in ("torch", "torch.nn"):  # which need not be installed
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    spec = importlib.util.find_spec("bn_fused.bench.run.torch_case")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    inputs = cases.make_inputs(Workload("any", (4, 3), activation="softplus"), sets=1)
+    with pytest.raises(ValueError, match="activation is 'softplus': torch is timed with relu, silu, gelu, leaky_relu"):
+        module.torch_case(inputs, ("fwd",))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
