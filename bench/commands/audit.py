@@ -1,8 +1,6 @@
 """`bn-bench audit`: what each layer moves through a chip's memory, compiled for it without having it."""
 
 import pathlib
-import shlex
-import sys
 from collections.abc import Sequence
 
 import click
@@ -27,8 +25,9 @@ from bn_fused.bench.commands.common import (
     say,
     show,
 )
+from bn_fused.bench.installing import versions, versions_text
 from bn_fused.bench.providers import timed_backends
-from bn_fused.bench.run import records
+from bn_fused.bench.saved import command_line
 from bn_fused.bench.workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
 
 
@@ -100,14 +99,14 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
         pass_names = [name for name in PASSES if name in passes]
         cases = cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
         rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
-        documents = [{"command": shlex.join(["bn-bench", *sys.argv[1:]]), "versions": records.versions()}]
+        documents = [{"command": command_line(), "versions": versions()}]
     if json_file is not None:
-        command_line = "\n".join(dict.fromkeys(document["command"] for document in documents))
-        text = to_json(rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted)
+        commands = "\n".join(dict.fromkeys(document["command"] for document in documents))
+        text = to_json(rows, command=commands, versions=documents[0]["versions"], interrupted=interrupted)
         json_file.write_text(text, encoding="utf-8")
     if markdown_file is not None:
-        named_versions = ", ".join(f"{name} {version}" for name, version in documents[0]["versions"].items())
-        markdown_file.write_text(report.markdown(rows, named_versions), encoding="utf-8")
+        text = report.markdown(rows, versions_text(documents[0]["versions"]))
+        markdown_file.write_text(text, encoding="utf-8")
     if summary_file is not None:
         try:
             text = summary(title, rows, documents)
@@ -188,7 +187,7 @@ def run_and_print(
 ) -> tuple[list[Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
     console = make_console()
-    say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
+    say(console, versions_text(versions()))
     rows: list[Row] = []
     waiting: list[Row] = []
     interrupted = False

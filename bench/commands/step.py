@@ -21,6 +21,7 @@ from bn_fused.bench.commands.common import (
     show,
 )
 from bn_fused.bench.commands.numbers import Number
+from bn_fused.bench.installing import versions, versions_text
 from bn_fused.bench.run import records, report
 from bn_fused.bench.step import resnet
 from bn_fused.bench.step.audit import audit
@@ -106,7 +107,7 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         say(console, uncompiled)
         context.exit(FAILED)
     if device is None:
-        say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
+        say(console, versions_text(versions()))
         say(console, f"{setting}, compiled for {target}")
         rows, interrupted = _audit(console, target, setting, networks, options, time_limit)
     else:

@@ -18,7 +18,7 @@ from bn_fused.bench.commands.common import (
     size_options,
 )
 from bn_fused.bench.commands.numbers import Number
-from bn_fused.bench.run import records
+from bn_fused.bench.installing import versions
 from bn_fused.bench.run.suite import refusal
 from bn_fused.kernels.backends.triton import tuning
 from bn_fused.kernels.chips import chip_of
@@ -68,7 +68,7 @@ def command(context, *, seconds, output, **sizes):
             interrupted = True
     entries |= {result.entry.key: result.entry for result in results if result.entry is not None}
     if any(result.entry for result in results):
-        output.write_text(tuning.to_json(chip.device_kind, entries.values(), records.versions()), encoding="utf-8")
+        output.write_text(tuning.to_json(chip.device_kind, entries.values(), versions()), encoding="utf-8")
     if results:
         show(console, table(results))
     for result in results:
