@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_fused
+from bn_fused.approaches import APPROACHES
 
 WIDTH, DEPTH, CLASSES = 16, 6, 10
 BATCH_SIZE, SGD_MOMENTUM = 32, 0.9
-APPROACHES = ("batch", "ema", "ema_compatibility")
 
 
 class Classifier(eqx.Module):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import jax
 
 from bn_fused import kernels
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench.check import CHECKED, Check, check_approach
 from bn_fused.bench.providers import RIVALS
-from bn_fused.bench.run.suite import APPROACHES, refusal
-from bn_fused.kernels.backends.triton import tuning as triton_tuning
+from bn_fused.bench.run.suite import refusal
+from bn_fused.kernels.backends.triton.tuning import VARIABLE, in_use
 
 
 def backends() -> tuple[list[str], dict[str, str]]:
@@ -50,9 +51,9 @@ def tuning() -> list[str]:
     On what is no GPU there are none to use: then only a file that somebody names is spoken of.
     """
     device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda", "rocm") and not os.environ.get(triton_tuning.VARIABLE):
+    if device.platform not in ("gpu", "cuda", "rocm") and not os.environ.get(VARIABLE):
         return []
-    return triton_tuning.in_use(device.device_kind)
+    return in_use(device.device_kind)
 
 
 def compilers() -> dict[str, str]:

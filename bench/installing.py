@@ -1,10 +1,17 @@
 """What is installed here, and what a message tells the user to type: pip of the Python that runs, not the shell's."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
+
+import bn_fused
+
+# Packages whose versions decide about a result.
+PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "flax", "torch", "triton", "jax-triton", "libtpu", "jax-cuda13-plugin")
 
 
 def python() -> str:
@@ -29,3 +36,19 @@ def has_compiler(platform: str) -> bool:
 def pip_install(what: str) -> str:
     """The command that installs requirements for this Python."""
     return f"{python()} -m pip install {what}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of the installed packages of `PACKAGES`, and of bn_fused."""
+    installed = {"bn_fused": bn_fused.__version__}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def versions_text(versions: Mapping[str, str]) -> str:
+    """Packages and their versions in a line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

@@ -15,11 +15,14 @@ import jax
 import jax.numpy as jnp
 
 import bn_fused
+from bn_fused import kernels
 from bn_fused.bench.installing import pip_install
 from bn_fused.bench.workloads import Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
 EXAMPLES, DEVICES = "batch", "devices"
+# The definition itself, slow and plain: to be checked against and not to be timed.
+UNTIMED = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,11 @@ class Provider:
         if self.module is None or importlib.util.find_spec(self.module) is not None:
             return None
         return f"{self.module} is not installed: {pip_install(self.module)}"
+
+
+def timed_backends() -> list[str]:
+    """The names of the registered backends without those of `UNTIMED`."""
+    return [name for name in kernels.backend_names() if name not in UNTIMED]
 
 
 def bn_fused_layer(backend: str) -> Provider:

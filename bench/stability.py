@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import digits
 
 LAST = 50
@@ -49,7 +50,7 @@ def _equinox(mode):
 
 # What makes the norm of `digits.Classifier`, by name.
 NORMS: dict[str, Callable[[Settings], Callable]] = {
-    **{approach: _fused(approach) for approach in digits.APPROACHES},
+    **{approach: _fused(approach) for approach in APPROACHES},
     **{f"equinox {mode}": _equinox(mode) for mode in ("batch", "ema")},
 }
 

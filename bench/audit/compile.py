@@ -27,6 +27,7 @@ from typing import Any
 
 from bn_fused.bench import deviceless
 from bn_fused.bench.audit.blocks import Setting, layer_named, make_program
+from bn_fused.bench.audit.hlo import ON_CHIP, Module, parse
 from bn_fused.bench.audit.rows import (
     Case,
     Passes,
@@ -37,7 +38,7 @@ from bn_fused.bench.audit.rows import (
     row_of,
     row_to_json,
 )
-from bn_fused.bench.audit.traffic import ON_CHIP, Module, Traffic, parse, passes
+from bn_fused.bench.audit.traffic import Traffic, passes
 from bn_fused.bench.child import Child, ChildEnded, answer_requests
 from bn_fused.bench.providers import NO_NORM
 from bn_fused.kernels.chips import CHIPS

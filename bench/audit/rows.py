@@ -1,10 +1,10 @@
 """What an audit is about and what it found: cases, rows, the fewest passes there can be, and their form as JSON."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from bn_fused.bench import saved
 from bn_fused.bench.audit.blocks import Setting, layer_named
 
 Status = Literal["compiled", "refused", "missing", "failed"]
@@ -164,20 +164,10 @@ def row_of(case: Case, fields: Mapping[str, Any]) -> Row:
     return Row(case, **{**fields, **lists})
 
 
-# Of a saved audit; goes up when its form changes.
-SCHEMA = 1
-
-
 def to_json(rows: Sequence[Row], *, command: str, versions: Mapping[str, str], interrupted: bool) -> str:
     """The audit as it is saved; `load` reads it."""
-    content = {
-        "audit_schema_version": SCHEMA,
-        "command": command,
-        "versions": dict(versions),
-        "interrupted": interrupted,
-        "rows": [row_to_json(row) for row in rows],
-    }
-    return json.dumps(content, indent=1) + "\n"
+    added = {"versions": versions}
+    return saved.envelope(saved.AUDIT, added, map(row_to_json, rows), command=command, interrupted=interrupted)
 
 
 def load(text: str) -> tuple[Row, ...]:
@@ -187,11 +177,9 @@ def load(text: str) -> tuple[Row, ...]:
 
 def load_document(text: str) -> dict[str, Any]:
     """A saved audit as plain values; ValueError as of `load`."""
-    try:
-        content = json.loads(text)
-        version = content.get("audit_schema_version") if isinstance(content, dict) else None
-    except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if version != SCHEMA:
-        raise ValueError(f"audit_schema_version is {version!r}; this bn-bench reads version {SCHEMA}")
+    kind, version, content = saved.read(text)
+    if kind != saved.AUDIT:
+        version = None
+    if version != saved.SCHEMA:
+        raise ValueError(f"audit_schema_version is {version!r}; this bn-bench reads version {saved.SCHEMA}")
     return content

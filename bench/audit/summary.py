@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from bn_fused.bench.audit.blocks import Setting
 from bn_fused.bench.audit.rows import Row
+from bn_fused.bench.installing import versions_text
 from bn_fused.bench.providers import NO_NORM
 from bn_fused.bench.workloads import PASSES
 
@@ -123,6 +124,6 @@ def _cell(row, least):
 
 def _origin(documents):
     versions = dict.fromkeys(json.dumps(dict(document["versions"])) for document in documents)
-    lines = [f"Compiled with {', '.join(f'{k} {v}' for k, v in json.loads(one).items())}." for one in versions]
+    lines = [f"Compiled with {versions_text(json.loads(one))}." for one in versions]
     commands = dict.fromkeys(document["command"] for document in documents)
     return "\n".join([*lines, "", "```", *commands, "```"])

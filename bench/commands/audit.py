@@ -1,8 +1,6 @@
 """`bn-bench audit`: what each layer moves through a chip's memory, compiled for it without having it."""
 
 import pathlib
-import shlex
-import sys
 from collections.abc import Sequence
 
 import click
@@ -10,20 +8,27 @@ from click.core import ParameterSource
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from bn_fused import kernels
 from bn_fused.bench import deviceless
-from bn_fused.bench.audit import (
-    compile as audit,
-    report as audit_report,
-    rows as audit_rows,
-    summary as audit_summary,
-)
+from bn_fused.bench.audit import report
 from bn_fused.bench.audit.blocks import BLOCKS, FORMS, RIVALS, Setting
-from bn_fused.bench.commands.common import FAILED, INTERRUPTED, Backend, OutputFile, Shape, make_console, say, show
-from bn_fused.bench.run import records
-from bn_fused.bench.run.suite import UNTIMED
+from bn_fused.bench.audit.compile import audit, cases_of
+from bn_fused.bench.audit.rows import Case, Row, load_document, row_from_json, to_json
+from bn_fused.bench.audit.summary import Unsuitable, summary
+from bn_fused.bench.commands.common import (
+    FAILED,
+    INTERRUPTED,
+    Backend,
+    OutputFile,
+    Shape,
+    activation_option,
+    make_console,
+    say,
+    show,
+)
+from bn_fused.bench.installing import versions, versions_text
+from bn_fused.bench.providers import timed_backends
+from bn_fused.bench.saved import command_line
 from bn_fused.bench.workloads import DTYPES, LAYOUTS, PASSES, SUITES, WORKLOADS, Workload
-from bn_fused.kernels.activations import ACTIVATIONS
 
 
 def _repeatable(name, destination, choices, default, text):
@@ -43,8 +48,7 @@ def _repeatable(name, destination, choices, default, text):
 @_repeatable("--layout", "layouts", LAYOUTS, ("nchw",), "Where the channels are in the program: second or last.")
 @_repeatable("--dtype", "dtypes", DTYPES, (), "Of x; default: the workload's, float32.")
 @_repeatable("--pass", "passes", PASSES, ("fwd", "fwd+bwd"), "What is compiled.")
-@click.option("--activation", type=click.Choice(("none", *ACTIVATIONS)), default="none", show_default=True,
-              help="Applied after the normalisation; in a block relu if none is named.")  # fmt: skip
+@activation_option("Applied after the normalisation; in a block relu if none is named.")
 @click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation.")
 @click.option("--backend", "backends", multiple=True, type=Backend(),
               help="Repeatable; default: all but reference.")  # fmt: skip
@@ -83,7 +87,7 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
             if given and parameter.name not in GO_WITH_FROM:
                 raise click.UsageError(f"--from takes saved rows, all of them: {parameter.opts[0]} does not go with it")
         documents = [_read(path) for path in sources]
-        rows = [audit_rows.row_from_json(values) for document in documents for values in document["rows"]]
+        rows = [row_from_json(values) for document in documents for values in document["rows"]]
         interrupted = any(document["interrupted"] for document in documents)
         _print_saved(rows, details=details)
     else:
@@ -93,22 +97,20 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
         settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
         layers = choose_layers(backends, rivals)
         pass_names = [name for name in PASSES if name in passes]
-        cases = audit.cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
+        cases = cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)
         rows, interrupted = run_and_print(cases, time_limit=time_limit, instructions=instructions, details=details)
-        documents = [{"command": shlex.join(["bn-bench", *sys.argv[1:]]), "versions": records.versions()}]
+        documents = [{"command": command_line(), "versions": versions()}]
     if json_file is not None:
-        command_line = "\n".join(dict.fromkeys(document["command"] for document in documents))
-        text = audit_rows.to_json(
-            rows, command=command_line, versions=documents[0]["versions"], interrupted=interrupted
-        )
+        commands = "\n".join(dict.fromkeys(document["command"] for document in documents))
+        text = to_json(rows, command=commands, versions=documents[0]["versions"], interrupted=interrupted)
         json_file.write_text(text, encoding="utf-8")
     if markdown_file is not None:
-        named_versions = ", ".join(f"{name} {version}" for name, version in documents[0]["versions"].items())
-        markdown_file.write_text(audit_report.markdown(rows, named_versions), encoding="utf-8")
+        text = report.markdown(rows, versions_text(documents[0]["versions"]))
+        markdown_file.write_text(text, encoding="utf-8")
     if summary_file is not None:
         try:
-            text = audit_summary.summary(title, rows, documents)
-        except audit_summary.Unsuitable as error:
+            text = summary(title, rows, documents)
+        except Unsuitable as error:
             raise click.UsageError(str(error)) from None
         summary_file.write_text(text, encoding="utf-8")
     context.exit(INTERRUPTED if interrupted else exit_status(rows))
@@ -121,7 +123,7 @@ GO_WITH_FROM = ("sources", "details", "json_file", "markdown_file", "summary_fil
 def _read(path):
     """A saved audit; one line if it cannot be read."""
     try:
-        return audit_rows.load_document(path.read_text(encoding="utf-8"))
+        return load_document(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise click.UsageError(f"from is {str(path)!r}: {error.strerror}") from None
     except ValueError as error:
@@ -133,16 +135,16 @@ def _print_saved(rows, *, details):
     for group in dict.fromkeys(row.case.group for row in rows):
         _print_table(console, [row for row in rows if row.case.group == group], details)
     say(console)
-    console.print(Text(audit_report.NOTE, "dim"))
+    console.print(Text(report.NOTE, "dim"))
 
 
 def _print_table(console, rows, details):
     say(console)
     if any(row.status != "missing" for row in rows):
-        show(console, audit_report.table(rows))
+        show(console, report.table(rows))
     else:
-        say(console, audit_report.title(*rows[0].case.group))
-    for note in audit_report.notes(rows, details=details):
+        say(console, report.title(*rows[0].case.group))
+    for note in report.notes(rows, details=details):
         say(console, note)
 
 
@@ -172,7 +174,7 @@ def choose_settings(
 
 def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
     """The names of the layers: backends, then the forms of the rivals."""
-    ours = list(backends) or [name for name in kernels.backend_names() if name not in UNTIMED]
+    ours = list(backends) or timed_backends()
     against = rivals or tuple(RIVALS)
     if "jnp" in rivals:
         ours.append("jnp")
@@ -181,13 +183,13 @@ def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:
 
 
 def run_and_print(
-    cases: Sequence[audit_rows.Case], *, time_limit: float, instructions: bool, details: bool
-) -> tuple[list[audit_rows.Row], bool]:
+    cases: Sequence[Case], *, time_limit: float, instructions: bool, details: bool
+) -> tuple[list[Row], bool]:
     """Compile all cases and print each table as soon as it is there; the rows, and whether it was interrupted."""
     console = make_console()
-    say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
-    rows: list[audit_rows.Row] = []
-    waiting: list[audit_rows.Row] = []
+    say(console, versions_text(versions()))
+    rows: list[Row] = []
+    waiting: list[Row] = []
     interrupted = False
 
     def print_table():
@@ -203,7 +205,7 @@ def run_and_print(
             progress.update(task, description=text, completed=len(rows))
 
         try:
-            for row in audit.audit(cases, time_limit=time_limit, instructions=instructions, before=before):
+            for row in audit(cases, time_limit=time_limit, instructions=instructions, before=before):
                 if waiting and waiting[0].case.group != row.case.group:
                     print_table()
                 rows.append(row)
@@ -214,7 +216,7 @@ def run_and_print(
             print_table()
     say(console)
     if any(row.status == "compiled" for row in rows):
-        console.print(Text(audit_report.NOTE, "dim"))
+        console.print(Text(report.NOTE, "dim"))
     if interrupted:
         say(console, f"interrupted: {len(rows)} of {len(cases)} rows are finished", "yellow")
     for row in rows:
@@ -223,7 +225,7 @@ def run_and_print(
     return rows, interrupted
 
 
-def exit_status(rows: Sequence[audit_rows.Row]) -> int:
+def exit_status(rows: Sequence[Row]) -> int:
     """0, or 1 if a program of ours failed to compile or none was compiled at all."""
     failed = any(row.status == "failed" and row.case.ours for row in rows)
     return FAILED if failed or not any(row.status == "compiled" for row in rows) else 0

@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from bn_fused import kernels
-from bn_fused.bench.run.suite import APPROACHES
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench.workloads import DTYPES, LAYOUTS, SUITES, WORKLOADS, Workload, parse_shape
+from bn_fused.kernels.activations import ACTIVATIONS
 
 FAILED, UNUSABLE, INTERRUPTED = 1, 2, 130
 
@@ -88,13 +89,19 @@ def size_options(function: Callable) -> Callable:
     return _with(options, function)
 
 
+def activation_option(text: str) -> Callable:
+    """`--activation`, described by this text: "none", or a name of the table of activations."""
+    return click.option(
+        "--activation", type=click.Choice(("none", *ACTIVATIONS)), default="none", show_default=True, help=text
+    )
+
+
 def workload_options(function: Callable) -> Callable:
     """Those of `size_options`, and what is to be done with the workloads; `choose_workloads` takes them."""
     options = (
         click.option("--layout", type=click.Choice(LAYOUTS, case_sensitive=False), default="nchw", show_default=True,
                      help="Where the channels are in memory: second or last."),
-        click.option("--activation", type=click.Choice(("none", "relu", "silu", "gelu", "leaky_relu")), default="none",
-                     show_default=True, help="Applied after the normalisation."),
+        activation_option("Applied after the normalisation."),
         click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation."),
     )  # fmt: skip
     return size_options(_with(options, function))

@@ -1,8 +1,6 @@
 """`bn-bench run`: check and time the layer with every backend, against its rivals."""
 
 import os
-import shlex
-import sys
 from collections.abc import Sequence
 
 import click
@@ -29,6 +27,7 @@ from bn_fused.bench.doctor import devices
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run import records, report
 from bn_fused.bench.run.suite import Settings, plan, refusal, run, with_backends
+from bn_fused.bench.saved import command_line, now
 from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 
 
@@ -151,7 +150,7 @@ def run_and_print(
     console: Console, workloads: Sequence[Workload], settings: Settings, *, suite: str, heading: bool = True
 ) -> records.Run:
     """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
-    started = records.now()
+    started = now()
     environment = records.environment(settings.devices)
     settings, skipped = with_backends(workloads, settings)
     for line in (*report.environment_lines(environment), *report.skipped_lines(skipped)) if heading else ():
@@ -181,7 +180,7 @@ def run_and_print(
     elif not failures:
         say(console, report.passed(rows, skipped), "green")
     return records.Run(
-        command=shlex.join(["bn-bench", *sys.argv[1:]]),
+        command=command_line(),
         date=started,
         environment=environment,
         suite=suite,

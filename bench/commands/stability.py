@@ -21,7 +21,7 @@ from bn_fused.bench.commands.common import (
     show,
 )
 from bn_fused.bench.commands.numbers import Number
-from bn_fused.bench.run import records
+from bn_fused.bench.installing import versions
 
 NEEDED = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 DEFAULTS = stability.Settings()
@@ -70,7 +70,7 @@ def command(context, *, norms, out, json_file, **options):
     if found:
         show(console, table(found))
         console.print(Text(note(settings), "dim"))
-        where = f"jax {records.versions()['jax']}, {device.platform}"
+        where = f"jax {versions()['jax']}, {device.platform}"
         plots.plot_stability(found, caption(settings, where), out, saved.command_line())
         say(console, f"picture: {out}")
     if json_file is not None:

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import deviceless, saved
 from bn_fused.bench.commands.common import (
     FAILED,
@@ -20,8 +21,22 @@ from bn_fused.bench.commands.common import (
     show,
 )
 from bn_fused.bench.commands.numbers import Number
-from bn_fused.bench.run import records, report, suite
-from bn_fused.bench.step import audit as step_audit, networks as step_networks, resnet, timed as step
+from bn_fused.bench.installing import versions, versions_text
+from bn_fused.bench.run import records, report
+from bn_fused.bench.step import resnet
+from bn_fused.bench.step.audit import audit
+from bn_fused.bench.step.networks import (
+    BASELINE,
+    CHANNELS_LAST,
+    DTYPES,
+    RIVALS,
+    Setting,
+    contenders,
+    default_backends,
+    default_layouts,
+    refusal,
+)
+from bn_fused.bench.step.timed import TIMED, RunInterrupted, run
 from bn_fused.bench.workloads import LAYOUTS
 
 # What is taken for an option that is not given: small on a CPU, what is usually trained elsewhere.
@@ -37,14 +52,14 @@ SMALLEST_IMAGE = 16
 @click.option("--batch", type=click.IntRange(min=2), help="Images in a batch; default: 8 on a CPU, else 128.")
 @click.option("--image", type=click.IntRange(min=SMALLEST_IMAGE),
               help="Height and width of an image; default: 32 on a CPU, else 224.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(step_networks.DTYPES),
+@click.option("--dtype", type=click.Choice(DTYPES),
               help="Of images and activations; default: float32 on a CPU, else bfloat16.")  # fmt: skip
 @click.option("--classes", type=click.IntRange(min=2), default=1000, show_default=True)
-@click.option("--approach", "approaches", type=click.Choice(suite.APPROACHES), multiple=True, default=("batch",),
+@click.option("--approach", "approaches", type=click.Choice(APPROACHES), multiple=True, default=("batch",),
               show_default=True, help="Of bn_fused; repeatable.")  # fmt: skip
 @click.option("--backend", "backends", type=Backend("auto"), multiple=True,
               help="Repeatable; default: all that can run but the reference.")  # fmt: skip
-@click.option("--against", "rivals", type=click.Choice((*step_networks.RIVALS, "none")), multiple=True,
+@click.option("--against", "rivals", type=click.Choice((*RIVALS, "none")), multiple=True,
               help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
@@ -73,18 +88,18 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
     device = None if target else first_device()
     defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
     given = {name: value for name, value in sizes.items() if value is not None}
-    setting = step_networks.Setting(**(defaults | given))
-    against = tuple(dict.fromkeys(rivals)) or step_networks.RIVALS
+    setting = Setting(**(defaults | given))
+    against = tuple(dict.fromkeys(rivals)) or RIVALS
     options = dict(
-        backends=tuple(dict.fromkeys(backends)) or tuple(step_networks.default_backends(setting, target)),
+        backends=tuple(dict.fromkeys(backends)) or tuple(default_backends(setting, target)),
         rivals=against,
         approaches=tuple(dict.fromkeys(approaches)),
         fusion=fusion,
-        layouts=tuple(dict.fromkeys(layouts)) or step_networks.default_layouts(against),
+        layouts=tuple(dict.fromkeys(layouts)) or default_layouts(against),
     )
-    networks = step_networks.contenders(**options)
+    networks = contenders(**options)
     for name in dict.fromkeys(backends):
-        refused = step_networks.refusal(name, setting, target)
+        refused = refusal(name, setting, target)
         if refused is not None:
             raise click.UsageError(f"--backend {name}: {refused}")
     uncompiled = deviceless.missing(target) if target else None
@@ -92,7 +107,7 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         say(console, uncompiled)
         context.exit(FAILED)
     if device is None:
-        say(console, ", ".join(f"{name} {version}" for name, version in records.versions().items()))
+        say(console, versions_text(versions()))
         say(console, f"{setting}, compiled for {target}")
         rows, interrupted = _audit(console, target, setting, networks, options, time_limit)
     else:
@@ -110,7 +125,7 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         finished = sum(row.status != "untimed" for row in rows)
         say(console, f"interrupted: {finished} of {len(networks)} rows are finished", "yellow")
         context.exit(INTERRUPTED)
-    nothing = all(row.status not in step.TIMED for row in rows)
+    nothing = all(row.status not in TIMED for row in rows)
     context.exit(FAILED if nothing or any(row.status == "failed" for row in rows) else 0)
 
 
@@ -127,13 +142,13 @@ def _time(console, setting, networks, seconds):
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1)
         try:
-            rows = step.run(
+            rows = run(
                 setting,
                 networks,
                 seconds=seconds,
                 progress=lambda what, share: progress.update(task, description=what, completed=share),
             )
-        except step.RunInterrupted as stopped:
+        except RunInterrupted as stopped:
             rows, interrupted = stopped.rows, True
     if rows:
         show(console, time_table(rows))
@@ -150,7 +165,7 @@ def _audit(console, target, setting, networks, options, time_limit):
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(networks))
         try:
-            for row in step_audit.audit(
+            for row in audit(
                 target, setting, networks, options, time_limit=time_limit,
                 before=lambda name: progress.update(task, description=f"compiling {name}", completed=len(rows)),
             ):  # fmt: skip
@@ -169,7 +184,7 @@ LAYOUT_NOTE = (
     "themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with channels last. "
 )
 TIME_NOTE = (
-    f"ms: the median. / equinox: time over that of {step_networks.BASELINE}, the median over paired rounds, and their 10th "
+    f"ms: the median. / equinox: time over that of {BASELINE}, the median over paired rounds, and their 10th "
     "and 90th percentile; where these lie on both sides of 1, nothing is decided. loss, after: of the same initial "
     'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
     "memory: what the compiled step holds at once, arrays included; peak: what the device had in use at most in the "
@@ -184,10 +199,7 @@ AUDIT_NOTE = (
 
 
 def _with_layouts(note, rows):
-    last = any(
-        row.name.endswith(step_networks.CHANNELS_LAST) or (row.name == "flax" and row.status != "missing")
-        for row in rows
-    )
+    last = any(row.name.endswith(CHANNELS_LAST) or (row.name == "flax" and row.status != "missing") for row in rows)
     return f"{note} {LAYOUT_NOTE}" if last else note
 
 

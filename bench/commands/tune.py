@@ -18,9 +18,9 @@ from bn_fused.bench.commands.common import (
     size_options,
 )
 from bn_fused.bench.commands.numbers import Number
-from bn_fused.bench.run import records
+from bn_fused.bench.installing import versions
 from bn_fused.bench.run.suite import refusal
-from bn_fused.kernels.backends.triton import tuning as triton_tuning
+from bn_fused.kernels.backends.triton import tuning
 from bn_fused.kernels.chips import chip_of
 
 
@@ -68,9 +68,7 @@ def command(context, *, seconds, output, **sizes):
             interrupted = True
     entries |= {result.entry.key: result.entry for result in results if result.entry is not None}
     if any(result.entry for result in results):
-        output.write_text(
-            triton_tuning.to_json(chip.device_kind, entries.values(), records.versions()), encoding="utf-8"
-        )
+        output.write_text(tuning.to_json(chip.device_kind, entries.values(), versions()), encoding="utf-8")
     if results:
         show(console, table(results))
     for result in results:
@@ -86,12 +84,12 @@ def command(context, *, seconds, output, **sizes):
 
 def default_output(device_kind, context):
     """The package's file for a device kind; one line if it cannot be written."""
-    folder = triton_tuning.FOLDER
+    folder = tuning.FOLDER
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"{folder} cannot be made ({error.strerror}): choose a file with --output") from None
-    return OutputFile(".json").convert(folder / triton_tuning.file_name(device_kind), None, context)
+    return OutputFile(".json").convert(folder / tuning.file_name(device_kind), None, context)
 
 
 def earlier(output, device_kind, console):
@@ -99,8 +97,8 @@ def earlier(output, device_kind, console):
     if not output.exists():
         return {}
     try:
-        return {entry.key: entry for entry in triton_tuning.read(output, device_kind)}
-    except triton_tuning.Unusable as error:
+        return {entry.key: entry for entry in tuning.read(output, device_kind)}
+    except tuning.Unusable as error:
         say(console, f"{output} is replaced: {error}", "yellow")
         return {}
 

@@ -4,9 +4,9 @@ import os
 import pathlib
 import re
 
+from bn_fused.bench.providers import UNTIMED
 from bn_fused.bench.run.records import Run, load
 from bn_fused.bench.run.report import environment_lines
-from bn_fused.bench.run.suite import UNTIMED
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 BEGIN, END = "<!-- made by `bn-bench report`: begin -->", "<!-- made by `bn-bench report`: end -->"

@@ -4,10 +4,7 @@ Times are in seconds, sizes in bytes. A run that was interrupted holds the rows 
 """
 
 import csv
-import datetime
-import importlib.metadata
 import io
-import json
 import os
 import pathlib
 import platform
@@ -17,13 +14,10 @@ from typing import Literal
 import jax
 import pydantic
 
-import bn_fused
+from bn_fused.bench import saved
 from bn_fused.bench.allocator import keeps_freed_memory
+from bn_fused.bench.installing import versions
 from bn_fused.bench.workloads import Workload
-
-SCHEMA = 1
-# Packages whose versions decide about a result.
-PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "flax", "torch", "triton", "jax-triton", "libtpu", "jax-cuda13-plugin")
 
 
 class Frozen(pydantic.BaseModel):
@@ -116,7 +110,7 @@ UNITS = {"median": "s", "p10": "s", "p90": "s", "bandwidth": "bytes_per_s", "cop
 class Run(Frozen):
     """A run of `bn-bench run`: how it was started, on what, with which settings, and its rows in order."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = saved.SCHEMA
     command: str
     date: str
     environment: Environment
@@ -134,24 +128,24 @@ class UnreadableRun(ValueError):
 
 def to_json(run: Run) -> str:
     """The run as JSON."""
-    return run.model_dump_json(indent=1) + "\n"
+    content = run.model_dump(exclude={"schema_version"})
+    command, interrupted, rows = (content.pop(name) for name in ("command", "interrupted", "rows"))
+    return saved.envelope(saved.RUN, content, rows, command=command, interrupted=interrupted)
 
 
 def load(path: str | os.PathLike) -> Run:
     """Read a saved run; `UnreadableRun` if it is none, or another version's."""
     try:
-        content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        kind, version, content = saved.read(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise UnreadableRun(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise UnreadableRun(f"{path} is not JSON: {error}") from None
-    found = content.get("schema_version") if isinstance(content, dict) else None
-    if isinstance(content, dict) and ("kind" in content or "audit_schema_version" in content):
-        kind = content.get("kind", "audit")
+        raise UnreadableRun(f"{path} is {error}") from None
+    if kind not in (saved.RUN, None):
         raise UnreadableRun(f"{path} was saved by bn-bench {kind}, and not by bn-bench run")
-    if found != SCHEMA:
-        what = "no run of bn-bench" if found is None else f"a run in version {found!r} of the format"
-        raise UnreadableRun(f"{path} is {what}; this bn-bench reads version {SCHEMA}")
+    if version != saved.SCHEMA:
+        what = "no run of bn-bench" if version is None else f"a run in version {version!r} of the format"
+        raise UnreadableRun(f"{path} is {what}; this bn-bench reads version {saved.SCHEMA}")
     try:
         return Run.model_validate(content)
     except pydantic.ValidationError as error:
@@ -205,17 +199,6 @@ def commit() -> str | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """The versions of the installed packages of `PACKAGES`, and of bn_fused."""
-    found = {"bn_fused": bn_fused.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def environment(devices: int = 1) -> Environment:
     """What this process runs on."""
     device = jax.devices()[0]
@@ -230,8 +213,3 @@ def environment(devices: int = 1) -> Environment:
         versions=versions(),
         commit=commit(),
     )
-
-
-def now() -> str:
-    """The date and time in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bn_fused.bench.check import Check
+from bn_fused.bench.installing import versions_text
 from bn_fused.bench.run.records import Environment, Row, Run
 
 NOTE = (
@@ -34,10 +35,10 @@ def environment_lines(environment: Environment) -> list[str]:
     devices = (
         f"{environment.devices} {'virtual ' if environment.virtual else ''}devices, " if environment.devices > 1 else ""
     )
-    versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     return [
         f"device: {environment.platform} ({devices}{environment.device}{allocator[environment.allocator]})",
-        f"{versions}, Python {environment.python}" + (f", commit {environment.commit}" if environment.commit else ""),
+        f"{versions_text(environment.versions)}, Python {environment.python}"
+        + (f", commit {environment.commit}" if environment.commit else ""),
     ]
 
 

@@ -9,17 +9,13 @@ import jax
 import numpy as np
 
 import bn_fused
-from bn_fused import kernels
 from bn_fused.bench.check import Check, failure_of
-from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer
-from bn_fused.bench.run.cases import check_case, copy_program, make_case, make_inputs, make_oracle, sets_for
+from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer, timed_backends
+from bn_fused.bench.run.cases import Case, Inputs, check_case, copy_program, make_inputs, make_oracle, sets_for
+from bn_fused.bench.run.jax_case import jax_case
 from bn_fused.bench.run.records import Row
 from bn_fused.bench.timing import Timed, measure
 from bn_fused.bench.workloads import COPY_PASSES, Workload
-
-APPROACHES = ("batch", "ema", "ema_compatibility")
-# It is the definition itself, kept slow and plain, to be checked against and not to be timed.
-UNTIMED = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +93,8 @@ def with_backends(workloads: Sequence[Workload], settings: Settings) -> tuple[Se
     if settings.backends:
         return settings, {}
     able, skipped = [], {}
-    for name in kernels.backend_names():
+    for name in timed_backends():
         refusals = [refusal(workload, name) for workload in workloads]
-        if name in UNTIMED:
-            continue
         if all(refusals):
             skipped[name] = refusals[0]
         else:
@@ -110,7 +104,7 @@ def with_backends(workloads: Sequence[Workload], settings: Settings) -> tuple[Se
 
 def plan(workload: Workload, settings: Settings) -> list[Planned]:
     """The layers that run at a workload, ours first; those that cannot run say why."""
-    asked = settings.backends or [name for name in kernels.backend_names() if name not in UNTIMED]
+    asked = settings.backends or timed_backends()
     planned = []
     for approach in settings.approaches:
         for name in asked:
@@ -128,6 +122,15 @@ def plan(workload: Workload, settings: Settings) -> list[Planned]:
                 missing = "torch runs on one device here"
             planned.append(Planned(provider, approach, "missing" if missing else "ok", missing or ""))
     return planned
+
+
+def make_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence[str], sync: bool = False) -> Case:
+    """Compile a layer's passes at a workload."""
+    if provider.name == "torch":
+        from bn_fused.bench.run.torch_case import torch_case
+
+        return torch_case(inputs, passes)
+    return jax_case(provider, inputs, approach, passes, sync)
 
 
 def _row(workload: Workload, planned: Planned, pass_name: str, **values) -> Row:

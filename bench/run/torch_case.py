@@ -1,10 +1,13 @@
 """PyTorch's BatchNorm at a workload; imported only where torch is asked for and installed."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch.nn import functional
 
 from bn_fused.bench.check import EPS
+from bn_fused.bench.run.cases import Case, Inputs
 from bn_fused.bench.timing import Timed
 
 ACTIVATIONS = {
@@ -16,13 +19,17 @@ ACTIVATIONS = {
 }
 
 
-def torch_case(inputs, passes):
-    """The passes of `torch.nn.functional.batch_norm` in training, channels last in memory for the layout "nhwc"."""
-    from bn_fused.bench.run.cases import Case
+def torch_case(inputs: Inputs, passes: Sequence[str]) -> Case:
+    """The passes of `torch.nn.functional.batch_norm` in training, channels last in memory for the layout "nhwc".
 
+    Raises ValueError for inputs on several devices, and for an activation that torch's table does not have.
+    """
     if inputs.mesh is not None:
         raise ValueError("torch runs on one device here: leave out --devices, or torch")
     workload = inputs.workload
+    if workload.activation not in ACTIVATIONS:
+        known = ", ".join(filter(None, ACTIVATIONS))
+        raise ValueError(f"activation is {workload.activation!r}: torch is timed with {known}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, workload.dtype)
     spatial = len(workload.shape) - 2

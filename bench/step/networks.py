@@ -15,15 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_fused
-from bn_fused import kernels
 from bn_fused.bench.installing import pip_install
+from bn_fused.bench.providers import timed_backends
 from bn_fused.bench.step import resnet
 
 SGD_MOMENTUM = 0.9
 DTYPES = ("float32", "bfloat16")
 RIVALS = ("equinox", "flax", "torch")
-# It is the definition itself, kept slow and plain, to be checked against and not to be timed.
-UNTIMED = ("reference",)
 # At the end of the names of our networks with channels last.
 CHANNELS_LAST = ", nhwc"
 # What the others are compared with.
@@ -129,10 +127,6 @@ def _equinox(mode):
     return norm
 
 
-def _timed_backends():
-    return [name for name in kernels.backend_names() if name not in UNTIMED]
-
-
 def refusal(backend: str, setting: Setting, target: str | None = None) -> str | None:
     """Why a backend cannot run the norms of a network, of the first that it cannot; None if it can.
 
@@ -155,7 +149,7 @@ def refusal(backend: str, setting: Setting, target: str | None = None) -> str | 
 
 def default_backends(setting: Setting, target: str | None = None) -> list[str]:
     """All backends but the reference, those too that cannot run the network; and "auto" where it has a choice."""
-    named = _timed_backends()
+    named = timed_backends()
     able = [name for name in named if refusal(name, setting, target) is None]
     return [*named, "auto"] if len(able) > 1 else named
 
@@ -179,7 +173,7 @@ def contenders(
     the layer ("fused"), are operations after it ("plain"), or "both" in turn. `layouts`: "nchw" for our layer in the Equinox network, "nhwc" for
     our function in the same network with channels last, as Flax's.
     """
-    named = list(dict.fromkeys(backends)) or _timed_backends()
+    named = list(dict.fromkeys(backends)) or timed_backends()
     made = [
         Contender(f"{backend} {approach}{', fused' if fused else ''}", _ours(backend, approach, fused), ours=True)
         if layout == "nchw"

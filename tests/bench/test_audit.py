@@ -13,14 +13,19 @@ import pytest
 from click.testing import CliRunner
 
 from bn_fused.bench import deviceless, installing, providers, workloads
-from bn_fused.bench.audit import (
-    blocks,
-    compile as audit,
-    report as audit_report,
-    rows as audit_rows,
-    summary as audit_summary,
+from bn_fused.bench.audit.blocks import Setting, make_program
+from bn_fused.bench.audit.compile import (
+    OPERATIONS,
+    audit,
+    cases_of,
+    count,
+    gpu_resources,
+    planned_passes,
+    tpu_resources,
 )
-from bn_fused.bench.audit.blocks import Setting
+from bn_fused.bench.audit.report import columns
+from bn_fused.bench.audit.rows import Case, Passes, Row, ideal, load, to_json
+from bn_fused.bench.audit.summary import summary
 from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import choose_layers, command
 
@@ -42,14 +47,14 @@ def run(*arguments):
 
 
 def compiled_row(case, **fields):
-    return audit_rows.Row(
+    return Row(
         case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
         inside_writes=0.0, padded_inside_reads=0.0, padded_inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
     )  # fmt: skip
 
 
 def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
-    return audit_rows.Case(target, "shape", setting, layer, pass_name)
+    return Case(target, "shape", setting, layer, pass_name)
 
 
 # ------------------------------------------------------------------------------------- compiled for chips
@@ -65,7 +70,7 @@ def audited(tmp_path_factory):
         "--json", path,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    rows = audit_rows.load(path.read_text(encoding="utf-8"))
+    rows = load(path.read_text(encoding="utf-8"))
     return {(row.case.target, row.case.layer, row.case.pass_name): row for row in rows}, done.output
 
 
@@ -79,7 +84,7 @@ def test_equinox_reads_x_three_times_forward_and_eight_times_in_all(audited):
 def test_the_jnp_backend_makes_the_passes_of_the_streaming_ideal(audited):
     for name in ("fwd", "fwd+bwd"):
         row = audited[0]["h200", "jnp", name]
-        assert (row.reads, row.writes) == audit_rows.ideal(SETTING, name)["streaming"], row.details
+        assert (row.reads, row.writes) == ideal(SETTING, name)["streaming"], row.details
         assert row.auto and row.copies == ()
 
 
@@ -106,10 +111,10 @@ def test_the_ideal_stands_beside_the_rows(audited):
 # kernel reads what it copies three times.
 COPYING = """
 import dataclasses
-import jax, jax.numpy as jnp
+import jax
 from jax.experimental import pallas as pl
 from bn_fused import kernels
-from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.backends import jnp
 from bn_fused.kernels.contract import OPERATIONS
 
 def tpu_copy(y):
@@ -149,10 +154,10 @@ class TellingPlan(Plan):
     passes = {"forward": (3, 1)}
 
 def forward(*operands, spec, **named):
-    y, *rest = jnp_backend.forward(*operands, spec=spec, **named)
+    y, *rest = jnp.forward(*operands, spec=spec, **named)
     return {"tpu": tpu_copy, "cuda": gpu_copy}[spec.plan.platform](y), *rest
 
-operations = {name: getattr(jnp_backend, name) for name in OPERATIONS} | {"forward": forward}
+operations = {name: getattr(jnp, name) for name in OPERATIONS} | {"forward": forward}
 for name, plan in (("telling", TellingPlan), ("silent", Plan)):
     kernels.register(
         kernels.Backend(name, operations, plan=lambda problem, target, plan=plan: plan(target.platform))
@@ -165,7 +170,7 @@ serve()
 
 def audit_with_kernels(target, *layers, **options):
     cases = [case_for(target, layer, setting=SMALL) for layer in layers]
-    return {row.case.layer: row for row in audit.audit(cases, command=(sys.executable, "-c", COPYING), **options)}
+    return {row.case.layer: row for row in audit(cases, command=(sys.executable, "-c", COPYING), **options)}
 
 
 @pytest.mark.parametrize("target", ["h200", "v5e"])
@@ -187,9 +192,9 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
         assert (telling.operand_reads, telling.operand_writes) == (1, 1)
         assert telling.registers > 0 and telling.spill_bytes == 0
     assert refusing.status == "refused" and "it wants more rows" in refusing.reason
-    headings, lines = audit_report.columns([telling, silent, refusing])
+    headings, lines = columns([telling, silent, refusing])
     cells = {line[1]: dict(zip(headings, line, strict=True)) for line in lines}
-    inside = str(audit_rows.Passes(telling.inside_reads, telling.inside_writes))
+    inside = str(Passes(telling.inside_reads, telling.inside_writes))
     assert cells["telling"]["inside"] == inside and "opaque" in cells["silent"]["inside"]
     assert cells["refusing"]["around"] == "not compiled"
 
@@ -211,7 +216,7 @@ def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
     assert done.exit_code == 0, done.output
     rows = {
         (row.case.setting.layout, row.case.layer, row.case.pass_name): row
-        for row in audit_rows.load((tmp_path / "block.json").read_text(encoding="utf-8"))
+        for row in load((tmp_path / "block.json").read_text(encoding="utf-8"))
     }
     assert len(rows) == 8 and all(row.status == "compiled" for row in rows.values())
     for layout in ("nchw", "nhwc"):
@@ -227,7 +232,7 @@ def test_every_target_compiles_every_backend_that_takes_it(target):
     needs(target)
     settings = [("shape", SETTING), ("shape", Setting((64, 256, 14, 14), "bfloat16", "nhwc", "relu", True))]
     layers = [name for name in audit_layers() if name != "reference"]
-    for row in audit.audit(audit.cases_of([target], settings, layers, ["fwd", "bwd", "fwd+bwd"]), time_limit=300):
+    for row in audit(cases_of([target], settings, layers, ["fwd", "bwd", "fwd+bwd"]), time_limit=300):
         assert row.status in ("compiled", "refused"), row
 
 
@@ -264,7 +269,7 @@ VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"5
 @pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
 def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
     text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit_rows.Passes(1, 1)})
+    counted = count(text, 64 * 128, 64 * 128 * 4, {"forward": Passes(1, 1)})
     # subtract and transpose: one read and one write each.
     assert (counted["reads"], counted["writes"]) == (2, 2)
     assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
@@ -276,7 +281,7 @@ def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
 
 def test_a_librarys_call_is_no_kernel_of_ours():
     text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
-    counted = audit.count(text, 64 * 128, 64 * 128 * 4, {"forward": audit_rows.Passes(5, 5)})
+    counted = count(text, 64 * 128, 64 * 128 * 4, {"forward": Passes(5, 5)})
     assert (counted["reads"], counted["writes"]) == (3, 3)
     assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
 
@@ -296,21 +301,21 @@ ENTRY %main (x: f32[64,64], dy: f32[64,64]) -> f32[64,64] {
 
 
 def test_what_a_kernel_finds_on_the_chip_or_leaves_there_is_no_pass_through_memory():
-    inside = {"forward": audit_rows.Passes(2, 1), "backward": audit_rows.Passes(4, 1)}
-    counted = audit.count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
+    inside = {"forward": Passes(2, 1), "backward": Passes(4, 1)}
+    counted = count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
     assert (counted["reads"], counted["writes"], counted["padded_reads"]) == (1, 0, 2)
     assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
     assert (counted["padded_inside_reads"], counted["padded_inside_writes"]) == (4, 2)
-    row = audit_rows.Row(case_for(), "compiled", **counted)
+    row = Row(case_for(), "compiled", **counted)
     assert row.total == (6, 2)
     # where a kernel does not say what it computes, all of them share alike: a third of the operands is in memory
-    counted = audit.count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
+    counted = count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
     assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
 
 
 def test_a_kernel_whose_plan_does_not_tell_is_opaque():
     text = HLO.replace("TARGET", "mosaic_gpu_v2").replace("CONFIG", "")
-    assert "inside_reads" not in audit.count(text, 64 * 128, 64 * 128 * 4, None)
+    assert "inside_reads" not in count(text, 64 * 128, 64 * 128 * 4, None)
 
 
 def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
@@ -322,10 +327,10 @@ def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
         passes = {"forward": (2, 1)}
 
     both = {"forward": (1, 1), "backward": (2, 1)}
-    assert audit.planned_passes(Method(), audit.OPERATIONS["fwd+bwd"]) == both
-    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd"]) == {"forward": (2, 1)}
-    assert audit.planned_passes(Half(), audit.OPERATIONS["fwd+bwd"]) is None
-    assert audit.planned_passes(object(), audit.OPERATIONS["fwd"]) is None
+    assert planned_passes(Method(), OPERATIONS["fwd+bwd"]) == both
+    assert planned_passes(Half(), OPERATIONS["fwd"]) == {"forward": (2, 1)}
+    assert planned_passes(Half(), OPERATIONS["fwd+bwd"]) is None
+    assert planned_passes(object(), OPERATIONS["fwd"]) is None
 
 
 @pytest.mark.parametrize(
@@ -346,7 +351,7 @@ def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
 def test_the_ideal_counts_every_array_that_has_to_move(options, streaming, resident):
     setting = Setting((8, 4, 3, 3), **options)
     for name, figures in streaming.items():
-        assert audit_rows.ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
+        assert ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
 
 
 def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_path):
@@ -359,14 +364,14 @@ def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_p
             "gpu.launch blocks(%a) in (%b = %c8) threads(%d) in (%e = %c128) "
             f"dynamic_shared_memory_size %c{shared}_i32 {{\n"
         )
-    assert audit.gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
+    assert gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
     table = "MXU, VSTORE, VSTORE:SPILL, SALU\n    4     1     1     2\n== UTILIZATION:\n"
     for name, lines in (("k.1", "0 1 0 0\n0 0 1 1\n1 0 1 2\n"), ("other", "0 0 9 9\n" * 9)):
         (tmp_path / f"17-{name}-70-final_hlo-static-per-bundle-utilization.txt").write_text(table + lines)
-    assert audit.tpu_resources(tmp_path, ["k.1", "k.2"]) == {"bundles": 3, "spill_bytes": 2 * 4096}
-    assert audit.tpu_resources(tmp_path, []) == {}
+    assert tpu_resources(tmp_path, ["k.1", "k.2"]) == {"bundles": 3, "spill_bytes": 2 * 4096}
+    assert tpu_resources(tmp_path, []) == {}
     (empty := tmp_path / "empty").mkdir()
-    assert audit.gpu_resources(empty) == {}
+    assert gpu_resources(empty) == {}
 
 
 @pytest.mark.parametrize("layout", workloads.LAYOUTS)
@@ -378,7 +383,7 @@ def test_every_program_takes_and_gives_arrays_of_the_settings_shape(layer, layou
         setting = Setting((4, 6, 5, 3), layout=layout, activation="relu", residual=True, block=block)
         outputs = {}
         for name in workloads.PASSES:
-            function, specs, kept_bytes = blocks.make_program(setting, layer, name)
+            function, specs, kept_bytes = make_program(setting, layer, name)
             outputs[name] = jax.eval_shape(function, *specs)
             assert (kept_bytes is None) == (name == "fwd")
         y, _ = outputs["fwd"]
@@ -463,7 +468,7 @@ def no_compiler_needed(monkeypatch):
 
 def test_a_compiler_that_aborts_or_hangs_costs_its_own_row_only(no_compiler_needed):
     cases = [case_for(layer=layer) for layer in ("one", "aborts", "two", "hangs", "three")]
-    rows = list(audit.audit(cases, time_limit=4, command=(sys.executable, "-c", UNSTABLE)))
+    rows = list(audit(cases, time_limit=4, command=(sys.executable, "-c", UNSTABLE)))
     assert [row.case for row in rows] == cases
     assert [row.status for row in rows] == ["compiled", "failed", "compiled", "failed", "compiled"]
     assert "SIGABRT" in rows[1].reason and "time limit of 4 s" in rows[3].reason
@@ -471,7 +476,7 @@ def test_a_compiler_that_aborts_or_hangs_costs_its_own_row_only(no_compiler_need
 
 def test_every_target_has_a_process_of_its_own(no_compiler_needed):
     cases = [case_for(target, layer) for target in ("h200", "v5e", "a100") for layer in ("one", "two")]
-    rows = list(audit.audit(cases, command=(sys.executable, "-c", UNSTABLE)))
+    rows = list(audit(cases, command=(sys.executable, "-c", UNSTABLE)))
     processes = [row.reads for row in rows]
     assert processes[::2] == processes[1::2] and len(set(processes)) == 3
 
@@ -522,7 +527,7 @@ def answers(monkeypatch):
             for case in cases:
                 yield answer(case)
 
-        monkeypatch.setattr(audit, "audit", fake)
+        monkeypatch.setattr("bn_fused.bench.commands.audit.audit", fake)
 
     return set_answers
 
@@ -541,7 +546,7 @@ def answers(monkeypatch):
 def test_the_exit_status_is_1_if_ours_failed_or_nothing_was_compiled(statuses, exit_code, answers):
     def answer(case):
         status = statuses.get(case.layer)
-        return compiled_row(case) if status is None else audit_rows.Row(case, status, "the reason why")
+        return compiled_row(case) if status is None else Row(case, status, "the reason why")
 
     answers(answer)
     done = run("--shape", "8,4", "--backend", "jnp", "--against", "equinox")
@@ -564,7 +569,7 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(answers, tmp_path)
     assert done.exit_code == 130
     assert "interrupted: 2 of 6 rows are finished" in done.output and "equinox batch" in done.output
     text = (tmp_path / "audit.json").read_text(encoding="utf-8")
-    assert [row.case for row in audit_rows.load(text)] == asked
+    assert [row.case for row in load(text)] == asked
     assert json.loads(text)["interrupted"] is True
 
 
@@ -575,7 +580,7 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
         made.append(
             compiled_row(case, copies=("t",), kept_bytes=7, details=("t (transpose): 1R + 1W",))
             if case.layer == "jnp"
-            else audit_rows.Row(case, "refused", "why")
+            else Row(case, "refused", "why")
         )
         return made[-1]
 
@@ -585,7 +590,7 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
         "--backend", "jnp", "--against", "equinox", "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md",
     )  # fmt: skip
     assert done.exit_code == 0
-    assert audit_rows.load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
+    assert load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
     assert made[0].case.setting == Setting((8, 4, 2, 2), "bfloat16", "nhwc", "relu", True)
     lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
     assert "### h200: shape (8,4,2,2) bfloat16 nhwc relu residual" in lines
@@ -597,13 +602,13 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", '{"audit_schema_version": 99, "rows": []}'])
 def test_another_versions_file_is_refused_in_a_line(text):
     with pytest.raises(ValueError, match="not JSON|reads version 1") as refused:
-        audit_rows.load(text)
+        load(text)
     assert "\n" not in str(refused.value)
 
 
 def test_a_rival_that_is_not_installed_is_named_with_its_command(no_compiler_needed, monkeypatch):
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
-    (row,) = audit.audit([case_for(layer="flax")], command=(sys.executable, "-c", UNSTABLE))
+    (row,) = audit([case_for(layer="flax")], command=(sys.executable, "-c", UNSTABLE))
     assert (row.status, row.reason) == ("missing", f"flax is not installed: {installing.pip_install('flax')}")
 
 
@@ -614,7 +619,7 @@ def test_without_spatial_axes_both_layouts_are_one(answers):
 
 
 def test_an_interruption_ends_the_compiling_process(no_compiler_needed):
-    rows = audit.audit([case_for(layer="one"), case_for(layer="two")], command=(sys.executable, "-c", UNSTABLE))
+    rows = audit([case_for(layer="one"), case_for(layer="two")], command=(sys.executable, "-c", UNSTABLE))
     process = int(next(rows).reads)
     assert alive(process)
     rows.close()
@@ -643,9 +648,9 @@ def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
         with_total(case_for("v5e", "jnp"), 4.0), with_total(case_for("v5e", "equinox batch"), 4.03),
         with_total(case_for("v5e", "no norm", setting=block), 0.5), with_total(case_for("v5e", "jnp", setting=block), 1.0),
         with_total(case_for("v5e", "equinox batch", setting=block), 2.0),
-        audit_rows.Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
+        Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
     ]  # fmt: skip
-    text = audit_summary.summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
+    text = summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
     alone, inside = "alone (32,64,56,56) nchw float32", "conv-bn-relu-conv (32,64,56,56) nchw float32"
     assert line_of(text, alone, "jnp") == ["**3**", "**5**"]
     # within 2 % of the fewest
@@ -660,14 +665,12 @@ def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
 
 
 def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "audit", lambda *_, **__: pytest.fail("it compiled"))
+    monkeypatch.setattr("bn_fused.bench.commands.audit.audit", lambda *_, **__: pytest.fail("it compiled"))
     paths = []
     for target in ("v4", "v5e"):
         rows = [with_total(case_for(target, layer), 2.0) for layer in ("jnp", "equinox batch")]
         paths.append(tmp_path / f"{target}.json")
-        text = audit_rows.to_json(
-            rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False
-        )
+        text = to_json(rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False)
         paths[-1].write_text(text)
     sources = [argument for path in paths for argument in ("--from", path)]
     done = run(*sources, "--summary", tmp_path / "all.md", "--json", tmp_path / "all.json", "--title", "Both")
@@ -675,7 +678,7 @@ def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeyp
     assert "v4: shape" in done.output and "v5e: shape" in done.output
     text = (tmp_path / "all.md").read_text()
     assert text.startswith("# Both\n") and "--target v4" in text and "--target v5e" in text
-    assert len(audit_rows.load((tmp_path / "all.json").read_text())) == 4
+    assert len(load((tmp_path / "all.json").read_text())) == 4
     (tmp_path / "other.json").write_text("{}")
     for path, said in ((tmp_path / "other.json", "audit_schema_version"), (tmp_path / "none.json", "No such file")):
         done = run("--from", path)
@@ -701,7 +704,7 @@ def test_one_form_of_a_rival_can_be_asked_for():
 def test_what_chooses_programs_does_not_go_with_saved_rows(tmp_path):
     row = compiled_row(case_for())
     saved = tmp_path / "audit.json"
-    saved.write_text(audit_rows.to_json([row], command="bn-bench audit", versions={}, interrupted=False))
+    saved.write_text(to_json([row], command="bn-bench audit", versions={}, interrupted=False))
     assert run("--from", str(saved)).exit_code == 0
     for option in (("--target", "v5e"), ("--shape", "9,9"), ("--backend", "jnp")):
         done = run("--from", str(saved), *option)
@@ -709,15 +712,15 @@ def test_what_chooses_programs_does_not_go_with_saved_rows(tmp_path):
 
 
 def test_over_no_norm_is_the_difference_of_what_is_in_all():
-    setting = blocks.Setting((4, 64), block="mlp")
+    setting = Setting((4, 64), block="mlp")
     fields = {"padded_reads": 3.0, "padded_writes": 2.0, "padded_inside_reads": 4.0, "padded_inside_writes": 2.0}
     base = dataclasses.replace(compiled_row(case_for(layer="no norm")), padded_reads=1.0, padded_writes=1.0)
     ours = dataclasses.replace(compiled_row(case_for()), kernels=1, **fields)
     rows = [dataclasses.replace(row, case=dataclasses.replace(row.case, setting=setting)) for row in (base, ours)]
-    headings, lines = audit_report.columns(rows)
+    headings, lines = columns(rows)
     found = dict(zip(headings, lines[-1], strict=True))
     assert (found["in all"], found["over no norm"], found["launches"]) == ("7R+4W", "6R+3W", "3 (1 ours)")
 
 
 def test_fewer_passes_than_without_the_norm_are_a_plain_minus():
-    assert str(audit_rows.Passes(-0.5, -1)) == "-0.5R-1W"
+    assert str(Passes(-0.5, -1)) == "-0.5R-1W"

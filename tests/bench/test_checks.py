@@ -1,10 +1,12 @@
 """`bn-bench`'s foundations: its oracle, its checks, its timing, its workloads and its console entry."""
 
 import dataclasses
+import importlib.util
 import os
 import platform
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import numpy as np
@@ -12,16 +14,18 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import allocator, check, oracle, timing
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run import cases, suite
+from bn_fused.bench.run.jax_case import collective_bytes
 from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
 # The oracle
 
 
-@pytest.mark.parametrize("approach", suite.APPROACHES)
+@pytest.mark.parametrize("approach", APPROACHES)
 @pytest.mark.parametrize("steps_before", [0, 2])
 def test_the_oracles_gradient_is_the_slope_of_its_output(approach, steps_before):
     shape, settings = (4, 3, 2), dict(approach=approach, momentum=0.8, eps=1e-3, warmup_period=5)
@@ -70,7 +74,7 @@ def test_the_oracles_batch_statistics_are_unbiased_from_the_first_step():
 
 
 @pytest.mark.parametrize("backend", kernels.backend_names())
-@pytest.mark.parametrize("approach", suite.APPROACHES)
+@pytest.mark.parametrize("approach", APPROACHES)
 def test_every_backend_that_runs_here_passes_the_check_of_every_approach(backend, approach):
     refusal = suite.refusal(check.CHECKED, backend)
     if refusal is not None:
@@ -187,7 +191,7 @@ def test_the_programs_of_our_layer_and_of_equinoxs_give_the_oracles_results(layo
     inputs = cases.make_inputs(workload, sets=sets)
     want = cases.make_oracle(inputs, "batch")
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
-        case = cases.make_case(provider, inputs, "batch", PASSES)
+        case = suite.make_case(provider, inputs, "batch", PASSES)
         for pass_name in PASSES:
             found = cases.check_case(case, pass_name, want, workload, provider.ours)
             assert found.ok, found.reason
@@ -203,7 +207,7 @@ def test_16_bit_inputs_are_checked_to_one_rounding_of_ours_and_more_of_rivals(dt
     inputs = cases.make_inputs(workload, sets=1)
     want = cases.make_oracle(inputs, "batch")
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
-        case = cases.make_case(provider, inputs, "batch", ("fwd+bwd",))
+        case = suite.make_case(provider, inputs, "batch", ("fwd+bwd",))
         assert cases.check_case(case, "fwd+bwd", want, workload, provider.ours).reason == ""
     assert check.Limits.of(dtype).array < check.Limits.of(dtype, ours=False).array
 
@@ -214,7 +218,7 @@ def test_over_several_devices_statistics_are_shared_only_if_asked(sync, layout):
     workload = Workload("any", (8, 4, 3, 3), layout=layout)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("devices",))
     inputs = cases.make_inputs(workload, sets=1, mesh=mesh)
-    case = cases.make_case(RIVALS["jnp"], inputs, "batch", PASSES, sync)
+    case = suite.make_case(RIVALS["jnp"], inputs, "batch", PASSES, sync)
     shared, own = cases.make_oracle(inputs, "batch", 1), cases.make_oracle(inputs, "batch", 4)
     for pass_name in PASSES:
         assert cases.check_case(case, pass_name, shared, workload, True).ok == sync
@@ -238,7 +242,7 @@ ENTRY %main (x: f32[8], y: f32[4]) -> f32[8] {
   ROOT %sum = f32[8]{0} add(%done, %gathered)
 }
 """
-    assert cases.collective_bytes(program) == 8 * 4 + 8 * 4
+    assert collective_bytes(program) == 8 * 4 + 8 * 4
 
 
 def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_layer_with_and_without(monkeypatch):
@@ -248,7 +252,7 @@ def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_lay
         rounds = dict.fromkeys(work, np.ones(3))
         for key, timed in work.items():
             if key != "copy":
-                exchanged[key] = cases.collective_bytes(timed.start.func.as_text())
+                exchanged[key] = collective_bytes(timed.start.func.as_text())
                 # In the rounds twice, three times and twice as long; the ratio of the medians is 3.
                 rounds[key] = np.array([2.0, 30.0, 400.0] if key.sync else [1.0, 10.0, 200.0])
         return {key: timing.Samples(seconds) for key, seconds in rounds.items()}
@@ -270,12 +274,14 @@ def test_what_sharing_statistics_costs_is_the_median_over_rounds_of_the_same_lay
 
 
 def test_a_layer_that_fails_without_sharing_its_statistics_is_not_timed_with(monkeypatch):
-    def make_case(provider, inputs, approach, passes, sync):
+    make_case = suite.make_case
+
+    def fails_alone(provider, inputs, approach, passes, sync):
         if not sync:
             raise RuntimeError("alone")
-        return cases.make_case(provider, inputs, approach, passes, sync)
+        return make_case(provider, inputs, approach, passes, sync)
 
-    monkeypatch.setattr(suite, "make_case", make_case)
+    monkeypatch.setattr(suite, "make_case", fails_alone)
     settings = suite.Settings(backends=("jnp",), rivals=(), passes=("fwd",), devices=2, sync=True, seconds=0.01)
     (row,) = suite.run_workload(Workload("any", (8, 4)), settings)
     assert (row.status, row.reason, row.median) == ("failed", "without --sync: RuntimeError: alone", None)
@@ -293,6 +299,16 @@ def test_cold_programs_work_on_more_than_the_last_cache_holds():
     assert sets * workload.nbytes >= cases.UNKNOWN_CACHE
     assert cases.sets_for(workload, jax.devices()[0], cold=False) == 1
     assert cases.sets_for(Workload("tiny", (2, 2)), jax.devices()[0], cold=True) == cases.MOST_SETS
+
+
+def test_an_activation_that_torch_is_not_timed_with_is_refused_by_name(monkeypatch):
+    for name in ("torch", "torch.nn"):  # which need not be installed
+        monkeypatch.setitem(sys.modules, name, mock.MagicMock())
+    spec = importlib.util.find_spec("bn_fused.bench.run.torch_case")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    inputs = cases.make_inputs(Workload("any", (4, 3), activation="softplus"), sets=1)
+    with pytest.raises(ValueError, match="activation is 'softplus': torch is timed with relu, silu, gelu, leaky_relu"):
+        module.torch_case(inputs, ("fwd",))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

@@ -1,11 +1,12 @@
-"""The counter of memory passes against HLO written and counted by hand."""
+"""HLO as it is read, and the passes over memory counted in it, against programs written and counted by hand."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from bn_fused.bench.audit.traffic import parse, passes
+from bn_fused.bench.audit.hlo import parse
+from bn_fused.bench.audit.traffic import passes
 
 # x is f32[64,1024]: 65536 elements, 262144 bytes.
 ELEMENTS, BYTES = 64 * 1024, 64 * 1024 * 4

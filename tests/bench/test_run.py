@@ -15,6 +15,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import __main__ as entry, check, cli, doctor, installing
 from bn_fused.bench.commands import common, run as run_command
 from bn_fused.bench.run import cases, performance, records, report, suite
@@ -77,7 +78,7 @@ def test_without_a_command_it_is_the_doctor_and_the_quick_suite(monkeypatch, cap
     able, refusals = doctor.backends()
     assert {"jnp", "reference"} <= set(able) and all(f"{name} does not: {why}" in out for name, why in refusals.items())
     for backend in able:
-        for approach in suite.APPROACHES:
+        for approach in APPROACHES:
             assert re.search(rf"{backend}\s.*{approach}\s.*ok", out)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from bn_fused.approaches import APPROACHES
 from bn_fused.bench import digits, plots, saved, stability
 from bn_fused.bench.commands.stability import command
 
@@ -29,7 +30,7 @@ def run(*arguments):
 
 
 def test_there_is_every_approach_and_equinox_in_both_modes():
-    assert list(stability.NORMS) == ["batch", "ema", "ema_compatibility", "equinox batch", "equinox ema"]
+    assert list(stability.NORMS) == [*APPROACHES, "equinox batch", "equinox ema"]
 
 
 @pytest.mark.slow

@@ -18,7 +18,16 @@ import bn_fused
 from bn_fused import kernels
 from bn_fused.bench import deviceless, installing, timing
 from bn_fused.bench.commands.step import command
-from bn_fused.bench.step import agreement, audit as step_audit, networks as step_networks, resnet, timed as step
+from bn_fused.bench.step import agreement, audit, resnet, timed
+from bn_fused.bench.step.networks import (
+    BASELINE,
+    Setting,
+    contenders,
+    default_backends,
+    default_layouts,
+    equinox_model,
+    refusal,
+)
 
 SMALL = ("--batch", "4", "--image", "16", "--classes", "5", "--seconds", "0.01")
 
@@ -31,7 +40,7 @@ def small_network(monkeypatch):
 
 def setting(**changes):
     """A small one."""
-    return step_networks.Setting(**(dict(model="resnet18", batch=4, image=16, dtype="float32", classes=5) | changes))
+    return Setting(**(dict(model="resnet18", batch=4, image=16, dtype="float32", classes=5) | changes))
 
 
 def run(*arguments):
@@ -64,9 +73,7 @@ def test_the_networks_have_the_sizes_of_the_published_ones(depths, bottleneck, p
 
 
 def test_the_weights_do_not_depend_on_the_norm():
-    made = [
-        step_networks.equinox_model(setting(), one.norm(setting()))[0] for one in step_networks.contenders() if one.norm
-    ]
+    made = [equinox_model(setting(), one.norm(setting()))[0] for one in contenders() if one.norm]
     first = [np.asarray(each.weight) for each in resnet.named_convolutions(made[0]).values()]
     assert len(first) == 1 + 4 + 1
     for model in made[1:]:
@@ -75,7 +82,7 @@ def test_the_weights_do_not_depend_on_the_norm():
 
 
 def test_bfloat16_is_for_convolutions_and_the_last_layer_and_not_for_the_norms():
-    model, _ = step_networks.equinox_model(setting(), step_networks.contenders()[0].norm(setting()))
+    model, _ = equinox_model(setting(), contenders()[0].norm(setting()))
     cast = resnet.cast(model, "bfloat16")
     assert cast.stem.weight.dtype == cast.head.bias.dtype == jnp.bfloat16
     assert cast.stem_norm.weight.dtype == cast.blocks[1].shortcut_norm.bias.dtype == jnp.float32
@@ -83,7 +90,7 @@ def test_bfloat16_is_for_convolutions_and_the_last_layer_and_not_for_the_norms()
 
 @pytest.mark.parametrize("fusion", ["fused", "plain"])
 def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
-    model, _ = step_networks.equinox_model(setting(), step_networks.contenders(fusion=fusion)[0].norm(setting()))
+    model, _ = equinox_model(setting(), contenders(fusion=fusion)[0].norm(setting()))
     layer = model.blocks[0].norms[-1]
     assert isinstance(layer, resnet.Apart) == (fusion == "plain")
     assert layer.activation == "relu" and model.blocks[1].shortcut_norm.activation is None
@@ -95,9 +102,9 @@ def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_every_network_agrees_with_equinoxs(dtype):
     approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
-    networks = step_networks.contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
-    networks += step_networks.contenders(("jnp",), (), fusion=fusion, layouts=("nhwc",))[:-1]
-    rows = step.run(setting(dtype=dtype), networks, seconds=0.01)
+    networks = contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
+    networks += contenders(("jnp",), (), fusion=fusion, layouts=("nhwc",))[:-1]
+    rows = timed.run(setting(dtype=dtype), networks, seconds=0.01)
     assert [row.name for row in rows] == [one.name for one in networks]
     # Kernels for chips that are not here are named, and keep nobody from running.
     elsewhere = [row for row in rows if row.status == "refused"]
@@ -106,7 +113,7 @@ def test_every_network_agrees_with_equinoxs(dtype):
     assert len(rows) > len(approaches) and all(row.status == "ok" for row in rows), rows
     assert all(row.median > 0 and row.rounds >= 5 and row.memory > 0 for row in rows)
     by_name = {row.name: row for row in rows}
-    assert by_name[step_networks.BASELINE].ratio == 1
+    assert by_name[BASELINE].ratio == 1
     for row in rows:
         assert abs(row.loss - row.loss_after) > 0.01
         assert row.images_per_second == pytest.approx(4 / row.median)
@@ -114,18 +121,18 @@ def test_every_network_agrees_with_equinoxs(dtype):
 
 def test_the_network_in_flax_agrees_too():
     pytest.importorskip("flax", reason="flax is not installed")
-    networks = step_networks.contenders(backends=("jnp",), rivals=("flax",))
+    networks = contenders(backends=("jnp",), rivals=("flax",))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # flax's own
-        rows = {row.name: row for row in step.run(setting(), networks, seconds=0.01)}
+        rows = {row.name: row for row in timed.run(setting(), networks, seconds=0.01)}
     assert rows["flax"].status == "ok", rows["flax"].reason
-    assert rows["flax"].loss_after == pytest.approx(rows[step_networks.BASELINE].loss_after, rel=1e-5)
+    assert rows["flax"].loss_after == pytest.approx(rows[BASELINE].loss_after, rel=1e-5)
 
 
 def test_the_network_in_torch_agrees_too():
     pytest.importorskip("torch", reason="torch is not installed")
-    networks = step_networks.contenders(backends=("jnp",), rivals=("torch",))
-    rows = {row.name: row for row in step.run(setting(), networks, seconds=0.01)}
+    networks = contenders(backends=("jnp",), rivals=("torch",))
+    rows = {row.name: row for row in timed.run(setting(), networks, seconds=0.01)}
     assert rows["torch"].status == "ok", rows["torch"].reason
 
 
@@ -211,7 +218,7 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(calls, statuses, r
         def memory(self):
             return None
 
-    monkeypatch.setattr(step, "JaxRun", Run)
+    monkeypatch.setattr(timed, "JaxRun", Run)
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 0.0)
     record = tmp_path / "rows.json"
     done = run(*SMALL, "--backend", "jnp", "--against", "none", "--json", record)
@@ -262,16 +269,16 @@ def test_the_tolerance_is_float32s_on_a_cpu_and_coarser_where_products_are():
 
 
 def test_a_network_that_rounding_decides_about_is_timed_and_said_to_be_not_compared(monkeypatch):
-    monkeypatch.setattr(step, "incomparable", lambda expected, allowed, values: f"no loss tells, {values} values")
+    monkeypatch.setattr(timed, "incomparable", lambda expected, allowed, values: f"no loss tells, {values} values")
     done = run(*SMALL, "--backend", "jnp", "--against", "none")
     assert done.exit_code == 0, done.output
     # the smallest norm sees 2x2 positions of 4 images
-    assert f"jnp batch, fused, {step_networks.BASELINE}: not compared: no loss tells, 16 values\n" in done.output
+    assert f"jnp batch, fused, {BASELINE}: not compared: no loss tells, 16 values\n" in done.output
     assert "FAILED" not in done.output and done.output.count("1.00") >= 1
 
 
 def test_the_compared_step_changes_the_loss_by_a_tenth():
-    built = step.JaxRun(step_networks.contenders(rivals=())[-1], setting())
+    built = timed.JaxRun(contenders(rivals=())[-1], setting())
     losses = built.losses(built.learning_rate())
     assert losses.after == pytest.approx((1 - agreement.STEP_SHARE) * losses.before, rel=0.05)
     assert losses == built.losses(built.learning_rate()), "the first weights are kept"
@@ -294,30 +301,27 @@ def test_rivals_that_are_not_installed_are_named(monkeypatch):
 
 
 def test_auto_runs_beside_the_backends_where_several_can_run(broken_backend):
-    names = [one.name for one in step_networks.contenders(step_networks.default_backends(setting()), rivals=())]
-    assert {"broken batch, fused", "jnp batch, fused", "auto batch, fused", step_networks.BASELINE} <= set(names)
+    names = [one.name for one in contenders(default_backends(setting()), rivals=())]
+    assert {"broken batch, fused", "jnp batch, fused", "auto batch, fused", BASELINE} <= set(names)
     assert not any("reference" in name for name in names)
 
 
 def test_auto_does_not_run_beside_the_one_backend_that_can():
     every = [name for name in kernels.backend_names() if name != "reference"]
-    assert step_networks.default_backends(setting()) == every
-    assert step_networks.default_backends(setting(), "v5e") == [*every, "auto"]
+    assert default_backends(setting()) == every
+    assert default_backends(setting(), "v5e") == [*every, "auto"]
 
 
 def test_flax_is_compared_with_a_network_of_its_layout(monkeypatch):
     for there, layouts in ((True, ("nchw", "nhwc")), (False, ("nchw",))):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: there or None)
-        assert step_networks.default_layouts(("equinox", "flax")) == layouts
-        assert step_networks.default_layouts(("equinox",)) == ("nchw",)
+        assert default_layouts(("equinox", "flax")) == layouts
+        assert default_layouts(("equinox",)) == ("nchw",)
 
 
 def test_the_norm_that_a_backend_cannot_run_is_named():
-    assert (
-        step_networks.refusal("jnp", setting()) is None
-        and step_networks.refusal("pallas_tpu", setting(), "v5e") is None
-    )
-    assert "cannot run on tpu (v5e)" in step_networks.refusal("pallas_gpu", setting(), "v5e")
+    assert refusal("jnp", setting()) is None and refusal("pallas_tpu", setting(), "v5e") is None
+    assert "cannot run on tpu (v5e)" in refusal("pallas_gpu", setting(), "v5e")
 
     def refuses_eight_channels(problem, target):
         return "there are eight channels" if problem.channels == 8 else None
@@ -325,7 +329,7 @@ def test_the_norm_that_a_backend_cannot_run_is_named():
     operations = kernels.backends.jnp.BACKEND.operations
     kernels.register(kernels.Backend("picky", operations, refusal=refuses_eight_channels))
     try:
-        reason = step_networks.refusal("picky", setting())
+        reason = refusal("picky", setting())
     finally:
         kernels.unregister("picky")
     # The stem's, two of the first block; the second block's first is the fourth.
@@ -351,7 +355,7 @@ def test_the_norm_that_a_backend_cannot_run_is_named():
     ],
 )
 def test_input_it_cannot_use_is_named_with_status_2(arguments, named, monkeypatch):
-    monkeypatch.setattr(step, "run", lambda *_, **__: pytest.fail("it began"))
+    monkeypatch.setattr("bn_fused.bench.commands.step.run", lambda *_, **__: pytest.fail("it began"))
     done = run(*arguments)
     assert done.exit_code == 2 and named in done.output.splitlines()[-1]
 
@@ -371,13 +375,13 @@ class FakeChild:
     def ask(self, request, time_limit):
         assert (request["target"], time_limit) == ("h200", 7.0)
         request = json.loads(json.dumps(request))
-        asked = step_networks.Setting(**request["setting"])
+        asked = Setting(**request["setting"])
         assert (asked.model, asked.batch, asked.image, asked.dtype) == ("resnet50", 128, 224, "bfloat16")
-        if request["name"] not in [one.name for one in step_networks.contenders(**request["options"])]:
+        if request["name"] not in [one.name for one in contenders(**request["options"])]:
             pytest.fail("the child would not know the network")
         if request["name"].startswith("jnp"):
-            raise step_audit.ChildEnded("stopped at the time limit of 7 s")
-        row = step_audit.AuditRow(request["name"], "ok", "", 3 * 10**9, 10**9, 2.5, None, 5 * 10**8, 42)
+            raise audit.ChildEnded("stopped at the time limit of 7 s")
+        row = audit.AuditRow(request["name"], "ok", "", 3 * 10**9, 10**9, 2.5, None, 5 * 10**8, 42)
         return dataclasses.asdict(row)
 
     def close(self):
@@ -385,7 +389,7 @@ class FakeChild:
 
 
 def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(step_audit, "Child", FakeChild)
+    monkeypatch.setattr(audit, "Child", FakeChild)
     monkeypatch.setattr(FakeChild, "started", 0)
     record = tmp_path / "rows.json"
     done = run("--audit", "h200", "--time-limit", 7, "--against", "torch", "--json", record)
@@ -393,19 +397,19 @@ def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(mo
     assert "jnp batch, fused: FAILED: stopped at the time limit of 7 s" in done.output
     assert "torch: " in done.output
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
-    assert rows[step_networks.BASELINE]["launches"] == 42 and rows["torch"]["status"] in ("missing", "refused")
+    assert rows[BASELINE]["launches"] == 42 and rows["torch"]["status"] in ("missing", "refused")
 
 
 def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(deviceless, "missing", lambda target: "the compiler for h200 is not installed: pip install it")
-    row = step_audit.audit_one("h200", step_networks.contenders()[0], setting())
+    row = audit.audit_one("h200", contenders()[0], setting())
     assert row.status == "missing" and "pip install" in row.reason
 
 
 def test_the_passes_are_over_what_the_norms_take():
     # stem and pooled: 4 channels of 8x8, 4x4 twice; then 8 channels of 2x2, main path twice and shortcut
-    assert step_audit.norm_bytes(setting()) == 4 * 4 * (4 * 64 + 2 * 4 * 16 + 3 * 8 * 4)
-    assert step_audit.norm_bytes(setting(dtype="bfloat16")) == step_audit.norm_bytes(setting()) // 2
+    assert audit.norm_bytes(setting()) == 4 * 4 * (4 * 64 + 2 * 4 * 16 + 3 * 8 * 4)
+    assert audit.norm_bytes(setting(dtype="bfloat16")) == audit.norm_bytes(setting()) // 2
 
 
 @pytest.mark.slow
@@ -414,7 +418,7 @@ def test_the_step_compiles_for_an_h200_and_equinox_moves_more():
         pytest.skip(deviceless.missing("h200"))
     options = dict(backends=("jnp",), rivals=())
     asked = setting(model="resnet50", batch=32, image=64, dtype="bfloat16")
-    rows = list(step_audit.audit("h200", asked, step_networks.contenders(**options), options, time_limit=400))
+    rows = list(audit.audit("h200", asked, contenders(**options), options, time_limit=400))
     assert [row.status for row in rows] == ["ok", "ok"], rows
     ours, equinox = rows
     assert ours.read < equinox.read and ours.launches < equinox.launches

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 import bn_fused
 from bn_fused.bench import deviceless
-from bn_fused.bench.audit.traffic import parse
+from bn_fused.bench.audit.hlo import parse
 
 from support.child_process import answer
 from support.compilers import skip_without_compilers

@@ -37,7 +37,8 @@ import jax, jax.numpy as jnp, numpy as np
 import bn_fused
 from bn_fused import kernels
 from bn_fused.bench import deviceless
-from bn_fused.bench.traffic import parse, passes
+from bn_fused.bench.audit.hlo import parse
+from bn_fused.bench.audit.traffic import passes
 from bn_fused.kernels.contract import OPERATIONS
 from bn_fused.kernels.dispatch import run
 

@@ -36,7 +36,7 @@ import json, math, sys
 import equinox as eqx, jax, jax.numpy as jnp
 import bn_fused
 from bn_fused.bench.deviceless import DevicelessUnavailable, compile_for
-from bn_fused.bench.traffic import passes
+from bn_fused.bench.audit.traffic import passes
 
 def layer_step(shape, options):
     layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(shape[1], "batch", approach="batch", **options)

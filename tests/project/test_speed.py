@@ -28,8 +28,9 @@ import json, os, sys
 if hasattr(os, "sched_setaffinity"):
     # One core, before XLA counts them: a neighbour on another core then does not change how the work is split.
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from bn_fused.bench.cases import jax_case, make_inputs
 from bn_fused.bench.providers import EQUINOX, bn_fused_layer
+from bn_fused.bench.run.cases import make_inputs
+from bn_fused.bench.run.jax_case import jax_case
 from bn_fused.bench.timing import measure
 from bn_fused.bench.workloads import WORKLOADS
 

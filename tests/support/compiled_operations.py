@@ -19,7 +19,8 @@ import jax.numpy as jnp
 
 import bn_fused
 from bn_fused import kernels
-from bn_fused.bench.audit.traffic import parse, passes
+from bn_fused.bench.audit.hlo import parse
+from bn_fused.bench.audit.traffic import passes
 from bn_fused.bench.deviceless import compile_for
 from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.dispatch import run
