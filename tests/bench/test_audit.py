@@ -30,16 +30,10 @@ from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import choose_layers, command
 
 from support import ROOT
+from support.compilers import skip_without_compilers
 
 SETTING = Setting((32, 64, 56, 56))
 SMALL = Setting((256, 128))
-
-
-def needs(*targets):
-    """Skip where the compiler for a target is not installed, saying how to install it."""
-    for target in targets:
-        if deviceless.missing(target) is not None:
-            pytest.skip(deviceless.missing(target))
 
 
 def run(*arguments):
@@ -63,7 +57,7 @@ def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory):
     """The saved rows of one run for two GPUs, by target, layer and pass; and what it printed."""
-    needs("h200", "a100")
+    skip_without_compilers("h200", "a100")
     path = tmp_path_factory.mktemp("audit") / "audit.json"
     done = run(
         "--target", "h200", "--target", "a100", "--shape", "32,64,56,56", "--backend", "jnp", "--against", "equinox",
@@ -74,6 +68,7 @@ def audited(tmp_path_factory):
     return {(row.case.target, row.case.layer, row.case.pass_name): row for row in rows}, done.output
 
 
+@pytest.mark.compilers
 def test_equinox_reads_x_three_times_forward_and_eight_times_in_all(audited):
     for layer in ("equinox batch", "equinox ema"):
         forward, both = (audited[0]["h200", layer, name] for name in ("fwd", "fwd+bwd"))
@@ -81,6 +76,7 @@ def test_equinox_reads_x_three_times_forward_and_eight_times_in_all(audited):
         assert (both.reads, both.writes) == (8, 2), both.details
 
 
+@pytest.mark.compilers
 def test_the_jnp_backend_makes_the_passes_of_the_streaming_ideal(audited):
     for name in ("fwd", "fwd+bwd"):
         row = audited[0]["h200", "jnp", name]
@@ -88,11 +84,13 @@ def test_the_jnp_backend_makes_the_passes_of_the_streaming_ideal(audited):
         assert row.auto and row.copies == ()
 
 
+@pytest.mark.compilers
 def test_two_gpus_are_compiled_for_in_one_run(audited):
     assert {target for target, _, _ in audited[0]} == {"h200", "a100"}
     assert all(row.status == "compiled" for row in audited[0].values())
 
 
+@pytest.mark.compilers
 def test_kept_is_x_alone_with_the_hand_written_gradient_and_more_without(audited):
     nbytes = SETTING.nbytes
     assert audited[0]["h200", "jnp", "fwd"].kept_bytes is None
@@ -100,6 +98,7 @@ def test_kept_is_x_alone_with_the_hand_written_gradient_and_more_without(audited
     assert audited[0]["h200", "equinox batch", "fwd+bwd"].kept_bytes / nbytes > 2
 
 
+@pytest.mark.compilers
 def test_the_ideal_stands_beside_the_rows(audited):
     lines = [line.split() for line in audited[1].splitlines()]
     assert ["fwd", "ideal,", "streaming", "2R+1W"] in lines and ["fwd+bwd", "ideal,", "resident", "3R+2W"] in lines
@@ -173,9 +172,10 @@ def audit_with_kernels(target, *layers, **options):
     return {row.case.layer: row for row in audit(cases, command=(sys.executable, "-c", COPYING), **options)}
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_operands(target):
-    needs(target)
+    skip_without_compilers(target)
     found = audit_with_kernels(target, "telling", "silent", "refusing")
     telling, silent, refusing = (found[name] for name in ("telling", "silent", "refusing"))
     for row in (telling, silent):
@@ -199,16 +199,18 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
     assert cells["refusing"]["around"] == "not compiled"
 
 
+@pytest.mark.compilers
 def test_a_tpu_kernels_instructions_are_counted_when_asked_for():
-    needs("v5e")
+    skip_without_compilers("v5e")
     row = audit_with_kernels("v5e", "telling", instructions=True)["telling"]
     assert row.status == "compiled", row.reason
     # 64 x 128 float32 are 8 registers: at least that many loads, of which an instruction runs few.
     assert row.bundles > 8 and row.spill_bytes == 0
 
 
+@pytest.mark.compilers
 def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
-    needs("h200")
+    skip_without_compilers("h200")
     done = run(
         "--shape", "8,64,16,16", "--block", "conv-bn-relu-conv", "--layout", "nchw", "--layout", "nhwc", "--backend",
         "jnp", "--against", "none", "--json", tmp_path / "block.json",
@@ -226,10 +228,11 @@ def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
     assert "over no norm" in done.output and "in conv-bn-relu-conv" in done.output
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 @pytest.mark.parametrize("target", deviceless.COMPILABLE)
 def test_every_target_compiles_every_backend_that_takes_it(target):
-    needs(target)
+    skip_without_compilers(target)
     settings = [("shape", SETTING), ("shape", Setting((64, 256, 14, 14), "bfloat16", "nhwc", "relu", True))]
     layers = [name for name in audit_layers() if name != "reference"]
     for row in audit(cases_of([target], settings, layers, ["fwd", "bwd", "fwd+bwd"]), time_limit=300):

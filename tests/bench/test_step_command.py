@@ -29,6 +29,8 @@ from bn_fused.bench.step.networks import (
     refusal,
 )
 
+from support.compilers import skip_without_compilers
+
 SMALL = ("--batch", "4", "--image", "16", "--classes", "5", "--seconds", "0.01")
 
 
@@ -412,10 +414,10 @@ def test_the_passes_are_over_what_the_norms_take():
     assert audit.norm_bytes(setting(dtype="bfloat16")) == audit.norm_bytes(setting()) // 2
 
 
+@pytest.mark.compilers
 @pytest.mark.slow
 def test_the_step_compiles_for_an_h200_and_equinox_moves_more():
-    if deviceless.missing("h200"):
-        pytest.skip(deviceless.missing("h200"))
+    skip_without_compilers("h200")
     options = dict(backends=("jnp",), rivals=())
     asked = setting(model="resnet50", batch=32, image=64, dtype="bfloat16")
     rows = list(audit.audit("h200", asked, contenders(**options), options, time_limit=400))

@@ -16,6 +16,7 @@ import pytest
 from bn_fused.bench import deviceless, installing
 
 from support.child_process import answer
+from support.compilers import skip_without_compilers
 
 # NCHW and NHWC images: examples under vmap, channels first as the layer has it, and the function with channels last.
 # Few rows of many channels, which XLA sums in another way than many rows of few channels.
@@ -100,9 +101,7 @@ json.dump([counts, second], sys.stdout)
 @pytest.fixture(scope="module")
 def compiled():
     """What the process that compiles found: each case's traffic, forward and backward, and how it refused an A100."""
-    missing = deviceless.missing("h200")
-    if missing is not None:
-        pytest.skip(missing)
+    skip_without_compilers("h200")
     cases = [(layout, dtype, LAYOUTS[layout], OPTIONS[option]) for layout, dtype, option in CASES]
     return answer(["-c", COMPILE], cases, timeout=300)
 
@@ -113,24 +112,28 @@ def counted(compiled):
     return dict(zip(CASES, compiled[0], strict=True))
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_forward_reads_x_twice_and_writes_it_once(counted, case):
     forward = counted[case]["forward"]
     assert forward["reads"] <= 2 and forward["writes"] <= 1, forward["details"]
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_backward_reads_at_most_four_times_and_writes_once(counted, case):
     backward = counted[case]["backward"]
     assert backward["reads"] <= 4 and backward["writes"] <= 1, backward["details"]
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_nothing_of_the_size_of_x_is_copied_or_transposed(counted, case):
     assert counted[case]["forward"]["copies"] == []
     assert counted[case]["backward"]["copies"] == []
 
 
+@pytest.mark.compilers
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_the_counts_are_not_empty(counted, case):
     # No implementation reads x less than once in the forward, x and dy less than once in the backward.
@@ -138,6 +141,7 @@ def test_the_counts_are_not_empty(counted, case):
     assert counted[case]["backward"]["reads"] >= 2 and counted[case]["backward"]["writes"] >= 1
 
 
+@pytest.mark.compilers
 def test_a_second_gpu_is_refused_in_the_same_process(compiled):
     assert "compiles for h200" in compiled[1]
     assert "a100" in compiled[1]
