@@ -38,21 +38,6 @@ def small_network(monkeypatch):
     monkeypatch.setitem(resnet.ARCHITECTURES, "resnet18", resnet.Architecture((1, 1), bottleneck=False, width=4))
 
 
-@pytest.fixture
-def broken_backend():
-    """A backend that is jnp but for the gradient of x, which it doubles."""
-    operations = {name: getattr(kernels.backends.jnp, name) for name in kernels.contract.OPERATIONS}
-    backward = operations["backward"]
-
-    def doubled(**operands):
-        dx, *others = backward(**operands)
-        return (2 * dx, *others)
-
-    kernels.register(kernels.Backend("broken", operations | {"backward": doubled}))
-    yield "broken"
-    kernels.unregister("broken")
-
-
 def setting(**changes):
     """A small one."""
     return Setting(**(dict(model="resnet18", batch=4, image=16, dtype="float32", classes=5) | changes))
@@ -204,7 +189,9 @@ def test_a_backend_that_cannot_run_here_is_named_and_refused_if_it_was_asked_for
         (13, ["ok", "ok"], 2),
     ],
 )
-def test_an_interrupted_run_prints_and_saves_what_is_finished(calls, statuses, rounds, monkeypatch, tmp_path):
+def test_an_interrupted_run_prints_and_saves_what_is_finished(
+    calls, statuses, rounds, monkeypatch, interruptible, tmp_path
+):
     left = iter(range(calls))
 
     def call():
@@ -403,7 +390,9 @@ class FakeChild:
         pass
 
 
-def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(monkeypatch, tmp_path):
+def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(
+    monkeypatch, no_compiler_needed, tmp_path
+):
     monkeypatch.setattr(audit, "Child", FakeChild)
     monkeypatch.setattr(FakeChild, "started", 0)
     record = tmp_path / "rows.json"
