@@ -464,11 +464,6 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture
-def no_compiler_needed(monkeypatch):
-    monkeypatch.setattr(deviceless, "missing", lambda target: None)
-
-
 def test_a_compiler_that_aborts_or_hangs_costs_its_own_row_only(no_compiler_needed):
     cases = [case_for(layer=layer) for layer in ("one", "aborts", "two", "hangs", "three")]
     rows = list(audit(cases, time_limit=4, command=(sys.executable, "-c", UNSTABLE)))

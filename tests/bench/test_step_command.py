@@ -191,7 +191,9 @@ def test_a_backend_that_cannot_run_here_is_named_and_refused_if_it_was_asked_for
         (13, ["ok", "ok"], 2),
     ],
 )
-def test_an_interrupted_run_prints_and_saves_what_is_finished(calls, statuses, rounds, monkeypatch, tmp_path):
+def test_an_interrupted_run_prints_and_saves_what_is_finished(
+    calls, statuses, rounds, monkeypatch, interruptible, tmp_path
+):
     left = iter(range(calls))
 
     def call():
@@ -390,7 +392,9 @@ class FakeChild:
         pass
 
 
-def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(monkeypatch, tmp_path):
+def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(
+    monkeypatch, no_compiler_needed, tmp_path
+):
     monkeypatch.setattr(audit, "Child", FakeChild)
     monkeypatch.setattr(FakeChild, "started", 0)
     record = tmp_path / "rows.json"
