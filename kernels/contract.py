@@ -278,6 +278,6 @@ def moments_cotangents(dmean, dvar, doffset, dnorm_var, batch, times=scaled):
 
 
 def through_moments(dmean, dvar, delta, count):
-    """slope and level of dmean/count + (d - delta) * 2 * dvar/count as a function of d: what dx has by the moments."""
+    """slope and level of dmean/count + (d - delta) * 2 * dvar/count, the part of dx by way of the moments, in d."""
     slope = 2 * dvar / count
     return slope, dmean / count - delta * slope

@@ -127,38 +127,45 @@ def _gelu_inner(x):
     return 1.5957691216057308 * (x + 0.044715 * (x * x * x))
 
 
+# One return each, behind the branches: Triton compiles what follows a branch that has returned, assertions too.
+
+
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The functions of `activations.ACTIVATIONS`; NaN passes each of them."""
     if ACTIVATION == "relu":
-        return tl.where(x < 0, 0.0, x)
-    if ACTIVATION == "leaky_relu":
-        return tl.where(x < 0, SLOPE * x, x)
-    if ACTIVATION == "silu":
-        return x * _sigmoid(x)
-    if ACTIVATION == "gelu":
-        return x * _sigmoid(_gelu_inner(x))
-    tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not know")
-    return x
+        y = tl.where(x < 0, 0.0, x)
+    elif ACTIVATION == "leaky_relu":
+        y = tl.where(x < 0, SLOPE * x, x)
+    elif ACTIVATION == "silu":
+        y = x * _sigmoid(x)
+    elif ACTIVATION == "gelu":
+        y = x * _sigmoid(_gelu_inner(x))
+    else:
+        tl.static_assert(ACTIVATION == "none", "an activation that the kernels do not know")
+        y = x
+    return y
 
 
 @triton.jit
 def _derivative(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
     """The derivatives of `activations.ACTIVATIONS`."""
     if ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
-    if ACTIVATION == "leaky_relu":
-        return tl.where(x >= 0, 1.0, SLOPE)
-    if ACTIVATION == "silu":
+        slope = tl.where(x > 0, 1.0, 0.0)
+    elif ACTIVATION == "leaky_relu":
+        slope = tl.where(x >= 0, 1.0, SLOPE)
+    elif ACTIVATION == "silu":
         sigmoid = _sigmoid(x)
-        return sigmoid * (1 + x * _sigmoid(-x))
-    tl.static_assert(ACTIVATION == "gelu", "an activation that the kernels do not know")
-    inner = _gelu_inner(x)
-    sigmoid = _sigmoid(inner)
-    slope = sigmoid * _sigmoid(-inner)
-    # Where the sigmoid is saturated the second term is zero, also where x * inner' overflows.
-    second = x * slope * (1.5957691216057308 * (1 + 0.134145 * (x * x)))
-    return sigmoid + tl.where(slope == 0, 0.0, second)
+        slope = sigmoid * (1 + x * _sigmoid(-x))
+    else:
+        tl.static_assert(ACTIVATION == "gelu", "an activation that the kernels do not know")
+        inner = _gelu_inner(x)
+        sigmoid = _sigmoid(inner)
+        sigmoid_slope = sigmoid * _sigmoid(-inner)
+        # Where the sigmoid is saturated the second term is zero, also where x * inner' overflows.
+        second = x * sigmoid_slope * (1.5957691216057308 * (1 + 0.134145 * (x * x)))
+        slope = sigmoid + tl.where(sigmoid_slope == 0, 0.0, second)
+    return slope
 
 
 @triton.jit
