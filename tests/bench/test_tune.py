@@ -11,7 +11,7 @@ from bn_fused.bench import cli, tune
 from bn_fused.bench.commands import tune as command
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 from bn_fused.kernels.backends.jnp import Plan
-from bn_fused.kernels.backends.triton import operations, tuning
+from bn_fused.kernels.backends.triton import tuning
 from bn_fused.kernels.backends.triton.plan import Config, heuristic, make_plan, search_set
 from bn_fused.kernels.chips import CHIPS
 
@@ -122,7 +122,7 @@ def test_the_command_writes_a_file_that_is_used_and_adds_to_it(on_an_h200, tuned
     ]
     written = next(one for one in entries if one.key == (1, 4096, 512, "bfloat16"))
     problem, target = kernels.Problem(1, 4096, 512, "bfloat16"), kernels.Target("cuda", H200)
-    assert operations.plan(problem, target) == make_plan(1, 4096, 512, 2, H200, written.config)
+    assert tuning.plan(problem, target) == make_plan(1, 4096, 512, 2, H200, written.config)
     out = capsys.readouterr().out
     assert "mlp (4096,512) bfloat16" in out and f"written to {tuned}" in "".join(out.splitlines())
 

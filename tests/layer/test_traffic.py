@@ -5,8 +5,6 @@ The compiler runs in a process of its own, because a process compiles for one GP
 
 import pytest
 
-from bn_fused.bench import deviceless
-
 from support.child_process import answer
 from support.compilers import skip_without_compilers
 
