@@ -3,52 +3,24 @@
 What is compiled for a chip needs its compiler; those tests name what to install when they are skipped.
 """
 
-import dataclasses
 import json
 import os
 import sys
 import time
 
 import pytest
-from click.testing import CliRunner
 
-from bn_fused.bench import deviceless, installing, providers, workloads
-from bn_fused.bench.audit.blocks import Setting, make_program
-from bn_fused.bench.audit.compile import (
-    OPERATIONS,
-    audit,
-    cases_of,
-    count,
-    gpu_resources,
-    planned_passes,
-    tpu_resources,
-)
+from bn_fused.bench import deviceless, installing, providers
+from bn_fused.bench.audit.blocks import Setting
+from bn_fused.bench.audit.compile import audit, cases_of
 from bn_fused.bench.audit.report import columns
-from bn_fused.bench.audit.rows import Case, Passes, Row, ideal, load, to_json
-from bn_fused.bench.audit.summary import summary
+from bn_fused.bench.audit.rows import Passes, Row, ideal, load
 from bn_fused.bench.child import Child, ChildEnded
-from bn_fused.bench.commands.audit import choose_layers, command
+from bn_fused.bench.commands.audit import choose_layers
 
-from support import ROOT
-from support.compilers import skip_without_compilers
+from support.audited import SETTING, case_for, compiled_row, run
 
-SETTING = Setting((32, 64, 56, 56))
 SMALL = Setting((256, 128))
-
-
-def run(*arguments):
-    return CliRunner().invoke(command, [str(argument) for argument in arguments], prog_name="bn-bench audit")
-
-
-def compiled_row(case, **fields):
-    return Row(
-        case, "compiled", reads=2.0, writes=1.0, padded_reads=2.0, padded_writes=1.0, inside_reads=0.0,
-        inside_writes=0.0, padded_inside_reads=0.0, padded_inside_writes=0.0, launches=3, temporary_bytes=0, **fields,
-    )  # fmt: skip
-
-
-def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
-    return Case(target, "shape", setting, layer, pass_name)
 
 
 # ------------------------------------------------------------------------------------- compiled for chips
@@ -245,160 +217,6 @@ def audit_layers():
     return kernels.backend_names()
 
 
-# ------------------------------------------------------------------------------------- counting
-
-
-HLO = """HloModule m
-
-%subtract (p0: f32[64,128], p1: f32[128]) -> f32[64,128] {
-  %p0 = f32[64,128]{1,0} parameter(0)
-  %p1 = f32[128]{0} parameter(1)
-  %b = f32[64,128]{1,0} broadcast(%p1), dimensions={1}
-  ROOT %s = f32[64,128]{1,0} subtract(%p0, %b)
-}
-
-ENTRY %main (x: f32[64,128], m: f32[128]) -> f32[64,128] {
-  %x = f32[64,128]{1,0} parameter(0)
-  %m = f32[128]{0} parameter(1)
-  %d = f32[64,128]{1,0} fusion(%x, %m), kind=kLoop, calls=%subtract
-  %t = f32[128,64]{1,0} transpose(%d), dimensions={1,0}
-  %k = (f32[128,64]{1,0}, f32[64]{0}) custom-call(%t, %m), custom_call_target="TARGET", backend_config={CONFIG}
-  ROOT %y = f32[128,64]{1,0} get-tuple-element(%k), index=0
-}
-"""
-VMEM = '"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"524288"}]'
-
-
-@pytest.mark.parametrize("target", ["mosaic_gpu_v2", "tpu_custom_call", "triton_kernel_call"])
-def test_a_kernels_operands_are_taken_out_of_the_passes_around_it(target):
-    text = HLO.replace("TARGET", target).replace("CONFIG", VMEM)
-    counted = count(text, 64 * 128, 64 * 128 * 4, {"forward": Passes(1, 1)})
-    # subtract and transpose: one read and one write each.
-    assert (counted["reads"], counted["writes"]) == (2, 2)
-    assert (counted["operand_reads"], counted["operand_writes"]) == (1, 1)
-    assert (counted["inside_reads"], counted["inside_writes"]) == (1, 1)
-    assert (counted["kernels"], counted["launches"]) == (1, 3)
-    assert counted["copies"] == ["t"]
-    assert counted["on_chip_bytes"] == 524288
-
-
-def test_a_librarys_call_is_no_kernel_of_ours():
-    text = HLO.replace("TARGET", "__cudnn$convForward").replace("CONFIG", "")
-    counted = count(text, 64 * 128, 64 * 128 * 4, {"forward": Passes(5, 5)})
-    assert (counted["reads"], counted["writes"]) == (3, 3)
-    assert (counted["kernels"], counted["inside_reads"], counted["inside_writes"]) == (0, 0, 0)
-
-
-# The forward's operand comes from memory, in a layout that pads it to twice its size; what it returns stays on the chip.
-# The backward reads that, and an array that XLA has brought onto the chip.
-ON_CHIP = """HloModule m
-
-ENTRY %main (x: f32[64,64], dy: f32[64,64]) -> f32[64,64] {
-  %x = f32[64,64]{1,0:T(8,128)} parameter(0)
-  %dy = f32[64,64]{1,0:T(8,128)} parameter(1)
-  %near = f32[64,64]{1,0:T(8,128)S(1)} copy(%dy)
-  %bn_fused_forward.1 = f32[64,64]{1,0:T(8,128)S(1)} custom-call(%x), custom_call_target="tpu_custom_call"
-  ROOT %NAME = f32[64,64]{1,0:T(8,128)} custom-call(%bn_fused_forward.1, %near), custom_call_target="tpu_custom_call"
-}
-"""
-
-
-def test_what_a_kernel_finds_on_the_chip_or_leaves_there_is_no_pass_through_memory():
-    inside = {"forward": Passes(2, 1), "backward": Passes(4, 1)}
-    counted = count(ON_CHIP.replace("NAME", "bn_fused_backward.1"), 64 * 64, 64 * 64 * 4, inside)
-    assert (counted["reads"], counted["writes"], counted["padded_reads"]) == (1, 0, 2)
-    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
-    assert (counted["padded_inside_reads"], counted["padded_inside_writes"]) == (4, 2)
-    row = Row(case_for(), "compiled", **counted)
-    assert row.total == (6, 2)
-    # where a kernel does not say what it computes, all of them share alike: a third of the operands is in memory
-    counted = count(ON_CHIP.replace("NAME", "somebody"), 64 * 64, 64 * 64 * 4, inside)
-    assert (counted["inside_reads"], counted["inside_writes"]) == (2, 1)
-
-
-def test_a_kernel_whose_plan_does_not_tell_is_opaque():
-    text = HLO.replace("TARGET", "mosaic_gpu_v2").replace("CONFIG", "")
-    assert "inside_reads" not in count(text, 64 * 128, 64 * 128 * 4, None)
-
-
-def test_a_plan_tells_its_passes_by_a_method_or_a_mapping():
-    class Method:
-        def passes(self, operation):
-            return {"forward": (1, 1), "backward": (2, 1)}[operation]
-
-    class Half:
-        passes = {"forward": (2, 1)}
-
-    both = {"forward": (1, 1), "backward": (2, 1)}
-    assert planned_passes(Method(), OPERATIONS["fwd+bwd"]) == both
-    assert planned_passes(Half(), OPERATIONS["fwd"]) == {"forward": (2, 1)}
-    assert planned_passes(Half(), OPERATIONS["fwd+bwd"]) is None
-    assert planned_passes(object(), OPERATIONS["fwd"]) is None
-
-
-@pytest.mark.parametrize(
-    ("options", "streaming", "resident"),
-    [
-        # Forward: statistics, then normalise. Backward: sums over (x, dy), then dx from them.
-        ({}, {"fwd": (2, 1), "bwd": (4, 1), "fwd+bwd": (6, 2)}, {"fwd": (1, 1), "bwd": (2, 1), "fwd+bwd": (3, 2)}),
-        ({"activation": "relu"}, {"fwd": (2, 1), "bwd": (4, 1)}, {"fwd": (1, 1), "bwd": (2, 1)}),
-        # Added before nothing: its gradient is dy.
-        ({"residual": True}, {"fwd": (3, 1), "bwd": (4, 1)}, {"fwd": (2, 1), "bwd": (2, 1)}),
-        (
-            {"residual": True, "activation": "relu"},
-            {"fwd": (3, 1), "bwd": (6, 2), "fwd+bwd": (9, 3)},
-            {"fwd": (2, 1), "bwd": (3, 2), "fwd+bwd": (5, 3)},
-        ),
-    ],
-)
-def test_the_ideal_counts_every_array_that_has_to_move(options, streaming, resident):
-    setting = Setting((8, 4, 3, 3), **options)
-    for name, figures in streaming.items():
-        assert ideal(setting, name) == {"streaming": figures, "resident": resident[name]}
-
-
-def test_registers_spills_and_shared_memory_are_the_largest_of_the_kernels(tmp_path):
-    for name, registers, spills, shared in (("a", 29, 0, 65536), ("b", 255, 48, 1024)):
-        (tmp_path / f"{name}.ptxas").write_text(
-            f"    0 bytes stack frame, {spills} bytes spill stores, {spills} bytes spill loads\n"
-            f"ptxas info    : Used {registers} registers, used 2 barriers, 1 bytes smem\n"
-        )
-        (tmp_path / f"{name}.mlir-passes.log").write_text(
-            "gpu.launch blocks(%a) in (%b = %c8) threads(%d) in (%e = %c128) "
-            f"dynamic_shared_memory_size %c{shared}_i32 {{\n"
-        )
-    assert gpu_resources(tmp_path) == {"registers": 255, "spill_bytes": 48, "on_chip_bytes": 65536}
-    table = "MXU, VSTORE, VSTORE:SPILL, SALU\n    4     1     1     2\n== UTILIZATION:\n"
-    for name, lines in (("k.1", "0 1 0 0\n0 0 1 1\n1 0 1 2\n"), ("other", "0 0 9 9\n" * 9)):
-        (tmp_path / f"17-{name}-70-final_hlo-static-per-bundle-utilization.txt").write_text(table + lines)
-    assert tpu_resources(tmp_path, ["k.1", "k.2"]) == {"bundles": 3, "spill_bytes": 2 * 4096}
-    assert tpu_resources(tmp_path, []) == {}
-    (empty := tmp_path / "empty").mkdir()
-    assert gpu_resources(empty) == {}
-
-
-@pytest.mark.parametrize("layout", workloads.LAYOUTS)
-@pytest.mark.parametrize("layer", ["jnp", "equinox batch", "equinox ema", "no norm"])
-def test_every_program_takes_and_gives_arrays_of_the_settings_shape(layer, layout):
-    import jax
-
-    for block in (None, "conv-bn-relu-conv"):
-        setting = Setting((4, 6, 5, 3), layout=layout, activation="relu", residual=True, block=block)
-        outputs = {}
-        for name in workloads.PASSES:
-            function, specs, kept_bytes = make_program(setting, layer, name)
-            outputs[name] = jax.eval_shape(function, *specs)
-            assert (kept_bytes is None) == (name == "fwd")
-        y, _ = outputs["fwd"]
-        dparameters, dx, dresidual = outputs["bwd"]
-        assert y.shape == dx.shape == dresidual.shape == setting.array_shape
-        assert jax.tree.map(lambda leaf: leaf.shape, outputs["fwd+bwd"][2]) == jax.tree.map(
-            lambda leaf: leaf.shape, outputs["bwd"]
-        )
-        # weight and bias, and inside a block both maps' weights
-        assert len(jax.tree.leaves(dparameters)) == (2 if block is None else 4)
-
-
 # ------------------------------------------------------------------------------------- processes
 
 
@@ -415,6 +233,8 @@ def alive(pid):
 HANGS = """
 import subprocess, sys, time
 from bn_fused.bench.child import answer_requests
+
+from support.compilers import skip_without_compilers
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 answer_requests(lambda request: time.sleep(600) if request == "hang" else grandchild.pid)
 """
@@ -435,9 +255,9 @@ def test_a_process_that_hangs_is_ended_with_its_children():
 
 def test_how_a_process_ended_is_said_in_a_line():
     script = "import os, sys; sys.stdin.readline(); print('LLVM ERROR: no', file=sys.stderr, flush=True); os.abort()"
-    with Child((sys.executable, "-c", script), os.environ) as child:
-        with pytest.raises(ChildEnded, match="the process was ended by SIGABRT: LLVM ERROR: no"):
-            child.ask("anything", 60)
+    said = pytest.raises(ChildEnded, match="the process was ended by SIGABRT: LLVM ERROR: no")
+    with Child((sys.executable, "-c", script), os.environ) as child, said:
+        child.ask("anything", 60)
 
 
 def test_what_a_compiler_prints_does_not_get_between_the_answers():
@@ -597,13 +417,6 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
     assert any("| fwd | jnp | 2R+1W | 3 | 1 | 0.00 |" in line for line in table)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"audit_schema_version": 99, "rows": []}'])
-def test_another_versions_file_is_refused_in_a_line(text):
-    with pytest.raises(ValueError, match="not JSON|reads version 1") as refused:
-        load(text)
-    assert "\n" not in str(refused.value)
-
-
 def test_a_rival_that_is_not_installed_is_named_with_its_command(no_compiler_needed, monkeypatch):
     monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     (row,) = audit([case_for(layer="flax")], command=(sys.executable, "-c", UNSTABLE))
@@ -624,101 +437,7 @@ def test_an_interruption_ends_the_compiling_process(no_compiler_needed):
     assert not alive(process)
 
 
-# ------------------------------------------------------------------------------------- saved audits, summed up
-
-
-def with_total(case, reads, writes=1.0):
-    return dataclasses.replace(compiled_row(case), reads=reads, padded_reads=reads, writes=writes, padded_writes=writes)
-
-
-def line_of(text, setting, layer):
-    """The cells of a layer's line in the first table that has the setting."""
-    lines = text.splitlines()
-    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {setting} "))
-    line = next(line for line in lines[start:] if line.split("|")[2].strip() == layer)
-    return [cell.strip() for cell in line.strip("|").split("|")][2:]
-
-
-def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
-    block = dataclasses.replace(SETTING, block="conv-bn-relu-conv")
-    rows = [
-        with_total(case_for("v4", "jnp"), 2.0), with_total(case_for("v4", "equinox batch"), 4.0),
-        with_total(case_for("v5e", "jnp"), 4.0), with_total(case_for("v5e", "equinox batch"), 4.03),
-        with_total(case_for("v5e", "no norm", setting=block), 0.5), with_total(case_for("v5e", "jnp", setting=block), 1.0),
-        with_total(case_for("v5e", "equinox batch", setting=block), 2.0),
-        Row(case_for("v4", "pallas_tpu"), "failed", "it hung"),
-    ]  # fmt: skip
-    text = summary("Chips", rows, [{"command": "bn-bench audit", "versions": {"jax": "1.2"}}])
-    alone, inside = "alone (32,64,56,56) nchw float32", "conv-bn-relu-conv (32,64,56,56) nchw float32"
-    assert line_of(text, alone, "jnp") == ["**3**", "**5**"]
-    # within 2 % of the fewest
-    assert line_of(text, alone, "equinox batch") == ["5", "**5.03**"]
-    assert line_of(text, alone, "pallas_tpu") == ["failed", ""]
-    # what a block moves without a norm is no layer's
-    assert line_of(text, inside, "no norm") == ["", "1.5"] and line_of(text, inside, "jnp") == ["", "**2**"]
-    assert (
-        "- alone: of 2 programs the fewest passes are those of jnp in 2 (1 of them alone), equinox batch in 1" in text
-    )
-    assert "not compiled: v4, pallas_tpu: it hung" in text and "jax 1.2" in text and "# Chips" in text
-
-
-def test_saved_audits_are_read_and_summed_up_without_compiling(tmp_path, monkeypatch):
-    monkeypatch.setattr("bn_fused.bench.commands.audit.audit", lambda *_, **__: pytest.fail("it compiled"))
-    paths = []
-    for target in ("v4", "v5e"):
-        rows = [with_total(case_for(target, layer), 2.0) for layer in ("jnp", "equinox batch")]
-        paths.append(tmp_path / f"{target}.json")
-        text = to_json(rows, command=f"bn-bench audit --target {target}", versions={"jax": "1"}, interrupted=False)
-        paths[-1].write_text(text)
-    sources = [argument for path in paths for argument in ("--from", path)]
-    done = run(*sources, "--summary", tmp_path / "all.md", "--json", tmp_path / "all.json", "--title", "Both")
-    assert done.exit_code == 0, done.output
-    assert "v4: shape" in done.output and "v5e: shape" in done.output
-    text = (tmp_path / "all.md").read_text()
-    assert text.startswith("# Both\n") and "--target v4" in text and "--target v5e" in text
-    assert len(load((tmp_path / "all.json").read_text())) == 4
-    (tmp_path / "other.json").write_text("{}")
-    for path, said in ((tmp_path / "other.json", "audit_schema_version"), (tmp_path / "none.json", "No such file")):
-        done = run("--from", path)
-        assert done.exit_code == 2 and said in done.output.splitlines()[-1] and str(path) in done.output
-
-
-@pytest.mark.parametrize(("chips", "title"), [("tpu", "a TPU"), ("gpu", "an NVIDIA GPU")])
-def test_the_document_of_the_chips_is_that_of_the_recorded_audits(chips, title, tmp_path):
-    recorded = sorted((ROOT / "bench" / "results" / "audit" / chips).glob("*.json"))
-    assert recorded
-    sources = [argument for path in recorded for argument in ("--from", path)]
-    done = run(*sources, "--summary", tmp_path / "made.md", "--title", f"What each layer moves on {title}")
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "made.md").read_text() == (ROOT / "docs" / f"{chips}-audit.md").read_text()
-
-
 def test_one_form_of_a_rival_can_be_asked_for():
     assert choose_layers(("jnp",), ("equinox batch",)) == ["jnp", "equinox batch"]
     assert choose_layers(("jnp",), ("equinox",)) == ["jnp", "equinox batch", "equinox ema"]
     assert choose_layers(("jnp",), ("none",)) == ["jnp"]
-
-
-def test_what_chooses_programs_does_not_go_with_saved_rows(tmp_path):
-    row = compiled_row(case_for())
-    saved = tmp_path / "audit.json"
-    saved.write_text(to_json([row], command="bn-bench audit", versions={}, interrupted=False))
-    assert run("--from", str(saved)).exit_code == 0
-    for option in (("--target", "v5e"), ("--shape", "9,9"), ("--backend", "jnp")):
-        done = run("--from", str(saved), *option)
-        assert done.exit_code == 2 and f"{option[0]} does not go with it" in done.output
-
-
-def test_over_no_norm_is_the_difference_of_what_is_in_all():
-    setting = Setting((4, 64), block="mlp")
-    fields = {"padded_reads": 3.0, "padded_writes": 2.0, "padded_inside_reads": 4.0, "padded_inside_writes": 2.0}
-    base = dataclasses.replace(compiled_row(case_for(layer="no norm")), padded_reads=1.0, padded_writes=1.0)
-    ours = dataclasses.replace(compiled_row(case_for()), kernels=1, **fields)
-    rows = [dataclasses.replace(row, case=dataclasses.replace(row.case, setting=setting)) for row in (base, ours)]
-    headings, lines = columns(rows)
-    found = dict(zip(headings, lines[-1], strict=True))
-    assert (found["in all"], found["over no norm"], found["launches"]) == ("7R+4W", "6R+3W", "3 (1 ours)")
-
-
-def test_fewer_passes_than_without_the_norm_are_a_plain_minus():
-    assert str(Passes(-0.5, -1)) == "-0.5R-1W"

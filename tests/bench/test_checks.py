@@ -2,9 +2,6 @@
 
 import dataclasses
 import importlib.util
-import os
-import platform
-import subprocess
 import sys
 from unittest import mock
 
@@ -12,10 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-import bn_fused
 from bn_fused import kernels
 from bn_fused.approaches import APPROACHES
-from bn_fused.bench import allocator, check, oracle, timing
+from bn_fused.bench import check, oracle, timing
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run import cases, suite
 from bn_fused.bench.run.jax_case import collective_bytes
@@ -102,6 +98,11 @@ def test_a_check_that_compared_nothing_is_not_ok():
     assert not check.Check(()).ok
 
 
+def test_a_failed_check_is_worth_infinitely_more_than_its_limit():
+    errors = (check.Error("y", float("nan"), 1.0), check.Error("dx", 0.5, 1.0))
+    assert not check.Check(errors).ok and np.isnan(check.Check(errors).worst())
+
+
 # Timing
 
 
@@ -178,6 +179,13 @@ def test_a_layout_says_where_the_channels_are_in_memory():
     assert (images.array_shape, images.channel_axis) == ((2, 3, 5, 7), 1)
     last = dataclasses.replace(images, layout="nhwc")
     assert (last.array_shape, last.channel_axis, last.channels) == ((2, 5, 7, 3), 3, 3)
+
+
+def test_the_workload_table_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        WORKLOADS["mlp"].name = "other"
+    with pytest.raises(TypeError):
+        WORKLOADS["new"] = WORKLOADS["mlp"]
 
 
 # What is timed is what was checked
@@ -311,6 +319,19 @@ def test_an_activation_that_torch_is_not_timed_with_is_refused_by_name(monkeypat
         module.torch_case(inputs, ("fwd",))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_copy_reads_and_writes_what_it_says_and_nothing_else(dtype):
+    workload = Workload("copied", (8, 4, 5, 3), dtype)
+    inputs = cases.make_inputs(workload, sets=2)
+    timed = cases.copy_program(inputs)
+    made = timed.start()
+    assert timed.calls == 2 and len(made) == 2
+    for (copy,), (x, _, _) in zip(made, inputs.sets, strict=True):
+        assert copy.dtype == x.dtype and copy.shape == x.shape
+        bits = [np.asarray(array).view(f"u{array.dtype.itemsize}") for array in (copy, x)]
+        assert (bits[0] == bits[1] ^ 1).all()
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_oracles_activations_are_jaxs(name):
     z = np.linspace(-4, 4, 81)
@@ -322,66 +343,3 @@ def test_the_oracles_activations_are_jaxs(name):
     away = z != 0
     np.testing.assert_allclose(y, want, atol=1e-14)
     np.testing.assert_allclose(derivative[away], np.asarray(slope)[away], atol=1e-13)
-
-
-# The console entry
-
-
-def console_entry(program, **environment):
-    """Run a program in a process of its own that is no test runner, without the allocator's settings."""
-    unset = ("PYTEST_CURRENT_TEST", *allocator.ALLOCATOR)
-    environment = {name: value for name, value in os.environ.items() if name not in unset} | environment
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
-def test_without_the_extra_it_says_in_one_line_what_to_install():
-    done = console_entry("import sys; sys.modules['click'] = None; from bn_fused.bench.__main__ import main; main()")
-    assert done.returncode == 2
-    assert done.stderr == 'bn-bench needs click: pip install "bn_fused[bench]"\n'
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator's settings are glibc's")
-def test_the_console_entry_restarts_once_with_the_allocators_settings():
-    program = (
-        "import os; from bn_fused.bench.allocator import ALLOCATOR, keep_freed_memory\n"
-        "print({name: os.environ.get(name) for name in ALLOCATOR}, flush=True)\n"
-        "keep_freed_memory(); print('ran')"
-    )
-    unset = dict.fromkeys(allocator.ALLOCATOR)
-    assert console_entry(program).stdout.splitlines() == [str(unset), str(allocator.ALLOCATOR), "ran"]
-    # what the user has set stays
-    given = allocator.ALLOCATOR | {"MALLOC_TRIM_THRESHOLD_": "1234567"}
-    assert console_entry(program, MALLOC_TRIM_THRESHOLD_="1234567").stdout.splitlines()[1] == str(given)
-
-
-def test_neither_import_nor_a_test_runner_restarts_the_process(monkeypatch):
-    monkeypatch.setattr(os, "execv", lambda *arguments: pytest.fail("the process would have been replaced"))
-    for name in allocator.ALLOCATOR:
-        monkeypatch.delenv(name, raising=False)
-    allocator.keep_freed_memory()
-    assert not set(allocator.ALLOCATOR) & set(os.environ)
-
-
-def test_the_module_runs_as_the_console_script_does():
-    done = subprocess.run(
-        [sys.executable, "-m", "bn_fused.bench", "--version"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, f"{bn_fused.__version__}\n")
-
-
-def test_the_workload_table_is_frozen():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        WORKLOADS["mlp"].name = "other"
-    with pytest.raises(TypeError):
-        WORKLOADS["new"] = WORKLOADS["mlp"]

@@ -1,35 +1,27 @@
-"""`bn-bench run`, `compare`, `report` and `doctor`: what they print, save and draw, and the status they exit with."""
+"""`bn-bench run`, `compare` and `report`: what they print, save and draw, and the status they exit with."""
 
 import csv
 import json
-import os
 import re
 import shlex
 import subprocess
-import sys
-import types
 
 import jax
-import numpy as np
 import pytest
 
 import bn_fused
 from bn_fused import kernels
 from bn_fused.approaches import APPROACHES
-from bn_fused.bench import __main__ as entry, check, cli, doctor, installing
+from bn_fused.bench import cli, doctor
 from bn_fused.bench.commands import common, run as run_command
-from bn_fused.bench.run import cases, performance, records, report, suite
+from bn_fused.bench.run import performance, records, report, suite
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 
 from support import ROOT
 
+pytestmark = pytest.mark.usefixtures("narrow_terminal")
+
 SMALL = ("run", "--shape", "8,4,5,3", "--seconds", "0.01")
-
-
-@pytest.fixture(autouse=True)
-def terminal(monkeypatch):
-    """Narrow, to see that nothing is cut off."""
-    monkeypatch.setenv("COLUMNS", "60")
 
 
 def bn_bench(*arguments):
@@ -165,6 +157,12 @@ def test_input_it_cannot_use_is_answered_in_one_line_with_status_2(arguments, na
     assert err.startswith("bn-bench: ") and err.count("\n") == 1 and named in err
 
 
+def test_two_options_with_one_file_are_refused_before_anything_runs(tmp_path, capsys):
+    path = str(tmp_path / "both.json")
+    assert bn_bench(*SMALL, "--json", path, "--csv", path) == 2
+    assert "is the file of several options" in capsys.readouterr().err and not (tmp_path / "both.json").exists()
+
+
 def test_without_a_device_it_says_so_in_one_line_with_status_2(monkeypatch, capsys):
     def devices():
         raise RuntimeError("no such platform\nand a long story")
@@ -273,6 +271,15 @@ def test_the_recorded_runs_are_read_and_compared(capsys):
     assert recorded
     for path in recorded:
         assert bn_bench("compare", str(path), str(path)) == 0, capsys.readouterr().err
+
+
+def test_few_rounds_and_small_arrays_are_said(saved):
+    rows = records.load(saved).rows
+    first, few, small = report.timing_lines(rows, cold=False)
+    assert "warm caches; 5 rounds" in first and "--seconds" in few and "small" in small
+    enough = [row.model_copy(update={"rounds": report.FEW_ROUNDS, "shape": (64, 256, 1)}) for row in rows]
+    (only,) = report.timing_lines(enough, cold=True)
+    assert "cold caches" in only
 
 
 def test_an_interrupted_run_keeps_the_finished_rows_in_the_files_too(monkeypatch, capsys, tmp_path):
@@ -482,106 +489,7 @@ def test_the_readmes_performance_section_is_that_of_the_recorded_runs(capsys):
     assert bn_bench("report", *arguments, "--check") == 0, capsys.readouterr().err
 
 
-# doctor
-
-
-def test_the_doctor_names_devices_backends_rivals_and_compilers(capsys):
-    assert bn_bench("doctor") == 0
-    out = capsys.readouterr().out
-    assert f"{len(jax.devices())} x {jax.default_backend()}" in out and jax.__version__ in out
-    assert all(name in out for name in (*kernels.backend_names(), "flax", "torch", "cuda", "tpu"))
-    assert "FAILED" not in out
-
-
-def test_the_doctor_speaks_of_tuning_files_where_there_is_a_gpu_or_somebody_names_one(monkeypatch, tmp_path):
-    here = jax.devices()[0]
-    monkeypatch.delenv("BN_FUSED_TUNING", raising=False)
-    assert bool(doctor.tuning()) == (here.platform == "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="Some GPU")])
-    assert doctor.tuning() == ["no file for Some GPU: plans are made by rule"]
-    monkeypatch.setattr(jax, "devices", lambda: [here])
-    monkeypatch.setenv("BN_FUSED_TUNING", str(tmp_path / "mine.json"))
-    (line,) = doctor.tuning()
-    assert (
-        line
-        == f"{tmp_path / 'mine.json'} (by BN_FUSED_TUNING) is ignored: it cannot be read (No such file or directory)"
-    )
-
-
-def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_backend, capsys):
-    assert bn_bench("doctor") == 1
-    assert "FAILED: broken, batch: dx is off by" in capsys.readouterr().out
-
-
-def test_the_doctor_says_why_a_backend_cannot_run(broken_backend, capsys):
-    operations = kernels.backends.jnp.BACKEND.operations
-    kernels.unregister(broken_backend)
-    kernels.register(kernels.Backend(broken_backend, operations, refusal=lambda problem, target: "it needs a chip"))
-    assert bn_bench("doctor") == 0
-    assert "broken does not: backend 'broken' cannot run on cpu: it needs a chip" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    assert broken_backend not in {backend for backend, *_ in doctor.check_backends()}
-
-
-def test_a_failed_check_is_worth_infinitely_more_than_its_limit():
-    errors = (check.Error("y", float("nan"), 1.0), check.Error("dx", 0.5, 1.0))
-    assert not check.Check(errors).ok and np.isnan(check.Check(errors).worst())
-
-
-def test_two_options_with_one_file_are_refused_before_anything_runs(tmp_path, capsys):
-    path = str(tmp_path / "both.json")
-    assert bn_bench(*SMALL, "--json", path, "--csv", path) == 2
-    assert "is the file of several options" in capsys.readouterr().err and not (tmp_path / "both.json").exists()
-
-
-def test_few_rounds_and_small_arrays_are_said(saved):
-    rows = records.load(saved).rows
-    first, few, small = report.timing_lines(rows, cold=False)
-    assert "warm caches; 5 rounds" in first and "--seconds" in few and "small" in small
-    enough = [row.model_copy(update={"rounds": report.FEW_ROUNDS, "shape": (64, 256, 1)}) for row in rows]
-    (only,) = report.timing_lines(enough, cold=True)
-    assert "cold caches" in only
-
-
-def test_the_hints_name_the_python_that_runs(monkeypatch, tmp_path):
-    assert subprocess.run([*shlex.split(installing.python()), "-c", ""], timeout=60).returncode == 0
-    for name in ("python", "elsewhere"):
-        (tmp_path / name).write_text("#!/bin/sh\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(installing.sys, "executable", str(tmp_path / "python"))
-    assert installing.pip_install("flax") == "python -m pip install flax"
-    monkeypatch.setattr(installing.sys, "executable", str(tmp_path / "elsewhere"))
-    assert installing.python() == str(tmp_path / "elsewhere")
-    monkeypatch.chdir(tmp_path.parent)
-    assert installing.python() == f"{tmp_path.name}/elsewhere"
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_copy_reads_and_writes_what_it_says_and_nothing_else(dtype):
-    workload = Workload("copied", (8, 4, 5, 3), dtype)
-    inputs = cases.make_inputs(workload, sets=2)
-    timed = cases.copy_program(inputs)
-    made = timed.start()
-    assert timed.calls == 2 and len(made) == 2
-    for (copy,), (x, _, _) in zip(made, inputs.sets, strict=True):
-        assert copy.dtype == x.dtype and copy.shape == x.shape
-        bits = [np.asarray(array).view(f"u{array.dtype.itemsize}") for array in (copy, x)]
-        assert (bits[0] == bits[1] ^ 1).all()
-
-
-def test_without_a_driver_jax_is_told_to_use_the_cpu(monkeypatch):
-    found = {"jax_plugins", "jax_plugins.xla_cuda13"}
-    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda name: name if name in found else None)
-    monkeypatch.setattr(entry.sys, "platform", "linux")
-    monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
-    assert entry.without_a_driver()
-    monkeypatch.setattr(entry.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
-    assert not entry.without_a_driver()
-    monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
-    found.clear()
-    assert not entry.without_a_driver()
+# bench/measure_gpu.sh
 
 
 def test_the_script_that_measures_a_gpu_asks_for_runs_that_there_are(tmp_path, capsys):
@@ -594,13 +502,3 @@ def test_the_script_that_measures_a_gpu_asks_for_runs_that_there_are(tmp_path, c
     for line in runs:
         line = line.replace("$rivals", rivals).replace("$out", str(tmp_path))
         assert bn_bench(*shlex.split(line), "--dry-run") == 0, capsys.readouterr().err
-
-
-def test_a_compiler_without_its_driver_is_no_traceback_at_the_start():
-    if not entry.without_a_driver():
-        pytest.skip("there is a driver here, or no compiler for a GPU or TPU")
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    command = [sys.executable, "-m", "bn_fused.bench", "run", "--shape", "8,4", "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0 and done.stdout.startswith("on 1 of ") and "x cpu" in done.stdout
-    assert done.stderr == "bn-bench: there is no driver of a GPU or TPU here; JAX is told to use the CPU\n"
