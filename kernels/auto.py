@@ -15,7 +15,11 @@ FUSED_BY_XLA = Verdict(
 )
 NARROW = Verdict(False, "with fewer than 128 channels XLA copies and pads x around its kernels")
 VERDICTS = MappingProxyType(
-    {("pallas_gpu", name): UNMEASURED for name in ("h100", "h200", "b200")}
+    {
+        ("pallas_gpu", name): UNMEASURED
+        for name, chip in CHIPS.items()
+        if getattr(chip, "compute_capability", (0,)) >= (9,)
+    }
     | {("triton", name): UNMEASURED for name, chip in CHIPS.items() if chip.platform in ("cuda", "rocm")}
     | {("pallas_tpu", name): FUSED_BY_XLA for name, chip in CHIPS.items() if chip.platform == "tpu"}
 )
