@@ -1,4 +1,4 @@
-"""The tiles of the backend `pallas_gpu`, in plain Python: what is covered, what is merged, what is refused."""
+"""The plans of the backend `pallas_gpu`, in plain Python: what is covered, what is merged, what is refused."""
 
 import itertools
 import math
@@ -12,7 +12,8 @@ import pytest
 import bn_fused
 from bn_fused import kernels
 from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
-from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, WARPGROUP, Plan, fold_of, make_plan, splits_of, tiling
+from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, Plan, make_plan, splits_of, tiling
+from bn_fused.kernels.backends.pallas_gpu.tiles import WARPGROUP, fold_of
 from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.registry import choose
 from bn_fused.kernels.target import BackendError, Problem, Target
@@ -21,42 +22,6 @@ from support.pallas_gpu_tiles import SHAPES, merged_by_hand
 from support.tolerances import assert_close
 
 H200, B200 = Target("cuda", CHIPS["h200"]), Target("cuda", CHIPS["b200"])
-
-
-def small_tilings():
-    """Every way to cut a few rows, with tiles as small as the shared memory that is given to them."""
-    for rows, splits, warpgroups, most_rows in itertools.product(range(1, 34), (1, 2, 3, 5), (1, 2, 4), (1, 2, 4, 8)):
-        if splits * warpgroups <= rows:
-            plan = Plan(1, 128, splits, warpgroups, 2, ring_bytes=warpgroups * 2 * most_rows * 128 * 4)
-            yield tiling(plan, 1, rows, 128, 4, inputs=1)
-
-
-def test_every_row_is_worked_on_exactly_once():
-    for t in small_tilings():
-        seen = []
-        for worker in range(t.workers):
-            for index in range(t.tiles(worker)):
-                first, skipped = t.tile(worker, index)
-                assert first >= 0 and first + t.tile_rows <= t.rows and 0 <= skipped < t.tile_rows, t
-                seen += range(first + skipped, first + t.tile_rows)
-        assert seen == list(range(t.rows)), t
-
-
-def test_a_worker_reads_no_rows_but_its_own():
-    for t in small_tilings():
-        for worker in range(t.workers):
-            start, rows = t.worker_range(worker)
-            assert rows >= t.tile_rows
-            for index in range(t.tiles(worker)):
-                first, _ = t.tile(worker, index)
-                assert start <= first and first + t.tile_rows <= start + rows
-
-
-def test_the_rows_of_a_split_are_those_of_its_warpgroups():
-    for t in small_tilings():
-        for split in range(t.splits):
-            workers = range(split * t.warpgroups, (split + 1) * t.warpgroups)
-            assert t.split_rows(split) == sum(t.worker_range(worker)[1] for worker in workers)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -105,20 +70,6 @@ def test_large_arrays_keep_the_whole_chip_busy(chip):
             assert t.grid >= 0.85 * waves * chip.cores, (rows, channels, plan)
             in_flight = inputs * t.warpgroups * t.stages * t.tile_rows * t.columns * itemsize
             assert in_flight >= 96 * 1024, (rows, channels, plan)
-
-
-def test_a_merge_meets_every_copy_of_its_channels_once():
-    for channels, fold in ((8, 16), (24, 16), (65, 3), (96, 4), (136, 2), (1, 200)):
-        plan = Plan(fold, 128, 1, 1, 2, ring_bytes=2 * 4 * 128 * 4)
-        t = tiling(plan, 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
-        for block in range(t.merge_blocks if t else 0):
-            start = t.merge_start(block)
-            # What the stream's kernel has written: the row, and the first block's columns once more.
-            padded = np.arange(t.padded_width) % t.width
-            windows = [padded[t.copy_start(start, copy) :][:WARPGROUP] for copy in range(fold)]
-            for lane, column in enumerate(range(start, start + WARPGROUP)):
-                met = sorted(window[lane] for window in windows)
-                assert met == list(range(column % channels, t.width, channels))
 
 
 def test_folded_rows_are_read_with_hardly_any_overlap():

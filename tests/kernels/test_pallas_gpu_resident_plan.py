@@ -1,4 +1,4 @@
-"""The resident kernels of the backend `pallas_gpu`, in plain Python: what is covered, who waits for whom, what is refused."""
+"""The resident plans of the backend `pallas_gpu`: what is covered, who waits for whom, what is refused."""
 
 import dataclasses
 import itertools
@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 
 import bn_fused
-from bn_fused.kernels.backends.pallas_gpu.plan import (
+from bn_fused.kernels.backends.pallas_gpu.plan import make_plan
+from bn_fused.kernels.backends.pallas_gpu.resident_plan import (
     LARGEST_CLUSTER,
-    MOMENTS,
     MOST_TILES,
-    SUMS,
     Resident,
     kept_bytes,
-    make_plan,
     make_resident,
     not_co_resident,
     resident_tiling,
     tiles_of,
 )
+from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS, SUMS
 from bn_fused.kernels.chips import CHIPS, chip_of
 from bn_fused.kernels.registry import check_plan, choose
 from bn_fused.kernels.target import BackendError, Problem, Target
@@ -37,24 +36,26 @@ def planned(chip, itemsize, shapes=SHAPES):
     for (groups, rows, channels), (inputs, sums) in itertools.product(shapes, KINDS):
         resident = make_resident(groups, rows, channels, itemsize, chip, inputs, sums)
         if resident is not None:
-            t = resident_tiling(resident, groups, rows, channels, itemsize, inputs, sums)
+            t = resident_tiling(resident, groups, rows, channels, itemsize, inputs)
             yield (groups, rows, channels, inputs, sums), resident, t
 
 
 def work_of(t):
     """What each block of threads does in each turn: {(slot, member): [(unit, group, block, split), ...]}."""
-    return {
-        (slot, member): [t.place(slot, member, turn) for turn in range(t.turns(slot))]
-        for slot in range(t.at_once)
-        for member in range(t.members)
-    }
+    work = {}
+    for index in range(t.grid):
+        slot, member = t.slot(index)
+        split, within = t.member(member)
+        units = [t.unit(slot, turn) for turn in range(t.turns(slot))]
+        work[slot, member] = [(unit, *t.unit_place(unit, within), split) for unit in units]
+    return work
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("chip", ["h100", "h200", "b200"])
 def test_every_plan_fits_the_chip_and_its_blocks_are_on_it_together(chip, itemsize):
     chip, found = CHIPS[chip], 0
-    for (groups, rows, channels, inputs, sums), resident, t in planned(chip, itemsize):
+    for (_, rows, channels, inputs, sums), resident, t in planned(chip, itemsize):
         found += 1
         assert not_co_resident(resident, chip, itemsize, inputs, sums) is None
         assert resident.cluster == (resident.members <= LARGEST_CLUSTER)
@@ -96,15 +97,14 @@ def test_a_part_is_all_kept_and_hardly_anything_read_twice():
         for (_, rows, channels, inputs, _), resident, t in planned(CHIPS["h200"], itemsize):
             fetched = 0
             for worker in range(t.workers):
-                seen = []
-                assert t.tiles(worker) <= resident.tiles <= MOST_TILES
-                for index in range(t.tiles(worker)):
-                    first, skipped = t.tile(worker, index)
-                    start, count = t.worker_range(worker)
-                    assert start <= first and first + t.tile_rows <= start + count
+                seen, part = [], t.worker_range(worker)
+                assert part.tiles <= resident.tiles <= MOST_TILES
+                for index in range(part.tiles):
+                    first, skipped = part.tile(index)
+                    assert part.first <= first and first + t.tile_rows <= part.first + part.rows
                     seen += range(first + skipped, first + t.tile_rows)
                     fetched += t.tile_rows
-                assert seen == list(range(start, start + count))
+                assert seen == list(range(part.first, part.first + part.rows))
             if rows * channels * itemsize > 4e6:
                 assert fetched / t.rows * t.blocks * t.columns / t.width <= 1.1, (
                     rows,
@@ -137,7 +137,7 @@ def test_the_merge_of_any_parts_is_the_whole(channels, centre):
         if found is None:
             continue
         resident = Resident(fold, 128, warpgroups, members, 1, 1, *found, cluster=True)
-        t = resident_tiling(resident, 1, rows * fold, channels, 4, 1, MOMENTS)
+        t = resident_tiling(resident, 1, rows * fold, channels, 4, 1)
         x = (centre + random.standard_normal((rows * fold, channels))).astype(np.float32)
         pivot, delta, var = merged_by_hand(t, x.reshape(rows, -1))
         wide = x.astype(np.float64)
@@ -160,15 +160,14 @@ def test_the_partial_results_hold_every_copy_of_a_merges_channels():
         resident = Resident(fold, columns, 1, -(-width // columns), 1, 1, 1, 4, cluster=False)
         if width * 4 % 16:
             continue
-        t = resident_tiling(resident, 1, rows, channels, 4, 1, MOMENTS)
+        t = resident_tiling(resident, 1, rows, channels, 4, 1)
         # What the blocks write: their columns, and the first one its own once more behind the row.
         padded = np.full(t.partial_width, -1)
-        for block in range(t.blocks):
-            start = t.block_start(block)
+        starts = [t.partial_start(t.block_start(block)) for block in range(t.blocks)]
+        for start in starts:
             padded[start : start + columns] = np.arange(start, start + columns)
         padded[t.width :] = np.arange(columns)
-        for block in range(t.blocks):
-            start = t.block_start(block)
+        for start in starts:
             windows = [padded[t.copy_start(start, copy) :][:columns] for copy in range(fold)]
             for lane, column in enumerate(range(start, start + columns)):
                 assert sorted(window[lane] for window in windows) == list(range(column % channels, width, channels))
@@ -219,7 +218,7 @@ def explore(t, cores, patience=100_000):
 
 def small(members, at_once, units):
     resident = Resident(1, 128, 1, members, at_once, -(-units // at_once), 1, 4, cluster=False)
-    return resident_tiling(resident, units, 4 * members, 128, 4, 1, MOMENTS)
+    return resident_tiling(resident, units, 4 * members, 128, 4, 1)
 
 
 @pytest.mark.parametrize(
@@ -260,9 +259,9 @@ LARGE = Problem(1, 25088, 512, "bfloat16")  # a forward of two units of 64 block
 def test_a_plan_whose_blocks_may_not_be_on_the_chip_together_is_refused(operation, change, words):
     choice = own_plan(LARGE, H200)
     check_plan(choice, choice.plan, LARGE, H200)
-    kept = dataclasses.replace(getattr(choice.plan, operation), **change)
+    changed = dataclasses.replace(getattr(choice.plan, operation), **change)
     with pytest.raises(BackendError, match=f"cannot run .* on cuda .h200.*{words}"):
-        check_plan(choice, dataclasses.replace(choice.plan, **{operation: kept}), LARGE, H200)
+        check_plan(choice, dataclasses.replace(choice.plan, **{operation: changed}), LARGE, H200)
 
 
 def test_a_plan_that_asks_for_too_much_shared_memory_is_refused():
@@ -282,15 +281,15 @@ def test_a_plan_of_a_whole_chip_is_refused_on_a_part_of_one():
         check_plan(here, whole.plan, LARGE, target)
 
 
-@pytest.mark.parametrize(("rows", "channels", "kept"), [(25088, 512, False), (1568, 2048, True), (4096, 64, True)])
-def test_on_several_devices_only_clusters_wait(rows, channels, kept):
+@pytest.mark.parametrize(("rows", "channels", "waits"), [(25088, 512, False), (1568, 2048, True), (4096, 64, True)])
+def test_on_several_devices_only_clusters_wait(rows, channels, waits):
     """A collective beside the kernel could hold the multiprocessors that its other blocks need."""
     problem, target = Problem(1, rows, channels, "bfloat16"), dataclasses.replace(H200, several_devices=True)
     alone, here = own_plan(problem, H200), own_plan(problem, target)
-    assert alone.plan.forward is not None and (here.plan.forward is not None) == kept
+    assert alone.plan.forward is not None and (here.plan.forward is not None) == waits
     for resident in (here.plan.forward, here.plan.backward):
         assert resident is None or (resident.cluster and resident.members <= LARGEST_CLUSTER)
-    if not kept:
+    if not waits:
         with pytest.raises(BackendError, match="collectives between devices"):
             check_plan(here, alone.plan, problem, target)
 
@@ -308,9 +307,9 @@ def test_a_device_that_reports_more_than_the_table_is_not_believed():
 )  # fmt: skip
 def test_a_plan_by_hand_that_does_not_fit_the_array_is_refused(change):
     resident = make_plan(1, 25088, 512, 2, CHIPS["h200"]).forward
-    assert resident_tiling(resident, 1, 25088, 512, 2, 1, MOMENTS)
+    assert resident_tiling(resident, 1, 25088, 512, 2, 1)
     with pytest.raises(ValueError, match="does not fit"):
-        resident_tiling(dataclasses.replace(resident, **change), 1, 25088, 512, 2, 1, MOMENTS)
+        resident_tiling(dataclasses.replace(resident, **change), 1, 25088, 512, 2, 1)
 
 
 # --- what is chosen -------------------------------------------------------------------------------------------
@@ -349,5 +348,5 @@ def test_a_residual_is_read_once_too():
 def test_a_merge_reads_no_more_than_a_block_keeps():
     for itemsize in (2, 4):
         for (_, _, _, inputs, sums), resident, t in planned(CHIPS["h200"], itemsize):
-            kept = t.rows / t.splits * t.columns * itemsize * inputs
-            assert t.splits == 1 or t.splits * t.fold * sums * t.columns * 4 <= kept * 1.001, resident
+            tile_bytes = t.rows / t.splits * t.columns * itemsize * inputs
+            assert t.splits == 1 or t.splits * t.fold * sums * t.columns * 4 <= tile_bytes * 1.001, resident

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from bn_fused.kernels.backends.pallas_gpu.plan import Plan, Resident, tiling
+from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
+from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident
 
 from support.kernel_results import ALL, BLEND, operands
 from support.pallas_gpu_cases import Case, check, computed
@@ -25,7 +26,7 @@ def plan(**changes):
     return Plan(**fields, ring_bytes=ring_bytes)
 
 
-def kept(**fields):
+def resident(**fields):
     """A plan whose forward and backward read once. The interpreter needs its blocks as clusters, however many."""
     both = Resident(**{"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1} | fields, cluster=True)
     streaming = plan(fold=both.fold, columns=both.columns, splits=1, tile_bytes=3 * 2 * both.columns * 4)
@@ -43,7 +44,8 @@ CASES = {
     ),
     "overlapping blocks": Case(9, 136, plan(splits=1, warpgroups=4), activation="gelu", coefficients=BLEND),
     "two columns a thread": Case(
-        21, 256, plan(columns=256, splits=1, stages=3, tile_bytes=3 * 2 * 256 * 2), dtype="float16", activation="leaky_relu", residual=True
+        21, 256, plan(columns=256, splits=1, stages=3, tile_bytes=3 * 2 * 256 * 2), dtype="float16",
+        activation="leaky_relu", residual=True,
     ),
     "groups and races": Case(
         19, 128, plan(splits=1, tile_bytes=3 * 2 * 128 * 4), groups=2, activation="silu", residual=True, races=True,
@@ -51,21 +53,21 @@ CASES = {
     ),
     "images": Case(12, 128, plan(), activation="relu", layout="rcr"),
     # Ranges of 8, 8 and 7 rows (twice) in tiles of 3.
-    "resident, far from zero": Case(23, 128, kept(members=3, warpgroups=1, tiles=3, tile_rows=3), centre=1e4),
+    "resident, far from zero": Case(23, 128, resident(members=3, warpgroups=1, tiles=3, tile_rows=3), centre=1e4),
     "resident, folded": Case(
-        44, 32, kept(members=1, fold=4, tiles=2, tile_rows=3), dtype="bfloat16", activation="relu", residual=True,
+        44, 32, resident(members=1, fold=4, tiles=2, tile_rows=3), dtype="bfloat16", activation="relu", residual=True,
         coefficients=BLEND,
     ),
     "resident, folded, several blocks": Case(
-        40, 65, kept(members=6, fold=4, warpgroups=1, tiles=2, tile_rows=3), activation="leaky_relu",
+        40, 65, resident(members=6, fold=4, warpgroups=1, tiles=2, tile_rows=3), activation="leaky_relu",
         coefficients=BLEND, parameters="bfloat16",
     ),
     "slabs and races": Case(
-        17, 384, kept(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3), groups=2, activation="silu",
+        17, 384, resident(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3), groups=2, activation="silu",
         residual=True, races=True,
     ),
     "slabs, overlapping, two columns a thread": Case(
-        19, 520, kept(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6), dtype="float16",
+        19, 520, resident(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6), dtype="float16",
         activation="gelu", coefficients=BLEND,
     ),
 }  # fmt: skip
@@ -83,7 +85,7 @@ DEFAULT = (
 # Channels that are a multiple of nothing, under every operation; and each activation with and without a residual.
 ODD = {
     channels: Case(
-        rows * fold, channels, kept(members=members, fold=fold, warpgroups=1, tiles=2, tile_rows=2, slabs=slabs),
+        rows * fold, channels, resident(members=members, fold=fold, warpgroups=1, tiles=2, tile_rows=2, slabs=slabs),
         dtype=dtype, activation=activation, coefficients=BLEND, parameters=dtype, operations=ALL,
     )
     for channels, fold, rows, members, slabs, dtype, activation in (
@@ -97,7 +99,7 @@ ODD = {
 }  # fmt: skip
 GRID = [
     Case(
-        11, 128, kept(members=2, warpgroups=1, tiles=3, tile_rows=2), dtype=dtype, parameters="bfloat16",
+        11, 128, resident(members=2, warpgroups=1, tiles=3, tile_rows=2), dtype=dtype, parameters="bfloat16",
         activation=activation, residual=residual, coefficients=BLEND, operations=ALL,
     )
     for activation, dtype in itertools.product(
@@ -112,7 +114,7 @@ def test_the_cases_use_their_tiles_more_than_once(name):
     case = CASES[name]
     for inputs in (1, 2, 3) if case.residual else (1, 2):
         t = tiling(case.plan, case.groups, case.rows, case.channels, jnp.dtype(case.dtype).itemsize, inputs)
-        assert all(t.tiles(worker) > t.stages for worker in range(t.workers)), t
+        assert all(t.worker_range(worker).tiles > t.stages for worker in range(t.workers)), t
 
 
 @missing
@@ -149,7 +151,7 @@ def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
 @missing
 @pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "resident"])
 def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
-    tiles = plan() if kind == "streaming" else kept(members=3, warpgroups=1, tiles=2, tile_rows=3)
+    tiles = plan() if kind == "streaming" else resident(members=3, warpgroups=1, tiles=2, tile_rows=3)
     case = Case(13, 128, tiles, operations=())
     arrays = operands(case)
     arrays["x"][0, 7, 3] = np.inf

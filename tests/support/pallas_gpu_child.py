@@ -20,14 +20,15 @@ import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bn_fused.kernels import contract
-from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu, resident as pallas_gpu_resident
-from bn_fused.kernels.backends.pallas_gpu.plan import Plan, Resident
+from bn_fused.kernels.backends.pallas_gpu import barrier, operations as pallas_gpu
+from bn_fused.kernels.backends.pallas_gpu.plan import Plan
+from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident
 from bn_fused.kernels.dispatch import run as dispatched
 
 from support.interpreted_operations import compute_all
 
 
-class ClusterBarrier(pallas_gpu_resident.CounterBarrier):
+class ClusterBarrier(barrier.CounterBarrier):
     """In place of the counters in global memory, which the interpreter has not: the barrier of a cluster."""
 
     waits = True
@@ -52,8 +53,8 @@ class ClusterBarrier(pallas_gpu_resident.CounterBarrier):
 def plan_of(fields):
     if fields is None:
         return None
-    kept = {name: Resident(**fields[name]) for name in ("forward", "backward") if fields[name] is not None}
-    return Plan(**fields | kept)
+    resident_plans = {name: Resident(**fields[name]) for name in ("forward", "backward") if fields[name] is not None}
+    return Plan(**fields | resident_plans)
 
 
 def interpreted(operation, spec, arguments, races):
@@ -80,7 +81,7 @@ def on_gpu(operation, spec, arguments):
 def main(path):
     stored = dict(np.load(path))
     settings = json.loads(str(stored.pop("settings")))
-    pallas_gpu_resident.barrier_type = pallas_gpu_resident.CounterBarrier if settings.get("on_gpu") else ClusterBarrier
+    barrier.barrier_type = barrier.CounterBarrier if settings.get("on_gpu") else ClusterBarrier
     ClusterBarrier.waits = settings.get("waits", True)
     backend = settings.get("backend", "pallas_gpu")
     spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], backend, plan_of(settings["plan"]))

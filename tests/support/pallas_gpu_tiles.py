@@ -17,15 +17,15 @@ def merged_by_hand(t, x):
     for split in range(t.splits):
         merged = []
         for warpgroup in range(t.warpgroups):
-            worker = split * t.warpgroups + warpgroup
-            first, _ = t.tile(worker, 0)
+            worker = t.worker_range(t.worker(split, warpgroup))
+            first, _ = worker.tile(0)
             pivot = x[first : first + t.tile_rows].mean(0, dtype=one)
             sums, squares = np.zeros_like(pivot), np.zeros_like(pivot)
-            for index in range(t.tiles(worker)):
-                first, skipped = t.tile(worker, index)
+            for index in range(worker.tiles):
+                first, skipped = worker.tile(index)
                 d = x[first + skipped : first + t.tile_rows] - pivot
                 sums, squares = sums + d.sum(0, dtype=one), squares + (d * d).sum(0, dtype=one)
-            n = one(t.worker_range(worker)[1])
+            n = one(worker.rows)
             merged.append((pivot, sums / n, np.maximum(squares - sums * (sums / n), 0), n))
         parts[split] = merge_by_hand(merged)
     columns = [np.arange(copy * t.channels, (copy + 1) * t.channels) for copy in range(t.fold)]

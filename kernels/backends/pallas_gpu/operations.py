@@ -30,7 +30,7 @@ Moments are sums of deviations from a pivot, the mean of the first tile of each 
 pivot, delta, squares): no digit is lost where |mean| is much larger than the standard deviation.
 
 Limits, refused by name: float64; a mask; compute capabilities other than 9.x and 10.x; arrays that XLA partitions over
-several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see `plan.fold_of`); 2^31
+several devices; fewer than 128 channels with a number of rows that has no suitable divisor (see `tiles.fold_of`); 2^31
 rows or more; a plan given by hand whose blocks wait for each other and may not all be on the chip. The running
 statistics are blended inside the launch if they are float32, and with jnp after it otherwise: the forward is streamed
 then.
@@ -42,29 +42,13 @@ import jax.numpy as jnp
 
 from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends.gpu.view import View
-from bn_fused.kernels.backends.pallas_gpu.plan import (
-    ALIGNMENT,
-    MOMENTS,
-    MOST_FOLDED,
-    RESERVED,
-    SUMS,
-    WARPGROUP,
-    Plan,
-    make_plan,
-    not_co_resident,
-    resident_tiling,
-    tiling,
-)
+from bn_fused.kernels.backends.pallas_gpu.block import F32
+from bn_fused.kernels.backends.pallas_gpu.merges import merge_moments, merge_sums, moments_merge, sums_merge, times
+from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, Plan, make_plan, tiling
 from bn_fused.kernels.backends.pallas_gpu.resident import resident
-from bn_fused.kernels.backends.pallas_gpu.stream import (
-    F32,
-    merge_moments,
-    merge_sums,
-    moments_merge,
-    stream,
-    sums_merge,
-    times,
-)
+from bn_fused.kernels.backends.pallas_gpu.resident_plan import not_co_resident, resident_tiling
+from bn_fused.kernels.backends.pallas_gpu.stream import stream
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, MOMENTS, MOST_FOLDED, SUMS, WARPGROUP
 from bn_fused.kernels.contract import (
     blend,
     moments_cotangents,
@@ -135,14 +119,14 @@ def plan_refusal(plan, problem, target):
         most = chip.shared_memory_per_block - RESERVED
         return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
     backward = 2 + (problem.residual and problem.activation is not None)
-    for kept, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
-        if kept is None:
+    for resident_plan, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
+        if resident_plan is None:
             continue
-        if target.several_devices and not kept.cluster:
+        if target.several_devices and not resident_plan.cluster:
             return (
                 "blocks that wait for each other without being a cluster can deadlock with collectives between devices"
             )
-        sentence = not_co_resident(kept, chip, itemsize, inputs, sums)
+        sentence = not_co_resident(resident_plan, chip, itemsize, inputs, sums)
         if sentence is not None:
             return sentence
     return None
@@ -154,14 +138,14 @@ class _View(View):
     def __init__(self, x, spec, operation=None):
         if not isinstance(spec.plan, Plan):
             raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
-        self.plan, self.kept = spec.plan, spec.plan.kept(operation)
-        super().__init__(x, spec.layout, spec.plan.fold if self.kept is None else self.kept.fold)
+        self.plan, self.resident_plan = spec.plan, spec.plan.resident_plan(operation)
+        super().__init__(x, spec.layout, (self.resident_plan or self.plan).fold)
 
     def tiling(self, inputs):
         return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
 
-    def resident_tiling(self, inputs, sums):
-        return resident_tiling(self.kept, self.groups, self.rows, self.channels, self.itemsize, inputs, sums)
+    def resident_tiling(self, inputs):
+        return resident_tiling(self.resident_plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
 
     def numbers(self, values):
         """Several values per group as float32 [groups, number]."""
@@ -266,7 +250,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     blends = running_mean.dtype == F32 and running_var.dtype == F32
     view = _View(x, spec, "forward" if blends else None)
     flat = view.as_rows(x)
-    if view.kept is not None:
+    if view.resident_plan is not None:
         given = [weight, bias, running_mean, running_var]
         return _resident_forward(view, flat, given, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
@@ -288,7 +272,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
 def _resident_forward(view, flat, given, coefficients, residual, spec):
     arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
     given, numbers = view.tiled(*given), [view.numbers(coefficients)]
-    tiles, normalise_row = view.resident_tiling(len(arrays), MOMENTS), _normalise_row(spec.activation)
+    tiles, normalise_row = view.resident_tiling(len(arrays)), _normalise_row(spec.activation)
 
     def moments_row(values, channels, numbers):
         return _moments_row(values, channels, numbers)[0]
@@ -299,7 +283,7 @@ def _resident_forward(view, flat, given, coefficients, residual, spec):
     (y,), (pivot, delta, var, *new) = resident(
         tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row,
         moments_merge(tiles, True, spec.eps), row,
-        sums=2, outputs=1, exact=5, moments=True,
+        sums=2, outputs=1, results_per_channel=5, moments=True,
     )  # fmt: skip
     return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
 
@@ -346,13 +330,13 @@ def backward(
     sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
     row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
     outputs = 1 + write_dz
-    if view.kept is not None:
-        tiles = view.resident_tiling(len(arrays), SUMS)
+    if view.resident_plan is not None:
+        tiles = view.resident_tiling(len(arrays))
         results, found = resident(
             tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sums(*row)[0],
             sums_merge(2, _finish_backward),
             lambda values, found, channels, numbers: row(values, [*channels, *found], numbers)[1],
-            sums=2, outputs=outputs, exact=2,
+            sums=2, outputs=outputs, results_per_channel=2,
         )  # fmt: skip
         return view.gradients(results, found, dy, residual)
     tiles = view.tiling(len(arrays))

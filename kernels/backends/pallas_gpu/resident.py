@@ -1,37 +1,15 @@
-"""The kernels of the backend `pallas_gpu` that read their arrays once: they keep them in shared memory.
+"""The kernel of the backend `pallas_gpu` that reads its arrays once: it keeps them in shared memory.
 
 `resident` is one launch for a whole forward or backward. Each block of threads has a range of rows of a block of
-columns (the part of a *unit*, see `pallas_gpu_plan.Resident`), and does in order:
+columns (the part of a *unit*, see `resident_plan.Resident`), and does in order:
 
 1. The copy engine brings its part into shared memory; as the tiles arrive, each thread adds up its columns.
 2. The warpgroups merge what they found, and the block writes it to global memory: its partial result.
-3. All blocks of the unit wait for each other: `CounterBarrier`.
+3. All blocks of the unit wait for each other: see `barrier`, also for why they do not wait for ever.
 4. Each block merges the partial results of all of them, in the same order, and so with the same bits, and computes the
    values per channel: blend, scale and shift. One block writes those that are results.
 5. Each block computes its rows from shared memory and writes them. As soon as a tile is used, the copy engine brings
    the same rows of the block's next unit, so that a large array passes through the chip slab after slab.
-
-Waiting for each other is sound only if all blocks of a unit are on the chip together. A cluster is placed together or
-not at all, by the hardware. Where a unit needs more blocks than a cluster has, no more blocks are launched than there
-are multiprocessors, each of which takes one: `pallas_gpu_plan.not_co_resident` refuses everything else before it is
-lowered, with the number of multiprocessors that the device itself reports if that is less than the chip's table says
-(a slice of a GPU: MIG; a share under MPS). In a program for several devices only clusters are taken: a collective that
-runs beside such a kernel holds multiprocessors until it has met those of the other devices, which may be waiting for
-multiprocessors in the same way. What is left to go wrong at run time:
-
-- A program that was compiled for a whole chip and is run, from a file, on a part of one.
-- Two of these kernels at the same time on one device, each of which holds multiprocessors that the other one needs.
-  JAX runs the programs of a process one after another on a device, and XLA the kernels of a program in one stream; two
-  processes that share a device with MPS, or XLA with `--xla_gpu_command_buffer_scheduling_mode=CONCURRENT`, do not.
-  (Other kernels, which end by themselves, only delay it.)
-
-Therefore no block waits longer than `PATIENCE_SECONDS`: it then ends the kernel by a trap, with an assertion's message
-on the process's standard error. That is an error in place of a hang, but the CUDA context, and so the process's use of
-the device, ends with it. Nothing of a half-run kernel is ever returned. `plan=` with `forward=None, backward=None` streams.
-
-The counters of the barrier are zeroed by XLA before each launch, and belong to that launch: launches that are repeated,
-in loops or of other programs, never see each other's. Each unit has its own counter and uses it once: it counts up to
-the number of members, and is never lowered or used again.
 """
 
 import functools
@@ -40,221 +18,129 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.plan import MOMENTS
-from bn_fused.kernels.backends.pallas_gpu.stream import (
+from bn_fused.kernels.backends.pallas_gpu import barrier as barriers
+from bn_fused.kernels.backends.pallas_gpu.block import (
     F32,
-    _div,
-    _finite_or_zero,
-    _merge,
-    _numbers,
-    _pallas,
-    _rem,
-    _taker,
-    _unrolled,
-    _vectors,
-    summation,
-    variance_sum,
+    Exchange,
+    Worker,
+    added,
+    launch,
+    numbers_of,
+    pallas,
+    taker,
+    vectors_of,
+    write_row,
+    zeros,
 )
-from bn_fused.kernels.jax_internals import barrier_signal, barrier_wait
-
-# Far more than any kernel that shares the device holds its multiprocessors, and less than anybody waits for a hang.
-PATIENCE_SECONDS = 60
+from bn_fused.kernels.backends.pallas_gpu.merges import Parts
+from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS
 
 
-class CounterBarrier:
-    """Where the blocks of a unit wait for each other: a counter in global memory for each unit."""
-
-    def __init__(self, members, units):
-        self.members, self.units = members, units
-
-    def scratch(self):
-        """The types of the scratch memory that it needs."""
-        return []
-
-    def prepare(self, scratch):
-        """Once in each thread; with the references to that memory."""
-        del scratch
-        pl, plgpu = _pallas()
-        self.counters = pl.get_global(plgpu.SemaphoreType.REGULAR((self.units,)))
-
-    def signal(self, unit):
-        """One warpgroup of each block: what the block wrote to global memory is there."""
-        barrier_signal(self.counters.at[unit])
-
-    def wait(self, unit):
-        """Every warpgroup: until all members have signalled; sees all that they wrote before."""
-        barrier_wait(self.counters.at[unit], self.members, PATIENCE_SECONDS)
-
-
-# The tests put another one in its place, for the interpreter, which has no global counters.
-barrier_type = CounterBarrier
-
-
-def resident(tiling, name, arrays, channels, scalars, first, merge, second, *, sums, outputs, exact, moments=False):
+def resident(
+    tiling, name, arrays, channels, scalars, sum_row, merge, result_row, *, sums, outputs, results_per_channel,
+    moments=False,
+):  # fmt: skip
     """A whole operation on arrays [groups, rows, width] in one launch, which reads each of them once.
 
     - `channels`, `scalars`, `moments`: as of `stream`.
-    - `first(values, vectors, scalars)`: of a row's values, the `sums` vectors to add up.
-    - `merge`: a `Merge` of the partial results. Of what it finishes with, the last `exact` are results.
-    - `second(values, found, vectors, scalars)`: of a row's values and the vectors found by the merge, `outputs` vectors.
+    - `sum_row(values, channels, scalars)`: of a row's values, the `sums` vectors to add up.
+    - `merge`: a `Merge` of the partial results. Of what it finishes with, the last `results_per_channel` are results.
+    - `result_row(values, merged, channels, scalars)`: of a row's values and the other vectors that the merge finishes
+      with, `outputs` vectors.
 
-    Returns the tuple of the outputs [groups, rows, width], and that of the exact results [groups, channels].
+    Returns the tuple of the outputs [groups, rows, width], and that of the results per channel [groups, channels].
     """
-    pl, plgpu = _pallas()
+    pl, plgpu = pallas()
     t, inputs = tiling, len(arrays)
-    slots, vector = t.warpgroups * t.stages, (t.columns,)
-    kept = MOMENTS if moments else sums
-    dtype = arrays[0].dtype
-    entries, folded = t.splits * t.fold, t.fold > 1
-    out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), dtype)] * outputs
-    out_types += [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * exact
-    out_types.append(jax.ShapeDtypeStruct((t.units, t.splits, kept, t.partial_width), F32))
-    barrier = barrier_type(t.members, t.units)
-    scratch = [plgpu.SMEM((slots, t.tile_rows, t.columns), array.dtype) for array in arrays]
-    scratch += [
-        plgpu.Barrier(num_arrivals=inputs, num_barriers=slots),
-        plgpu.SMEM((t.warpgroups, kept, t.columns), F32),
-        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=1),
-        plgpu.SMEM((merge.rounds, t.warpgroups, merge.exchanged, t.columns), F32),
-        plgpu.Barrier(num_arrivals=t.warpgroups, num_barriers=merge.rounds),
+    vectors = MOMENTS if moments else sums
+    out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), arrays[0].dtype)] * outputs
+    out_types += [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * results_per_channel
+    out_types.append(jax.ShapeDtypeStruct((t.units, t.splits, vectors, t.partial_width), F32))
+    barrier = barriers.barrier_type(t.members, t.units)
+    scratch = [
+        *Worker.scratch(t, [array.dtype for array in arrays]),
+        *Exchange.scratch(1, t.warpgroups, vectors, t.columns),
+        *Exchange.scratch(merge.rounds, t.warpgroups, merge.exchanged, t.columns),
         *barrier.scratch(),
     ]
-    base_rows, extra_rows = divmod(t.rows, t.workers)
     most_turns = t.turns(0)
 
     def body(*refs):
-        take = _taker(refs)
+        take = taker(refs)
         array_refs, channel_refs, scalar_refs = take(inputs), take(len(channels)), take(len(scalars))
-        out_refs, exact_refs, (partial_ref,) = take(outputs), take(exact), take(1)
-        rings, (filled, exchange, arrived, merging, merged) = take(inputs), take(5)
-        barrier.prepare(refs[len(refs) - len(barrier.scratch()) :])
+        out_refs, result_refs, (partial_ref,) = take(outputs), take(results_per_channel), take(1)
+        rings, (filled,) = take(inputs), take(1)
+        in_block, between_blocks = Exchange(*take(2)), Exchange(*take(2))
+        barrier.prepare(take(len(barrier.scratch())))
 
         if t.cluster:
             slot, member = lax.axis_index("slot"), lax.axis_index("member")
         else:
-            slot, member = (of(lax.axis_index("slot"), t.members) for of in (_div, _rem))
-        split, within = _rem(member, t.splits), _div(member, t.splits)
-        warpgroup = lax.axis_index("warpgroup")
-        worker = split * t.warpgroups + warpgroup
-        start = worker * base_rows + jnp.minimum(worker, extra_rows)
-        rows = base_rows + (worker < extra_rows).astype(jnp.int32)
-        tiles = _div(rows + (t.tile_rows - 1), t.tile_rows)
-        first_slot = warpgroup * t.stages
+            slot, member = t.slot(lax.axis_index("slot"))
+        split, within = t.member(member)
+        worker = Worker(t, split, array_refs, rings, filled)
+        tiles = worker.range.tiles
 
         def place(unit):
             """The group and the first column of this block's part of a unit."""
-            group, column_block = (unit, within) if folded else (_div(unit, t.blocks), _rem(unit, t.blocks))
-            return group, jnp.minimum(column_block * t.columns, t.width - t.columns)
-
-        def tile_of(index):
-            """The first row of a tile, and the rows to skip that another tile has."""
-            moved = jnp.minimum(index * t.tile_rows, rows - t.tile_rows)
-            return start + moved, index * t.tile_rows - moved
+            group, block = t.unit_place(unit, within)
+            return group, t.block_start(block)
 
         def fetch(unit, index):
-            group, first_column = place(unit)
-            first_row, _ = tile_of(index)
-            for array_ref, ring in zip(array_refs, rings, strict=True):
-                tile = array_ref.at[group, pl.ds(first_row, t.tile_rows), pl.ds(first_column, t.columns)]
-                plgpu.copy_gmem_to_smem(tile, ring.at[first_slot + index], filled.at[first_slot + index])
-
-        def zeros():
-            return jnp.zeros(vector, F32)
-
-        def load_from(index):
-            return lambda i: [ring[first_slot + index, i].astype(F32) for ring in rings]
-
-        def weight(number):
-            """Values per channel that the part of a split stands for."""
-            more = jnp.clip(extra_rows - number * t.warpgroups, 0, t.warpgroups)
-            return (base_rows * t.warpgroups + more).astype(F32)
-
-        def merge_warpgroups():
-            if not moments:
-                return [functools.reduce(jnp.add, [exchange[w, i] for w in range(t.warpgroups)]) for i in range(kept)]
-            numbers = [
-                (base_rows + (split * t.warpgroups + w < extra_rows).astype(jnp.int32)).astype(F32)
-                for w in range(t.warpgroups)
-            ]
-            return _merge([[exchange[w, i] for i in range(kept)] for w in range(t.warpgroups)], numbers)
+            group, start = place(unit)
+            first_row, _ = worker.range.tile(index)
+            worker.fetch(group, pl.ds(start, t.columns), first_row, worker.first_slot + index)
 
         def one_unit(turn, carry):
-            unit = slot + turn * t.at_once
-            group, first_column = place(unit)
-            columns = pl.ds(first_column, t.columns)
-            # Where a unit is a block of columns, its partial results have no others.
-            start_column = first_column if folded else 0
-            vectors = _vectors(channel_refs, group, columns)
-            numbers = _numbers(scalar_refs, group)
+            unit = t.unit(slot, turn)
+            group, start = place(unit)
+            columns, partial_start = pl.ds(start, t.columns), t.partial_start(start)
+            per_channel, per_group = vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group)
 
-            plgpu.barrier_wait(filled.at[first_slot])
-            pivot = []
-            if moments:
-                load = load_from(jnp.int32(0))
-                total = _unrolled(0, t.tile_rows, lambda i: load(i)[0], lambda i, value, total: total + value, zeros())
-                pivot = [_finite_or_zero(total * (1 / t.tile_rows))]
+            worker.wait(worker.first_slot)
+            pivot = [worker.pivot(worker.first_slot)] if moments else []
 
             def add_tile(index, totals):
-                def add_row(_, values, partial):
-                    return tuple(a + b for a, b in zip(partial, first(values, vectors + pivot, numbers), strict=True))
+                _, skipped = worker.range.tile(index)
+                partial = worker.add_rows(
+                    worker.first_slot + index,
+                    skipped,
+                    lambda i, values: sum_row(values, per_channel + pivot, per_group),
+                    sums,
+                )
+                pl.when(index + 1 < tiles)(lambda: worker.wait(worker.first_slot + index + 1))
+                return added(totals, partial)
 
-                _, skipped = tile_of(index)
-                nothing = tuple(zeros() for _ in range(sums))
-                partial = _unrolled(skipped, t.tile_rows, load_from(index), add_row, nothing)
-                pl.when(index + 1 < tiles)(lambda: plgpu.barrier_wait(filled.at[first_slot + index + 1]))
-                return tuple(a + b for a, b in zip(totals, partial, strict=True))
-
-            totals = lax.fori_loop(jnp.int32(0), tiles, add_tile, tuple(zeros() for _ in range(sums)))
+            totals = lax.fori_loop(jnp.int32(0), tiles, add_tile, zeros(sums, t.columns))
             if moments:
-                (total, square_sum), number = totals, rows.astype(F32)
-                delta = total / number
-                totals = *pivot, delta, variance_sum(square_sum, total, delta)
-            for index, value in enumerate(totals):
-                exchange[warpgroup, index] = value
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(arrived.at[0])
-            plgpu.barrier_wait(arrived.at[0])
+                totals = worker.moments(*pivot, totals)
+            in_block.show(0, worker.warpgroup, totals)
 
-            @pl.when(warpgroup == 0)
+            @pl.when(worker.warpgroup == 0)
             def _():
-                part = merge_warpgroups()
-                for index, value in enumerate(part):
-                    partial_ref[unit, split, index, pl.ds(start_column, t.columns)] = value
-                if folded:
-
-                    @pl.when(within == 0)
-                    def _():
-                        for index, value in enumerate(part):
-                            partial_ref[unit, split, index, pl.ds(t.width, t.columns)] = value
-
+                worker.write_partial(partial_ref, unit, partial_start, within, worker.merged(in_block, moments))
                 barrier.signal(unit)
 
             barrier.wait(unit)
 
-            def part(entry):
-                number, copy = _div(entry, t.fold), _rem(entry, t.fold)
-                here = _rem(start_column + copy * t.channels, t.width) if folded else 0
-                return [partial_ref[unit, number, index, pl.ds(here, t.columns)] for index in range(kept)], number
+            parts = Parts(t, partial_ref, unit, partial_start, t.columns, worker.warpgroup, between_blocks)
+            finished = merge.finish(merge.reduce(parts), per_channel, per_group)
+            merged, results = finished[:-results_per_channel], finished[-results_per_channel:]
 
-            total = summation(part, weight, entries, warpgroup, t.warpgroups, merging, merged, vector)
-            found = merge.finish(merge.reduce(total, part(jnp.int32(0))[0][0]), vectors, numbers)
-            found, results = found[: len(found) - exact], found[len(found) - exact :]
-
-            @pl.when((warpgroup == 0) & (split == 0))
+            @pl.when((worker.warpgroup == 0) & (split == 0))
             def _():
-                for exact_ref, result in zip(exact_refs, results, strict=True):
-                    exact_ref[group, columns] = result
+                for result_ref, result in zip(result_refs, results, strict=True):
+                    result_ref[group, columns] = result
 
             def write_tile(index, carry):
-                first_row, skipped = tile_of(index)
+                first_row, skipped = worker.range.tile(index)
 
-                def write_row(i, values, carry):
-                    results = second(values, found, vectors, numbers)
-                    for out_ref, result in zip(out_refs, results, strict=True):
-                        out_ref[group, first_row + i, columns] = result.astype(dtype)
-                    return carry
+                def one_row(i, values):
+                    results = result_row(values, merged, per_channel, per_group)
+                    write_row(out_refs, group, first_row + i, columns, results)
+                    return ()
 
-                _unrolled(skipped, t.tile_rows, load_from(index), write_row, ())
+                worker.add_rows(worker.first_slot + index, skipped, one_row, 0)
                 if most_turns > 1:
                     plgpu.commit_smem()  # all threads of the warpgroup have read the tile
                     pl.when(unit + t.at_once < t.units)(lambda: fetch(unit + t.at_once, index))
@@ -267,28 +153,10 @@ def resident(tiling, name, arrays, channels, scalars, first, merge, second, *, s
         if most_turns == 1:
             one_unit(jnp.int32(0), ())
         else:
-            lax.fori_loop(jnp.int32(0), _div(t.units - slot + (t.at_once - 1), t.at_once), one_unit, ())
+            lax.fori_loop(jnp.int32(0), t.turns(slot), one_unit, ())
 
-    kernel = _launch(body, name, out_types, scratch, t)
+    blocks, cluster = ({"slot": t.at_once}, {"member": t.members}) if t.cluster else ({"slot": t.grid}, None)
+    kernel = launch(body, name, out_types, scratch, blocks, t.warpgroups, cluster)
     found = kernel(*arrays, *channels, *scalars)
-    results = found[outputs : outputs + exact]
-    return found[:outputs], [value[:, : t.channels] for value in results] if folded else results
-
-
-def _launch(body, name, out_types, scratch, tiling):
-    _, plgpu = _pallas()
-    body.__name__ = name
-    cluster = {"cluster": (tiling.members,), "cluster_names": ("member",)} if tiling.cluster else {}
-    return plgpu.kernel(
-        body,
-        out_type=out_types,
-        scratch_types=scratch,
-        grid=(tiling.at_once if tiling.cluster else tiling.grid,),
-        grid_names=("slot",),
-        **cluster,
-        num_threads=tiling.warpgroups,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )
+    results = found[outputs : outputs + results_per_channel]
+    return found[:outputs], [value[:, : t.channels] for value in results] if t.fold > 1 else results

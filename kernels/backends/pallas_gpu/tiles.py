@@ -1,0 +1,293 @@
+"""How the backend `pallas_gpu` cuts an array into tiles, and the index arithmetic of its kernels.
+
+x [groups, rows, channels] is seen as [groups, rows/fold, fold*channels]: `fold` neighbouring rows make one. Its columns
+are cut into blocks, its rows into ranges, one for each worker (a warpgroup), and a worker's range into tiles.
+
+Every function of an index takes a Python int or an int32 value of a kernel: the tests go through all plans of small
+sizes with the functions that the kernels call.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+WARPGROUP = 128  # threads
+MOST_WARPGROUPS = 4
+# Rows whose values a thread holds at the same time: enough independent loads to hide shared memory's latency.
+UNROLL = 8
+# The longest row segment of a tile, a limit of the copy engine (TMA boxes have at most 256 elements an axis).
+WIDEST = 256
+# More neighbouring rows than that are not folded into one: their columns have to be merged again.
+MOST_FOLDED = 256
+ALIGNMENT = 16  # bytes: what the copy engine demands of an array's rows
+# Values per column by which parts are merged: pivot, delta and squares; two sums.
+MOMENTS, SUMS = 3, 2
+
+Index = int | jax.Array  # a Python int, or an int32 value of a kernel; never negative
+
+
+# --- arithmetic of both kinds of index -------------------------------------------------------------------------
+
+
+def _of_python(*values):
+    return all(isinstance(value, int) for value in values)
+
+
+def div(dividend, divisor: int):
+    """The quotient, rounded down; of 32 bits in a kernel, also where JAX's default integers have 64."""
+    return dividend // divisor if _of_python(dividend) else lax.div(dividend, jnp.int32(divisor))
+
+
+def rem(dividend, divisor: int):
+    """The remainder of `div`."""
+    return dividend % divisor if _of_python(dividend) else lax.rem(dividend, jnp.int32(divisor))
+
+
+def minimum(one, other):
+    """The smaller of the two."""
+    return min(one, other) if _of_python(one, other) else jnp.minimum(one, other)
+
+
+def clip(value, low: int, high: int):
+    """The nearest number to the value in [low, high]."""
+    return min(max(value, low), high) if _of_python(value) else jnp.clip(value, low, high)
+
+
+def one_if(condition):
+    """1 where the condition holds, else 0."""
+    return int(condition) if isinstance(condition, bool) else condition.astype(jnp.int32)
+
+
+def share(number, index, parts):
+    """(first, end) of one of the `parts` ranges among which so many things are shared out."""
+    first, end = (div((index + more) * number, parts) for more in (0, 1))
+    return first, end
+
+
+# --- tiles ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows of a worker: their number, the first one, and in how many tiles of `tile_rows` they are worked on."""
+
+    first: Index
+    rows: Index
+    tiles: Index
+    tile_rows: int
+
+    def tile(self, index):
+        """(first row, rows to skip) of a tile: the last one is moved back to end with the worker's rows."""
+        moved = minimum(index * self.tile_rows, self.rows - self.tile_rows)
+        return self.first + moved, index * self.tile_rows - moved
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """What a plan makes of an array: everything a kernel's indices are computed from.
+
+    `rows` and `width` are those of the folded view; `blocks` the column blocks; `splits` the ranges that their rows are
+    cut into, one for each block of threads; `workers` the warpgroups that share the rows of a column block; `stages`
+    the tiles that each has in shared memory; `tile_rows` the rows of a tile.
+    """
+
+    groups: int
+    rows: int
+    width: int
+    channels: int
+    fold: int
+    columns: int
+    splits: int
+    warpgroups: int
+    stages: int
+    tile_rows: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of columns, of which the last one overlaps the one before where they do not divide the row."""
+        return -(-self.width // self.columns)
+
+    @property
+    def workers(self) -> int:
+        """Warpgroups that share the rows of a block of columns."""
+        return self.splits * self.warpgroups
+
+    @property
+    def grid(self) -> int:
+        """Blocks of threads in a launch."""
+        return self.groups * self.blocks * self.splits
+
+    @property
+    def samples(self) -> int:
+        """Values of one channel of one group."""
+        return self.rows * self.fold
+
+    @property
+    def padded_width(self) -> int:
+        """Width of the partial results: where rows are folded, the first block's columns stand there twice.
+
+        So the columns of any 128 neighbouring channels, counted cyclically, are neighbours in memory.
+        """
+        return self.width + (self.columns if self.fold > 1 else 0)
+
+    @property
+    def entries(self) -> int:
+        """Partial results of a channel: one for each of its copies in a folded row, of each split."""
+        return self.splits * self.fold
+
+    @property
+    def merge_blocks(self) -> int:
+        """Blocks of 128 columns of the folded row, one for each block of threads of a merge."""
+        return -(-self.width // WARPGROUP)
+
+    def place(self, index):
+        """(group, block of columns, split) of a stream's block of threads."""
+        split, rest = rem(index, self.splits), div(index, self.splits)
+        block, group = rem(rest, self.blocks), div(rest, self.blocks)
+        return group, block, split
+
+    def block_start(self, block):
+        """The first column of a block; the last block ends with the row."""
+        return minimum(block * self.columns, self.width - self.columns)
+
+    def worker(self, split, warpgroup):
+        """The number of a split's warpgroup among the workers."""
+        return split * self.warpgroups + warpgroup
+
+    def worker_rows(self, worker):
+        """How many rows a worker has: numbers that differ by at most one."""
+        base, extra = divmod(self.rows, self.workers)
+        return base + one_if(worker < extra)
+
+    def worker_range(self, worker):
+        """The `RowRange` of a worker: all rows, in order."""
+        base, extra = divmod(self.rows, self.workers)
+        first, rows = worker * base + minimum(worker, extra), self.worker_rows(worker)
+        return RowRange(first, rows, div(rows + (self.tile_rows - 1), self.tile_rows), self.tile_rows)
+
+    def split_rows(self, split):
+        """Rows that the warpgroups of a split have together."""
+        base, extra = divmod(self.rows, self.workers)
+        return base * self.warpgroups + clip(extra - split * self.warpgroups, 0, self.warpgroups)
+
+    def merge_place(self, index):
+        """(group, block of 128 columns) of a merge's block of threads."""
+        return div(index, self.merge_blocks), rem(index, self.merge_blocks)
+
+    def merge_start(self, block):
+        """The first column of a merge's block; the last block ends with the row."""
+        return minimum(block * WARPGROUP, self.width - WARPGROUP)
+
+    def entry(self, index):
+        """(split, copy) of one of the `entries`."""
+        return div(index, self.fold), rem(index, self.fold)
+
+    def copy_start(self, start, copy):
+        """Where the columns of the same channels as those from `start` on begin, in the copy of that number."""
+        return rem(start + copy * self.channels, self.width) if self.fold > 1 else start
+
+
+@dataclass(frozen=True)
+class ResidentTiling(Tiling):
+    """What a `Resident` makes of an array: `splits` are a unit's row ranges, `stages` the tiles that a warpgroup keeps.
+
+    A unit is what is merged together, and a slot a place on the chip for one, which `members` blocks of threads fill.
+    """
+
+    at_once: int
+    cluster: bool
+
+    @property
+    def unit_blocks(self) -> int:
+        """Blocks of columns that are merged together: the copies of a channel lie anywhere in a folded row."""
+        return self.blocks if self.fold > 1 else 1
+
+    @property
+    def units(self) -> int:
+        """Units, of which `at_once` are worked on at the same time."""
+        return self.groups * self.blocks // self.unit_blocks
+
+    @property
+    def members(self) -> int:
+        """Blocks of threads of a unit."""
+        return self.unit_blocks * self.splits
+
+    @property
+    def grid(self) -> int:
+        """Blocks of threads in a launch."""
+        return self.at_once * self.members
+
+    @property
+    def partial_width(self) -> int:
+        """Width of a unit's partial results."""
+        return self.padded_width if self.fold > 1 else self.columns
+
+    def slot(self, index):
+        """(slot, member) of a block of threads that is not in a cluster, whose members the hardware numbers."""
+        return div(index, self.members), rem(index, self.members)
+
+    def member(self, member):
+        """(split, block of columns within the unit) of a slot's member."""
+        return rem(member, self.splits), div(member, self.splits)
+
+    def turns(self, slot):
+        """How many units the blocks of threads of a slot work on."""
+        return div(self.units - slot + (self.at_once - 1), self.at_once)
+
+    def unit(self, slot, turn):
+        """The unit that the blocks of threads of a slot work on in a turn."""
+        return slot + turn * self.at_once
+
+    def unit_place(self, unit, within):
+        """(group, block of columns) of a unit's block of columns."""
+        return (unit, within) if self.fold > 1 else (div(unit, self.blocks), rem(unit, self.blocks))
+
+    def partial_start(self, start):
+        """Where columns that start there in the row start in the partial results of their unit."""
+        return start if self.fold > 1 else 0
+
+
+# --- how an array can be cut ----------------------------------------------------------------------------------
+
+
+def fold_of(rows, channels, itemsize):
+    """(fold, columns) for an array, or None if no view of it has rows that the copy engine can address.
+
+    The one with the least extra traffic: where the blocks' columns do not fit the row exactly, the last block reads
+    again, in every pass, what the one before has read; and with the fold grow the partial results and the repeated
+    values per channel, some 90 bytes for each column of a folded row.
+    """
+    candidates = []
+    for fold in range(1, min(rows, MOST_FOLDED) + 1):
+        width = fold * channels
+        if rows % fold or (width * itemsize) % ALIGNMENT or width < WARPGROUP:
+            continue
+        for columns in (WIDEST, WARPGROUP):
+            if columns <= width:
+                again = -(-width // columns) * columns / width - 1
+                per_column = 90 / (rows // fold * itemsize)
+                # Half as many bytes in an access, and one more small launch, cost little, but not nothing.
+                preferences = 0.01 * (columns < WIDEST) + 0.02 * (fold > 1)
+                candidates.append((3 * again + per_column + preferences, fold, columns))
+    return min(candidates)[1:] if candidates else None
+
+
+def warpgroups_of(rows):
+    """Warpgroups of a block whose column blocks have so many (folded) rows: each finds `UNROLL` rows or more."""
+    return next((number for number in (MOST_WARPGROUPS, 2) if rows >= number * UNROLL), 1)
+
+
+def can_cut(rows, channels, itemsize, fold, columns, splits, warpgroups):
+    """Whether an array can be folded and cut in this way, with a row for every worker."""
+    width = fold * channels
+    return (
+        rows % fold == 0
+        and width * itemsize % ALIGNMENT == 0
+        and columns in (WARPGROUP, WIDEST)
+        and columns <= width
+        and 1 <= warpgroups <= MOST_WARPGROUPS
+        and splits >= 1
+        and splits * warpgroups <= rows // fold
+    )
