@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bn_fused.kernels.backends.pallas_gpu.tiles import UNROLL, div
+from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
 
@@ -191,7 +192,7 @@ class Worker:
         """Pivot, delta and squares about the mean, of the sums of deviations from the pivot and of their squares."""
         (total, square_sum), number = sums, self.range.rows.astype(F32)
         delta = total / number
-        return pivot, delta, variance_sum(square_sum, total, delta)
+        return pivot, delta, squares_about_mean(square_sum, total, delta)
 
     def merged(self, exchange, moments):
         """The block's partial result, of those that its warpgroups have shown."""
@@ -226,15 +227,6 @@ def write_row(out_refs, group, row, columns, results):
 
 def _finite_or_zero(value):
     return jnp.where(jnp.abs(value) < jnp.inf, value, jnp.zeros_like(value))
-
-
-def variance_sum(square_sum, total, mean):
-    """square_sum - total * mean, at least 0: the sum of squares about the mean; `backends.jnp` has the same guard."""
-    correction = total * mean
-    # Two selections, because Mosaic has no logic on vectors of bool.
-    unless_overflow = jnp.where(jnp.abs(mean) < jnp.inf, jnp.zeros_like(mean), correction)
-    correction = jnp.where(jnp.abs(correction) < jnp.inf, correction, unless_overflow)
-    return jnp.maximum(square_sum - correction, jnp.zeros_like(mean))
 
 
 def _merge(parts, numbers):
