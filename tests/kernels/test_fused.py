@@ -1,6 +1,6 @@
 """The raw operation `fused_batch_norm`, and how a backend plugs in and is chosen."""
 
-import functools
+import dataclasses
 import types
 
 import jax
@@ -13,181 +13,62 @@ from bn_fused import kernels
 from bn_fused.kernels.activations import ACTIVATIONS, Activation
 from bn_fused.kernels.backends import jnp as jnp_backend
 
-from support import oracle
-from support.tolerances import assert_close, computed_in
+from support.kernel_cases import BATCH, BLEND, CASES, Case
+from support.kernel_results import as_given, check_step, operands
+from support.tolerances import assert_close
 
 ROWS, CHANNELS, GROUPS = 24, 5, 3
-# Six numbers with nothing special about them, and those of the approach `batch`.
-BLEND = kernels.Coefficients(0.7, 0.4, 0.0, 0.1, 0.15, 0.9)
-BATCH = kernels.Coefficients(1.0, 0.0, 0.0, 0.01, 0.01, 0.99)
+
+# The others are slow. Of two cases once more in float64.
+DEFAULT = {
+    "auto": (
+        "far from zero", "groups", "groups far from zero", "residual without activation", "bfloat16", "float16, gelu",
+        "3 channels", "65 channels", "130 channels",
+    ),
+    "reference": ("groups", "136 channels", "bfloat16"),
+}  # fmt: skip
+DOUBLE = {"auto": "200 rows", "reference": "256 rows"}
 
 
-def operands(groups=(), dtype="float32", residual=False, seed=0):
-    random, wide = np.random.default_rng(seed), computed_in(dtype)
-    per_channel = (*groups, CHANNELS)
-
-    def normal(shape, dtype=wide):
-        return jnp.asarray(random.standard_normal(shape), dtype)
-
-    shape = (*groups, ROWS, CHANNELS)
-    centre = 3 * normal((*groups, 1, CHANNELS))
-    return {
-        "x": (centre + 2 * normal(shape)).astype(dtype),
-        "weight": 1 + normal(per_channel) / 2,
-        "bias": normal(per_channel),
-        "running_mean": normal(per_channel),
-        "running_var": 1 + jnp.abs(normal(per_channel)),
-        "residual": normal(shape, dtype) if residual else None,
-    }, random
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [
+        pytest.param(backend, name, marks=[] if name in default else [pytest.mark.slow])
+        for backend, default in DEFAULT.items()
+        for name in CASES
+    ],
+)
+def test_values_and_all_gradients_agree_with_float64(backend, name):
+    check_step(CASES[name], backend)
 
 
-def coefficients_for(values, groups, dtype):
-    """As scalars without groups, else [groups], each group with other numbers."""
-    grown = (
-        [jnp.asarray(value, dtype) * (1 + jnp.arange(*groups) / 10).astype(dtype) for value in values]
-        if groups
-        else values
-    )
-    return kernels.Coefficients(*(jnp.asarray(value, dtype) for value in grown))
+@pytest.mark.parametrize(("backend", "name"), DOUBLE.items())
+def test_values_and_all_gradients_agree_in_float64(backend, name, x64):
+    check_step(dataclasses.replace(CASES[name], dtype="float64"), backend)
 
 
-@functools.cache
-def compiled(activation, backend):
-    @jax.jit
-    def run(arrays, coefficients, cotangents):
-        def of(arrays, coefficients):
-            rest = {name: value for name, value in arrays.items() if name != "x"}
-            residual = rest.pop("residual")
-            return kernels.fused_batch_norm(
-                arrays["x"],
-                **rest,
-                coefficients=coefficients,
-                eps=1e-5,
-                activation=activation,
-                residual=residual,
-                backend=backend,
-            )
-
-        results, pullback = jax.vjp(of, arrays, coefficients)
-        return results, *pullback(cotangents)
-
-    return run
+def test_a_wrong_gradient_does_not_agree(broken_backend):
+    with pytest.raises(AssertionError, match="gradient of x"):
+        check_step(CASES["groups"], broken_backend)
 
 
-def oracle_rows(arrays, coefficients, activation, group, backend="auto"):
-    def of(name):
-        value = arrays[name]
-        return None if value is None else np.asarray(value if group is None else value[group], np.float64)
-
-    values = (np.asarray(value, np.float64) for value in coefficients)
-    numbers = oracle.Coefficients(*(float(value if group is None else value[group]) for value in values))
-    x = of("x")
-    precision = computed_in(arrays["x"].dtype)
-    return oracle.Rows(
-        x=x,
-        weight=of("weight"),
-        bias=of("bias"),
-        running_mean=of("running_mean"),
-        running_var=of("running_var"),
-        coefficients=numbers,
-        eps=1e-5,
-        activation=activation,
-        residual=of("residual"),
-        counting=np.ones(len(x)),
-        rounded_mean=float(np.finfo(precision).eps) if backend == "reference" or precision == np.float64 else 0.0,
-    )
-
-
-CASES = [
-    # groups, dtype, activation, residual, coefficients, backend
-    ((), "float32", None, False, BATCH, "auto"),
-    ((), "float32", "relu", True, BATCH, "jnp"),
-    ((), "float32", "gelu", True, BLEND, "auto"),
-    ((), "float32", "silu", False, BLEND, "reference"),
-    ((GROUPS,), "float32", "leaky_relu", False, BLEND, "auto"),
-    ((GROUPS,), "float32", "silu", True, BATCH, "auto"),
-    ((GROUPS,), "float32", None, True, BLEND, "reference"),
-    ((GROUPS,), "bfloat16", "relu", True, BATCH, "auto"),
-    ((), "float16", None, False, BLEND, "auto"),
-    ((GROUPS,), "float64", "gelu", False, BLEND, "auto"),
-    ((), "float64", None, True, BATCH, "reference"),
-    ((), "bfloat16", None, False, BATCH, "reference"),
-]
-
-
-@pytest.mark.parametrize(("groups", "dtype", "activation", "residual", "numbers", "backend"), CASES)
-def test_values_and_all_gradients_agree_with_the_oracle(groups, dtype, activation, residual, numbers, backend):
-    with jax.enable_x64(dtype == "float64"):
-        arrays, random = operands(groups, dtype, residual)
-        wide = computed_in(dtype)
-        coefficients = coefficients_for(numbers, groups, wide)
-        indices = [None] if not groups else list(range(*groups))
-        rows = [oracle_rows(arrays, coefficients, activation, group, backend) for group in indices]
-
-        def joined(parts):
-            parts = [np.asarray(part) for part in parts]
-            return parts[0] if not groups else np.stack(parts)
-
-        pre, near = joined(row.pre for row in rows), joined(1e-3 * row.y_scale for row in rows)
-        dy = random.standard_normal(arrays["x"].shape)
-        if activation in oracle.KINKED:
-            dy = np.where(abs(pre) < near, 0, dy)
-        per_channel = (*groups, CHANNELS)
-        dy = jnp.asarray(dy, dtype)
-        # of mean, var, new_running_mean, new_running_var
-        others = tuple(jnp.asarray(random.standard_normal(per_channel), wide) for _ in range(4))
-        results, gradients, coefficient_gradients = compiled(activation, backend)(arrays, coefficients, (dy, *others))
-
-        close = functools.partial(assert_close, dtype=wide)
-        y, mean, var, new_mean, new_var = results
-        assert y.dtype == arrays["x"].dtype and mean.dtype == var.dtype == new_mean.dtype == wide
-        close(y, joined(row.y for row in rows), joined(row.y_scale for row in rows), what="y")
-        std = joined(np.sqrt(row.var) for row in rows)
-        close(mean, joined(row.mean for row in rows), std + abs(joined(row.mean for row in rows)), what="mean")
-        close(var, joined(row.var for row in rows), joined(row.var_scale for row in rows), what="var")
-        close(
-            new_mean,
-            joined(row.new_running_mean for row in rows),
-            joined(row.new_running_mean_scale for row in rows),
-            what="new running mean",
-        )
-        close(
-            new_var,
-            joined(row.new_running_var for row in rows),
-            joined(row.new_running_var_scale for row in rows),
-            what="new running var",
-        )
-
-        def part(array, group):
-            return np.asarray(array if group is None else array[group], np.float64)
-
-        both = []
-        for row, group in zip(rows, indices, strict=True):
-            dmean, dvar, dnew_mean, dnew_var = (part(value, group) for value in others)
-            both.append(row.backward(part(dy, group), dnew_mean, dnew_var, dmean, dvar))
-        for name, gradient in gradients.items():
-            if gradient is None:
-                continue
-            wanted = joined(getattr(values, name) for values, _ in both)
-            scale = joined(getattr(scales, name) for _, scales in both)
-            close(gradient, wanted, np.broadcast_to(scale, wanted.shape), what=f"gradient of {name}")
-        for name, gradient in zip(coefficients._fields, coefficient_gradients, strict=True):
-            wanted = joined(getattr(values.coefficients, name) for values, _ in both)
-            scale = joined(getattr(scales.coefficients, name) for _, scales in both)
-            close(gradient, wanted, scale, what=f"gradient of the coefficient {name}")
+def arrays_of(groups=1):
+    """Operands of a step without coefficients and cotangents, by name."""
+    case = Case(ROWS, CHANNELS, groups=groups)
+    arrays = as_given(case, operands(case))
+    return {name: arrays[name] for name in ("x", "weight", "bias", "running_mean", "running_var")}
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_a_vmap_of_it_is_its_groups(backend):
-    arrays, _ = operands((GROUPS,))
-    coefficients = coefficients_for(BLEND, (), np.float32)
+    arrays, coefficients = arrays_of(GROUPS), kernels.Coefficients(*BLEND)
 
     def one(x, weight, bias, mean, var):
         return kernels.fused_batch_norm(
             x, weight, bias, mean, var, coefficients, eps=1e-5, activation="silu", backend=backend
         )
 
-    values = [arrays[name] for name in ("x", "weight", "bias", "running_mean", "running_var")]
+    values = list(arrays.values())
     mapped = jax.jit(jax.vmap(one))(*values)
     grouped = jax.jit(one)(*values)
     single = [jax.jit(one)(*(value[group] for value in values)) for group in range(GROUPS)]
@@ -198,12 +79,11 @@ def test_a_vmap_of_it_is_its_groups(backend):
 
 
 def test_gradients_of_a_vmap_with_shared_parameters_sum_over_the_mapped_axis():
-    arrays, _ = operands((GROUPS,))
-    coefficients = coefficients_for(BATCH, (), np.float32)
+    arrays = arrays_of(GROUPS)
     others = [arrays[name][0] for name in ("bias", "running_mean", "running_var")]
 
     def one(weight, x):
-        y, *_ = kernels.fused_batch_norm(x, weight, *others, coefficients, eps=1e-5)
+        y, *_ = kernels.fused_batch_norm(x, weight, *others, kernels.Coefficients(*BATCH), eps=1e-5)
         return jnp.sum(y**3)
 
     def all_groups(weight, x):
@@ -218,8 +98,7 @@ def test_gradients_of_a_vmap_with_shared_parameters_sum_over_the_mapped_axis():
 
 
 def test_bad_arguments_are_named():
-    arrays, _ = operands()
-    good = {**arrays, "coefficients": coefficients_for(BATCH, (), np.float32), "eps": 1e-5}
+    good = {**arrays_of(), "coefficients": kernels.Coefficients(*BATCH), "eps": 1e-5}
     bad = [
         ({"x": jnp.ones(4)}, ValueError, "x"),
         ({"x": jnp.ones((0, CHANNELS))}, ValueError, "nothing to average"),
@@ -276,19 +155,18 @@ def tpu_only():
 
 
 def raw(backend):
-    arrays, _ = operands()
-    coefficients = coefficients_for(BATCH, (), np.float32)
-    rest = {name: arrays[name] for name in ("weight", "bias", "running_mean", "running_var")}
+    rest = arrays_of()
+    x, coefficients = rest.pop("x"), kernels.Coefficients(*BATCH)
 
     @jax.jit
     def run(x):
         return kernels.fused_batch_norm(x, **rest, coefficients=coefficients, eps=1e-5, backend=backend)[0]
 
-    return run, arrays["x"]
+    return run, x
 
 
 def through_the_function(backend):
-    x = operands()[0]["x"]
+    x = arrays_of()["x"]
     stats = bn_fused.RunningStats.init(CHANNELS)
     return jax.jit(lambda x: bn_fused.batch_norm(x, stats, backend=backend)[0]), x
 
@@ -298,7 +176,7 @@ def through_the_layer(backend):
 
     layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch", backend=backend)
     run = jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    return jax.jit(lambda x: run(x, state)[0]), operands()[0]["x"]
+    return jax.jit(lambda x: run(x, state)[0]), arrays_of()["x"]
 
 
 ENTRANCES = [raw, through_the_function, through_the_layer]
@@ -401,7 +279,7 @@ def test_a_new_line_in_the_table_of_activations_is_all_that_a_new_activation_nee
     """For every backend but triton, which has its own functions and refuses by name what those do not know."""
     tanh = Activation(jnp.tanh, jnp.tanh, lambda x: 1 - jnp.square(jnp.tanh(x)), transcendental=True)
     monkeypatch.setitem(ACTIVATIONS, "tanh", tanh)
-    x, stats = operands()[0]["x"], bn_fused.RunningStats.init(CHANNELS)
+    x, stats = arrays_of()["x"], bn_fused.RunningStats.init(CHANNELS)
 
     def gradient(backend):
         return jax.grad(lambda x: jnp.sum(bn_fused.batch_norm(x, stats, activation="tanh", backend=backend)[0] ** 3))(x)

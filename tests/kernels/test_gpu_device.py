@@ -16,8 +16,8 @@ import pytest
 
 from bn_fused.kernels.backends.triton import limits
 
-from support.kernel_results import ALL, BLEND
-from support.pallas_gpu_cases import Case, check
+from support.kernel_cases import ALL, DEVICE_SETTINGS, DEVICE_SHAPES, Case, on_a_device
+from support.pallas_gpu_calls import check
 
 # The lowest compute capability of each backend.
 LEAST = {"pallas_gpu": 9, "triton": 8}
@@ -53,29 +53,13 @@ def gpu(request):
         pytest.skip(missing)
 
 
-# Rows that fold and rows that do not, one row, and enough for every core; channels as networks and people have them.
-ROWS = (1, 8, 1568, 28679, 100352)
-CHANNELS = (3, 17, 64, 65, 96, 128, 256, 1000, 2048)
-SETTINGS = [
-    {"activation": None, "dtype": "float32"},
-    {"activation": "relu", "dtype": "bfloat16", "residual": True},
-    {"activation": "silu", "dtype": "float16", "coefficients": BLEND},
-    {"activation": "gelu", "dtype": "bfloat16", "parameters": "bfloat16", "coefficients": BLEND},
-    {"activation": "leaky_relu", "dtype": "float32", "residual": True},
-]
-LARGEST = 30_000_000  # elements that numpy works on in float64 within a minute
-
-
 def cases(every):
     """All shapes in all settings; those are slow but for one setting of every so many shapes."""
-    for index, (rows, channels) in enumerate((rows, channels) for rows in ROWS for channels in CHANNELS):
-        if rows * channels > LARGEST or (rows < 128 and rows * channels < 128):
-            continue
-        for number, setting in enumerate(SETTINGS):
-            mark = [] if number == index % len(SETTINGS) and index % every == 0 else [pytest.mark.slow]
-            groups = 2 if rows == 1568 else 1
-            case = Case(rows, channels, groups=groups, operations=ALL, **setting)
-            yield pytest.param(case, marks=mark, id=f"{rows}x{channels}-{setting['dtype']}-{setting['activation']}")
+    for index, shape in enumerate(DEVICE_SHAPES):
+        for number, setting in enumerate(DEVICE_SETTINGS):
+            mark = [] if number == index % len(DEVICE_SETTINGS) and index % every == 0 else [pytest.mark.slow]
+            name, case = on_a_device(*shape, setting)
+            yield pytest.param(case, marks=mark, id=name)
 
 
 def taken(case):

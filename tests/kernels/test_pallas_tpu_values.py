@@ -22,7 +22,8 @@ from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
 from bn_fused.kernels.target import problem_of
 
-from support import oracle
+from support.kernel_cases import BATCH, BLEND, CASES, Case, grid
+from support.kernel_results import as_given, check_step, operands
 from support.tolerances import assert_close
 
 TPUS = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
@@ -92,7 +93,7 @@ def test_a_plan_that_keeps_more_than_there_is_is_refused():
     with pytest.raises(ValueError, match="keeps 9 row blocks of 1 "):
         forward = functools.partial(pallas_tpu.forward, spec=spec_for(x, lambda plan: with_blocks(plan, resident=9)))
         vector = jnp.ones((1, 128))
-        jax.eval_shape(forward, x, vector, vector, vector, vector, BATCH.pack(jnp.float32)[None])
+        jax.eval_shape(forward, x, vector, vector, vector, vector, packed(BATCH))
 
 
 # ---------------------------------------------------------------------------------------------- refusals
@@ -180,128 +181,49 @@ def interpreted():
         kernels.unregister(name)
 
 
-def operands(shape, dtype="float32", residual=False, mean=3.0, std=2.0, seed=0):
-    random = np.random.default_rng(seed)
-    per_channel = (*shape[:-2], shape[-1])
-
-    def normal(shape, dtype=np.float32):
-        return jnp.asarray(random.standard_normal(shape), dtype)
-
-    centre = mean * normal((*shape[:-2], 1, shape[-1]))
-    return {
-        "x": (centre + std * normal(shape)).astype(dtype),
-        "weight": 1 + normal(per_channel) / 2,
-        "bias": normal(per_channel),
-        "running_mean": normal(per_channel),
-        "running_var": 1 + jnp.abs(normal(per_channel)),
-        "residual": normal(shape, dtype) if residual else None,
-    }, random
-
-
-BLEND = kernels.Coefficients(0.7, 0.4, 0.0, 0.1, 0.15, 0.9)
-BATCH = kernels.Coefficients(1.0, 0.0, 0.0, 0.01, 0.01, 0.99)
-# shape, dtype, activation, residual, coefficients, rows of a block, resident blocks
-CASES = [
-    # One block that holds everything, rows and channels ragged.
-    ((77, 130), "float32", None, False, BATCH, None, None),
-    ((5, 3), "float32", "silu", True, BLEND, None, None),
-    ((1, 128), "float32", None, False, BLEND, None, None),
-    ((3, 37, 40), "bfloat16", "relu", True, BATCH, None, None),
-    # Several blocks, the last one ragged: all resident, some, none.
-    ((300, 256), "float32", "relu", True, BATCH, 64, 5),
-    ((300, 150), "float32", "leaky_relu", False, BLEND, 64, 2),
-    ((2, 200, 130), "float32", "gelu", True, BLEND, 64, 0),
-    ((2, 200, 130), "bfloat16", "gelu", True, BLEND, 64, 1),
-    # Whole blocks.
-    ((256, 128), "float32", None, True, BATCH, 128, 1),
-    ((512, 128), "bfloat16", "silu", False, BATCH, 128, 4),
-]
+# Rows of a block and resident blocks for the cases with several blocks, the last one ragged or not; None for all.
+BLOCKS = {
+    "130 channels": (None, None),
+    "groups": (None, None),
+    "3 channels": (None, None),
+    "one row": (None, None),
+    "bfloat16": (None, None),
+    "200 rows": (64, 0),
+    "200 rows, bfloat16": (64, 1),
+    "256 rows": (128, 1),
+    "300 rows": (64, 5),
+    "300 rows, 150 channels": (64, 2),
+    "512 rows": (128, 4),
+}
+TAKEN = [name for name, case in CASES.items() if case.dtype in pallas_tpu.DTYPES]
+GRID = grid([(1, 1), (15, 127), (17, 129), (128, 128), (129, 128), (3, 1000, 300)], pallas_tpu.DTYPES)
 
 
-@functools.cache
-def compiled(activation, backend):
-    @jax.jit
-    def run(arrays, coefficients, cotangents):
-        def of(arrays, coefficients):
-            return kernels.fused_batch_norm(
-                **arrays, coefficients=coefficients, eps=1e-5, activation=activation, backend=backend
-            )
-
-        results, pullback = jax.vjp(of, arrays, coefficients)
-        return results, *pullback(cotangents)
-
-    return run
-
-
-def check_against_the_oracle(backend, shape, dtype, activation, residual, numbers, interesting=None):
-    arrays, random = operands(shape, dtype, residual)
-    groups = shape[:-2]
-    coefficients = kernels.Coefficients(*(jnp.full(groups, value, jnp.float32) for value in numbers))
-    members = [()] if not groups else [(group,) for group in range(*groups)]
-
-    def rows_of(member):
-        def of(name):
-            return None if arrays[name] is None else np.asarray(arrays[name][member], np.float64)
-
-        return oracle.Rows(
-            **{name: of(name) for name in arrays},
-            coefficients=oracle.Coefficients(*(float(value[member]) for value in coefficients)),
-            eps=1e-5,
-            activation=activation,
-            counting=np.ones(shape[-2]),
-        )
-
-    rows = [rows_of(member) for member in members]
-
-    def joined(parts):
-        return np.stack([np.asarray(part) for part in parts]).reshape((*groups, *np.shape(parts[0])))
-
-    dy = random.standard_normal(shape)
-    if activation in oracle.KINKED:
-        near = joined([1e-3 * row.y_scale for row in rows])
-        dy = np.where(abs(joined([row.pre for row in rows])) < near, 0, dy)
-    dy = jnp.asarray(dy, dtype)
-    others = tuple(jnp.asarray(random.standard_normal((*groups, shape[-1])), jnp.float32) for _ in range(4))
-    results, gradients, coefficient_gradients = compiled(activation, backend)(arrays, coefficients, (dy, *others))
-    scales = {
-        "y": [row.y_scale for row in rows],
-        "mean": [np.sqrt(row.var) + abs(row.mean) for row in rows],
-        "var": [row.var_scale for row in rows],
-        "new_running_mean": [row.new_running_mean_scale for row in rows],
-        "new_running_var": [row.new_running_var_scale for row in rows],
-    }
-    for (name, scale), result in zip(scales.items(), results, strict=True):
-        assert_close(result, joined([getattr(row, name) for row in rows]), joined(scale), what=name)
-    both = []
-    for row, member in zip(rows, members, strict=True):
-        dmean, dvar, dnew_mean, dnew_var = (np.asarray(value[member], np.float64) for value in others)
-        both.append(row.backward(np.asarray(dy[member], np.float64), dnew_mean, dnew_var, dmean, dvar))
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            wanted = joined([getattr(values, name) for values, _ in both])
-            scale = joined([np.broadcast_to(getattr(scales, name), wanted.shape[len(groups) :]) for _, scales in both])
-            assert_close(gradient, wanted, scale, what=f"gradient of {name}")
-    for name, gradient in zip(coefficients._fields, coefficient_gradients, strict=True):
-        wanted = joined([getattr(values.coefficients, name) for values, _ in both])
-        scale = joined([getattr(scales.coefficients, name) for _, scales in both])
-        assert_close(gradient, wanted, scale, what=f"gradient of the coefficient {name}")
-
-
-@pytest.mark.parametrize(("shape", "dtype", "activation", "residual", "numbers", "rows", "resident"), CASES)
-def test_values_and_all_gradients_agree_with_the_oracle(
-    interpreted, shape, dtype, activation, residual, numbers, rows, resident
-):
-    backend = interpreted(lambda plan: with_blocks(plan, rows, resident))
-    check_against_the_oracle(backend, shape, dtype, activation, residual, numbers)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in BLOCKS else [pytest.mark.slow]) for name in TAKEN]
+)
+def test_values_and_all_gradients_agree_with_float64(interpreted, name):
+    rows, resident = BLOCKS.get(name, (None, None))
+    check_step(CASES[name], interpreted(lambda plan: with_blocks(plan, rows, resident)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 1), (15, 127), (17, 129), (128, 128), (129, 128), (3, 1000, 300)])
-@pytest.mark.parametrize("dtype", pallas_tpu.DTYPES)
-@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu", "leaky_relu"])
-@pytest.mark.parametrize("residual", [False, True])
-def test_values_and_all_gradients_agree_with_the_oracle_everywhere(interpreted, shape, dtype, activation, residual):
-    check_against_the_oracle(interpreted(), shape, dtype, activation, residual, BLEND)
+@pytest.mark.parametrize("name", GRID)
+def test_every_activation_with_and_without_a_residual(interpreted, name):
+    check_step(GRID[name], interpreted())
+
+
+STEP = ("x", "weight", "bias", "running_mean", "running_var")
+
+
+def grouped(case):
+    """The operands of a case as operations take them, with an axis of groups."""
+    return as_given(case, operands(case), one_group=False)
+
+
+def packed(coefficients, dtype="float32"):
+    """Coefficients of one group as operations take them."""
+    return jnp.asarray([coefficients], dtype)
 
 
 def spec_for(x, backend_plan=lambda plan: plan, layout="grc", activation=None, present=("x",)):
@@ -364,7 +286,7 @@ def test_what_is_not_finite_stays_in_its_channel_and_looks_as_in_jnp(where):
     x = jnp.asarray(x)
     spec = spec_for(x[None], lambda plan: with_blocks(plan, rows=64, resident=2), activation="relu")
     ones, zeros = jnp.ones((1, 128)), jnp.zeros((1, 128))
-    arrays = (x[None], ones, zeros, zeros, ones, BATCH.pack(jnp.float32)[None])
+    arrays = (x[None], ones, zeros, zeros, ones, packed(BATCH))
     got = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=True))(*arrays)
     wanted = jax.jit(functools.partial(jnp_backend.forward, spec=dataclasses.replace(spec, plan=None)))(*arrays)
     for index, name in ((0, "y"), (3, "var"), (4, "new running mean"), (5, "new running var")):
@@ -379,8 +301,8 @@ def test_running_statistics_that_have_no_part_in_the_result_may_be_anything():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 128)), jnp.float32)
     spec = spec_for(x)
     ones, nan = jnp.ones((1, 128)), jnp.full((1, 128), jnp.nan)
-    first = kernels.Coefficients(1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
-    results = pallas_tpu.forward(x, ones, ones, nan, nan, first.pack(jnp.float32)[None], spec=spec, interpret=True)
+    first = packed((1.0, 0.0, 0.0, 1.0, 1.0, 0.0))
+    results = pallas_tpu.forward(x, ones, ones, nan, nan, first, spec=spec, interpret=True)
     assert all(np.isfinite(result).all() for result in results)
 
 
@@ -393,7 +315,7 @@ def test_every_layout_gives_what_jnp_gives(layout):
     per_channel = (*(2 for role in layout if role == "g"), 5)
     weight, bias, mean, var = (jnp.asarray(1 + random.random(per_channel), jnp.float32) for _ in range(4))
     groups = per_channel[:-1]
-    coefficients = jnp.broadcast_to(BLEND.pack(jnp.float32), (*groups, 6))
+    coefficients = jnp.broadcast_to(jnp.asarray(BLEND, jnp.float32), (*groups, 6))
     plain = dataclasses.replace(spec, plan=None)
     step = (x, weight, bias, mean, var, coefficients)
     wanted = jnp_backend.forward(*step, spec=plain)
@@ -413,21 +335,21 @@ def test_every_layout_gives_what_jnp_gives(layout):
         assert_close(one, np.asarray(other, np.float64), 1 + np.abs(other))
 
 
-@pytest.mark.parametrize(("activation", "residual"), [(None, True), ("gelu", True)])
-def test_the_two_halves_give_what_jnp_gives(activation, residual):
-    arrays, random = operands((2, 200, 130), residual=residual)
-    names = ("x", "residual") if residual else ("x",)
-    spec = spec_for(arrays["x"], lambda plan: with_blocks(plan, rows=64), activation=activation, present=names)
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_the_two_halves_give_what_jnp_gives(activation):
+    case = dataclasses.replace(CASES["200 rows"], activation=activation)
+    arrays, random = grouped(case), np.random.default_rng(1)
+    spec = spec_for(
+        arrays["x"], lambda plan: with_blocks(plan, rows=64), activation=activation, present=("x", "residual")
+    )
     plain = dataclasses.replace(spec, plan=None)
     per_channel = {
-        name: jnp.asarray(1 + random.random((2, 130)), jnp.float32)
-        for name in ("pivot", "offset", "rstd", "dmean", "dvar", "delta")
+        name: jnp.asarray(1 + random.random((2, 130)), jnp.float32) for name in ("pivot", "offset", "rstd", "delta")
     }
-    dy = jnp.asarray(random.standard_normal((2, 200, 130)), jnp.float32)
     count = jnp.asarray([200.0, 400.0])
 
     def choose(*names):
-        every = {**arrays, **per_channel, "dy": dy, "count": count}
+        every = {**arrays, **per_channel, "count": count}
         return {name: every[name] for name in names}
 
     normalisation = ("x", "pivot", "offset", "rstd", "weight", "bias", "residual")
@@ -446,14 +368,13 @@ def test_the_two_halves_give_what_jnp_gives(activation, residual):
 
 
 def test_state_in_other_dtypes_keeps_them():
-    arrays, _ = operands((40, 128))
-    x = arrays["x"][None]
-    weight, bias, mean, var = (arrays[name][None] for name in ("weight", "bias", "running_mean", "running_var"))
+    arrays = grouped(Case(40, 128))
+    x, weight, bias, mean, var = (arrays[name] for name in STEP)
     spec = spec_for(x)
     with jax.enable_x64(True):
         for dtype in (jnp.bfloat16, jnp.float64):
             wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-            coefficients = BLEND.pack(wide)[None]
+            coefficients = packed(BLEND, wide)
             state = mean.astype(dtype), var.astype(dtype)
             got = pallas_tpu.forward(x, weight, bias, *state, coefficients, spec=spec, interpret=True)
             wanted = jnp_backend.forward(
@@ -509,34 +430,34 @@ def tpu_interpreter():
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "residual", "rows", "resident"),
-    [((1, 77, 130), "float32", False, None, None), ((1, 150, 128), "float32", True, 64, 1)],
+    ("case", "rows", "resident"),
+    [(Case(77, 130, activation="relu"), None, None), (Case(150, 128, activation="relu", residual=True), 64, 1)],
 )
-def test_nothing_is_read_that_was_not_written_and_nothing_races(shape, dtype, residual, rows, resident):
+def test_nothing_is_read_that_was_not_written_and_nothing_races(case, rows, resident):
     params, module = tpu_interpreter()
-    arrays, random = operands(shape, dtype, residual)
-    x, residual = arrays["x"], arrays["residual"]
+    arrays = grouped(case)
+    x, *per_channel = (arrays[name] for name in STEP)
+    dy, residual = arrays["dy"], arrays.get("residual")
     names = ("x",) if residual is None else ("x", "residual")
     spec = spec_for(x, lambda plan: with_blocks(plan, rows, resident), activation="relu", present=names)
     plain = dataclasses.replace(spec, plan=None)
-    per_channel = [arrays[name] for name in ("weight", "bias", "running_mean", "running_var")]
-    step = (x, *per_channel, BLEND.pack(jnp.float32)[None], residual)
+    step = (x, *per_channel, packed(BLEND), residual)
     wanted = jax.jit(functools.partial(jnp_backend.forward, spec=plain))(*step)
     got = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=params))(*step)
     assert module.races is not None and not module.races.races_found
     assert_close(got[0], np.asarray(wanted[0], np.float64), 10, what="y")
     assert_close(got[3], np.asarray(wanted[3], np.float64), what="var")
-    dy, rstd = jnp.asarray(random.standard_normal(shape), dtype), jax.lax.rsqrt(wanted[3] + 1e-5)
+    rstd = jax.lax.rsqrt(wanted[3] + 1e-5)
     weight, bias, *_ = per_channel
     pivot, delta = wanted[1:3]
-    one, count = jnp.ones((1,)), jnp.full((1,), shape[1], jnp.float32)
+    one, count = jnp.ones((1,)), jnp.full((1,), case.rows, jnp.float32)
     gradient = (dy, delta, delta, x, pivot, delta, rstd, weight, bias, delta, one, count, residual)
     wanted = jax.jit(functools.partial(jnp_backend.backward, spec=plain))(*gradient)
     got = jax.jit(functools.partial(pallas_tpu.backward, spec=spec, interpret=params))(*gradient)
     assert not module.races.races_found
     for one, other in zip(got, wanted, strict=True):
         # A few values of dz lie on the other side of the kink in one of them; sums of 150 terms of order ten.
-        assert_close(one, np.asarray(other, np.float64), 10 * shape[1] if one.ndim == 2 else 10)
+        assert_close(one, np.asarray(other, np.float64), 10 * case.rows if one.ndim == 2 else 10)
 
 
 def test_the_interpreter_would_find_memory_that_was_never_written():
@@ -544,13 +465,13 @@ def test_the_interpreter_would_find_memory_that_was_never_written():
     from bn_fused.kernels.backends.pallas_tpu import kernels as pallas_tpu_kernels
 
     params, _ = tpu_interpreter()
-    x = operands((1, 150, 128))[0]["x"]
+    x = grouped(Case(150, 128))["x"]
     spec = spec_for(x, lambda plan: with_blocks(plan, 64, 3))
     ones, zeros = jnp.ones((1, 128)), jnp.zeros((1, 128))
     add = pallas_tpu_kernels._add_to_moments
     pallas_tpu_kernels._add_to_moments = lambda walk, rows, x, slab, stats: add(walk, rows, x, None, stats)
     try:
-        arrays = (x, ones, zeros, zeros, ones, BATCH.pack(jnp.float32)[None])
+        arrays = (x, ones, zeros, zeros, ones, packed(BATCH))
         y = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=params))(*arrays)[0]
     finally:
         pallas_tpu_kernels._add_to_moments = add

@@ -1,9 +1,20 @@
 """What a process that runs kernels does with a case: compute forward, and from its results other operations."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 
 from bn_fused.kernels import contract
+
+
+def read_call(path):
+    """What `kernel_results.save_call` has written: the operands in their dtypes, and the settings."""
+    stored = dict(np.load(path))
+    settings = json.loads(str(stored.pop("settings")))
+    dtypes = dict.fromkeys(("x", "dy", "residual"), settings["dtype"])
+    dtypes |= dict.fromkeys(("weight", "bias"), settings["parameters"])
+    return {name: jnp.asarray(value, dtypes.get(name, "float32")) for name, value in stored.items()}, settings
 
 
 def compute_all(compute, spec, operands, rows, operations):

@@ -1,57 +1,63 @@
-"""The operations of a GPU backend, run in an interpreter, compared with float64: operands, and what is checked.
+"""Kernel cases against float64: operands, what the results must be, and the files between a test and its interpreter.
 
-A `case` is any object with groups, rows, channels, dtype, activation, residual, coefficients and centre (around which x
-lies); results are named "operation.result", as float32 arrays [groups, ...].
+A `case` is a `kernel_cases.Case`. Results of single operations are named "operation.result" and are float32 arrays
+[groups, ...].
 """
 
 import dataclasses
+import functools
+import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bn_fused import kernels
+
 from support import oracle
-from support.tolerances import assert_close
+from support.tolerances import assert_close, computed_in
 
-BATCH = (1.0, 0.0, 0.0, 0.01, 0.01, 0.99)
-BLEND = (0.7, 0.4, 0.1, 0.1, 0.15, 0.9)
-ALL = ("backward", "normalise_backward", "moments_backward", "normalise", "moments")
+EPS = 1e-5
+LIKE_X = ("x", "dy", "residual")
 
 
-def operands(case, parameters="float32"):
-    """Random operands of `forward` and cotangents, rounded to the case's dtype; weight and bias to that of `parameters`."""
-    random = np.random.default_rng(0)
-    spread, per_channel = (case.groups, case.rows, case.channels), (case.groups, case.channels)
+def operands(case):
+    """Random operands of `forward` and cotangents, rounded to the case's dtypes and held in float32, or float64."""
+    random, wide = np.random.default_rng(0), computed_in(case.dtype)
+    like_x, per_channel = (case.groups, case.rows, case.channels), (case.groups, case.channels)
 
-    def rounded(values, dtype=case.dtype):
-        return np.array(jnp.asarray(values, dtype).astype(jnp.float32))
+    def rounded(values, dtype):
+        return values.astype(wide) if dtype == "float64" else np.array(jnp.asarray(values, dtype).astype(jnp.float32))
 
-    found = {
-        "x": rounded(case.centre + random.standard_normal(spread)),
-        "dy": rounded(random.standard_normal(spread)),
-        "coefficients": np.tile(np.float32(case.coefficients), (case.groups, 1)),
+    larger = 1 + np.arange(case.groups)[:, None] / 10
+    arrays = {
+        "x": rounded(case.centre + random.standard_normal(like_x), case.dtype),
+        "dy": rounded(random.standard_normal(like_x), case.dtype),
+        "coefficients": (larger * np.asarray(case.coefficients)).astype(wide),
     }
     if case.residual:
-        found["residual"] = rounded(random.standard_normal(spread))
-    for name in ("weight", "bias", "running_mean", "running_var", "dmean", "dvar"):
+        arrays["residual"] = rounded(random.standard_normal(like_x), case.dtype)
+    for name in ("weight", "bias", "running_mean", "running_var", "dmean", "dvar", "dnew_mean", "dnew_var"):
         values = random.standard_normal(per_channel)
-        found[name] = np.float32({"weight": 1 + values / 4, "running_var": 1 + abs(values)}.get(name, values))
+        arrays[name] = {"weight": 1 + values / 4, "running_var": 1 + abs(values)}.get(name, values).astype(wide)
     for name in ("weight", "bias"):
-        found[name] = rounded(found[name], parameters)
-    return found
+        arrays[name] = rounded(arrays[name], case.parameters)
+    return arrays
 
 
-def expected_rows(case, arrays):
-    """The oracle's view of the operands, one for each group."""
-    wide = {key: np.asarray(value, np.float64) for key, value in arrays.items()}
+def expected_rows(case, arrays, rounded_mean=0.0):
+    """The oracle's view of the operands, one for each group; for `rounded_mean` see there."""
+    exact = {key: np.asarray(value, np.float64) for key, value in arrays.items()}
     return [
         oracle.Rows(
-            x=wide["x"][group],
-            **{key: wide[key][group] for key in ("weight", "bias", "running_mean", "running_var")},
-            coefficients=oracle.Coefficients(*wide["coefficients"][group]),
-            eps=1e-5,
+            x=exact["x"][group],
+            **{key: exact[key][group] for key in ("weight", "bias", "running_mean", "running_var")},
+            coefficients=oracle.Coefficients(*exact["coefficients"][group]),
+            eps=EPS,
             activation=case.activation,
-            residual=wide["residual"][group] if case.residual else None,
+            residual=exact["residual"][group] if case.residual else None,
             counting=np.ones(case.rows),
+            rounded_mean=rounded_mean,
         )
         for group in range(case.groups)
     ]
@@ -63,6 +69,36 @@ def keep_from_kinks(case, arrays):
         rows = expected_rows(case, arrays)
         pre, scale = (np.stack([getattr(row, name) for row in rows]) for name in ("pre", "y_scale"))
         arrays["dy"] = np.where(abs(pre) < 1e-3 * scale, 0, arrays["dy"])
+
+
+# ---------------------------------------------------------------------------------------------- operation by operation
+
+
+def save_call(path, case, arrays, **settings):
+    """Write a case for the process that computes it: its operands in the case's layout, the settings as JSON."""
+    images = case.layout == "rcr"  # [4, channels, rows / 4], one group
+
+    def placed(name, value):
+        if not images:
+            return value
+        return np.moveaxis(value.reshape(4, -1, case.channels), 1, 2) if name in LIKE_X else value[0]
+
+    fields = ("layout", "activation", "dtype", "parameters", "rows", "operations")
+    settings = {name: getattr(case, name) for name in fields} | settings
+    given = {name: placed(name, value) for name, value in arrays.items()}
+    np.savez(path, settings=json.dumps(settings), **given)
+
+
+def load_results(path, case):
+    """The results that the process has written, in groups, rows and channels; their dtypes are checked."""
+    results = dict(np.load(path))
+    for name in [name for name in results if not name.endswith(".dtype")]:
+        like_x = name.split(".")[1] in ("y", "dx", "dresidual")
+        assert str(results[f"{name}.dtype"]) == (case.dtype if like_x else "float32"), name
+        if case.layout == "rcr":
+            value = results[name]
+            results[name] = np.moveaxis(value, 2, 1).reshape(1, case.rows, -1) if like_x else value[None]
+    return results
 
 
 def check_results(case, arrays, results, operations):
@@ -129,3 +165,94 @@ def check_results(case, arrays, results, operations):
                     continue
                 expected = np.stack([getattr(values, of) for values, _ in both])
                 close(f"{operation}.{result}", expected, np.stack([getattr(s, of) for _, s in both]), stored)
+
+
+def spoilt(arrays):
+    """The operands with values in channels 3 to 6 of x that are not finite, or whose square is not."""
+    x = arrays["x"].copy()
+    x[0, 7, 3] = np.inf
+    x[0, 0, 4] = -np.inf  # in the rows that make a pivot
+    x[0, -1, 5] = np.nan
+    x[0, :, 6] *= 1e30
+    return arrays | {"x": x}
+
+
+def check_spoilt(results, expected):
+    """What is not finite stays in its channel: the others are those that the operands had before they were `spoilt`."""
+    for result, value in results.items():
+        if not result.endswith(".dtype"):
+            others = np.setdiff1d(np.arange(value.shape[-1]), (3, 4, 5, 6))
+            np.testing.assert_array_equal(value[..., others], expected[result][..., others], err_msg=result)
+    mean = (results["forward.pivot"] + results["forward.delta"])[0]
+    assert mean[3] == np.inf and mean[4] == -np.inf and np.isnan(mean[5])
+    var = results["forward.var"][0]
+    assert np.isnan(var[3]) and np.isnan(var[4]) and np.isnan(var[5]) and var[6] == np.inf
+    assert np.isfinite(mean[6])
+    assert np.isnan(results["forward.y"][0][:, 3:6]).all()
+
+
+# ---------------------------------------------------------------------------------------------- the whole step
+
+
+@functools.cache
+def _step(activation, backend):
+    """`fused_batch_norm` and its gradients, as a jitted function of operands, coefficients and cotangents."""
+
+    @jax.jit
+    def run(arrays, coefficients, cotangents):
+        def of(arrays, coefficients):
+            return kernels.fused_batch_norm(
+                **arrays, coefficients=coefficients, eps=EPS, activation=activation, backend=backend
+            )
+
+        results, pullback = jax.vjp(of, arrays, coefficients)
+        return results, *pullback(cotangents)
+
+    return run
+
+
+def as_given(case, arrays, one_group=True):
+    """The operands as jax arrays in the case's dtypes; where `one_group`, a case with one has no axis of groups."""
+    dtypes = dict.fromkeys(LIKE_X, case.dtype) | dict.fromkeys(("weight", "bias"), case.parameters)
+    return {
+        name: jnp.asarray(value[0] if one_group and case.groups == 1 else value, dtypes.get(name, value.dtype))
+        for name, value in arrays.items()
+    }
+
+
+def check_step(case, backend):
+    """Compare the results of `fused_batch_norm` and the gradients of everything it is given with float64."""
+    wide = computed_in(case.dtype)
+    arrays = operands(case)
+    keep_from_kinks(case, arrays)
+    # The definition written out subtracts a mean that is rounded to its own precision.
+    rows = expected_rows(case, arrays, float(np.finfo(wide).eps) if backend == "reference" else 0.0)
+    given = as_given(case, arrays)
+    coefficients = kernels.Coefficients(*jnp.moveaxis(given.pop("coefficients"), -1, 0))
+    cotangents = tuple(given.pop(name) for name in ("dy", "dmean", "dvar", "dnew_mean", "dnew_var"))
+    results, gradients, coefficient_gradients = _step(case.activation, backend)(given, coefficients, cotangents)
+
+    def close(actual, expected, scales, what):
+        """Compare with what the groups, one by one, must have."""
+        expected = np.stack(expected)
+        scales = np.stack([np.broadcast_to(scale, expected.shape[1:]) for scale in scales])
+        expected, scales = (array if case.groups > 1 else array[0] for array in (expected, scales))
+        assert_close(actual, expected, scales, dtype=wide, what=what)
+
+    y, mean, var, new_mean, new_var = results
+    assert y.dtype == case.dtype and mean.dtype == var.dtype == new_mean.dtype == new_var.dtype == wide
+    close(mean, [row.mean for row in rows], [np.sqrt(row.var) + abs(row.mean) for row in rows], "mean")
+    others = {"y": y, "var": var, "new_running_mean": new_mean, "new_running_var": new_var}
+    for name, result in others.items():
+        close(result, [getattr(row, name) for row in rows], [getattr(row, f"{name}_scale") for row in rows], name)
+    both = [
+        row.backward(*(arrays[name][group] for name in ("dy", "dnew_mean", "dnew_var", "dmean", "dvar")))
+        for group, row in enumerate(rows)
+    ]
+    for name, gradient in gradients.items():
+        close(
+            gradient, *([getattr(each, name) for each in of] for of in zip(*both, strict=True)), f"gradient of {name}"
+        )
+    for name, gradient in zip(coefficients._fields, coefficient_gradients, strict=True):
+        of_groups = ([getattr(each.coefficients, name) for each in of] for of in zip(*both, strict=True))
+        close(gradient, *of_groups, f"gradient of the coefficient {name}")

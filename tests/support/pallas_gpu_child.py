@@ -1,13 +1,13 @@
 """A process that computes operations of `pallas_gpu`, in Mosaic GPU's interpreter or on a GPU: `python ... FILE`.
 
-FILE is an .npz with the operands of `forward` and cotangents, and the settings as JSON; the results are written
-beside it. The other operations take their statistics from the forward's results. Settings besides the case's own:
+FILE is a call that `kernel_results.save_call` has written; the results are written beside it. The other operations take
+their statistics from the forward's results. Settings besides the case's own:
 
+- `plan`: the fields of a plan, or None for the backend's own; `races`: whether to look for them in the interpreter.
 - `on_gpu`: on the GPU of this machine, twice, and the bits must be the same; `backend`: there, another one.
 - `waits`: False for resident kernels whose blocks do not wait for each other.
 """
 
-import json
 import os
 import sys
 
@@ -25,7 +25,7 @@ from bn_fused.kernels.backends.pallas_gpu.plan import Plan
 from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident
 from bn_fused.kernels.dispatch import run as dispatched
 
-from support.interpreted_operations import compute_all
+from support.interpreted_operations import compute_all, read_call
 
 
 class ClusterBarrier(barrier.CounterBarrier):
@@ -79,15 +79,11 @@ def on_gpu(operation, spec, arguments):
 
 
 def main(path):
-    stored = dict(np.load(path))
-    settings = json.loads(str(stored.pop("settings")))
+    operands, settings = read_call(path)
     barrier.barrier_type = barrier.CounterBarrier if settings.get("on_gpu") else ClusterBarrier
     ClusterBarrier.waits = settings.get("waits", True)
     backend = settings.get("backend", "pallas_gpu")
     spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], backend, plan_of(settings["plan"]))
-    dtypes = dict.fromkeys(("x", "dy", "residual"), settings["dtype"])
-    dtypes |= dict.fromkeys(("weight", "bias"), settings["parameters"])
-    operands = {name: jnp.asarray(value, dtypes.get(name, "float32")) for name, value in stored.items()}
 
     def compute(operation, arguments):
         if settings.get("on_gpu"):

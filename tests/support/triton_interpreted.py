@@ -1,11 +1,10 @@
 """A process that computes operations of `triton` in Triton's interpreter: `python triton_interpreted.py FOLDER`.
 
-FOLDER holds cases as .npz files with the operands of `forward`, cotangents, and settings as JSON; the results are
-written beside them. The interpreter runs kernels on numpy arrays, block by block; it asks for tensors of torch, for
-which a few methods are enough.
+FOLDER holds calls that `kernel_results.save_call` has written, with a `plan`; the results are written beside them. The
+interpreter runs kernels on numpy arrays, block by block; it asks for tensors of torch, for which a few methods are
+enough.
 """
 
-import json
 import os
 import pathlib
 import sys
@@ -23,7 +22,7 @@ from bn_fused.kernels import contract
 from bn_fused.kernels.backends.triton import operations as triton_backend
 from bn_fused.kernels.backends.triton.plan import Plan
 
-from support.interpreted_operations import compute_all
+from support.interpreted_operations import compute_all, read_call
 
 GUARD = 64  # values before and behind each array
 
@@ -86,13 +85,8 @@ def main(folder):
     triton_backend.launch = launch
     interpreter._patch_lang_tensor = with_integers(interpreter._patch_lang_tensor)
     for path in sorted(pathlib.Path(folder).glob("*.npz")):
-        stored = dict(np.load(path))
-        settings = json.loads(str(stored.pop("settings")))
+        operands, settings = read_call(path)
         spec = contract.Spec(settings["layout"], 1e-5, settings["activation"], "triton", Plan(**settings["plan"]))
-        operands = {
-            name: jnp.asarray(value, settings["dtype"] if name in ("x", "dy", "residual") else jnp.float32)
-            for name, value in stored.items()
-        }
 
         def compute(operation, arguments, spec=spec):
             with jax.disable_jit():
