@@ -31,8 +31,8 @@ from bn_fused.bench.oracle import (
     OracleStep,
     inference_oracle,
     initial_state,
+    like_x,
     reduced,
-    spread,
     train_oracle,
 )
 from bn_fused.bench.workloads import Workload
@@ -154,7 +154,7 @@ def step_errors(results: dict, want: OracleStep, dy, weight, limits: Limits, act
         sure = np.abs(want.z) > limits.kink * np.max(np.abs(want.z))
     compared = {
         "y": lambda y: _largest(y, want.y, np.max(np.abs(want.y))),
-        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * spread(dy, weight * want.rstd))), sure),
+        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * like_x(dy, weight * want.rstd))), sure),
         "dresidual": lambda dresidual: _largest(dresidual, want.dresidual, np.max(np.abs(dy)), sure),
         "dweight": lambda dweight: _largest(dweight, want.dweight, np.abs(dy * want.normalised).sum(axes)),
         "dbias": lambda dbias: _largest(dbias, want.dbias, np.abs(dy).sum(axes, dtype=np.float64)),
@@ -210,13 +210,13 @@ def check_approach(backend: str, approach: str) -> Check:
 
     Of each quantity the largest error is kept. A failure of the backend is reported, not raised.
     """
-    found: dict[str, Error] = {}
+    largest: dict[str, Error] = {}
 
-    def keep(errors):
+    def add(errors):
         for error in errors:
-            before = found.get(error.quantity)
+            before = largest.get(error.quantity)
             if before is None or (before.ok and not error.share <= before.share):
-                found[error.quantity] = error
+                largest[error.quantity] = error
 
     try:
         layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(
@@ -238,13 +238,13 @@ def check_approach(backend: str, approach: str) -> Check:
             y, arrays, gradients = _run(static, arrays, x, dy)
             state = eqx.combine(arrays, (layer, state))[1]
             results = {"y": y, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
-            keep(step_errors(results, want, dy, weight, limits))
-            keep(state_errors(layer, state, want_state, limits.sum))
+            add(step_errors(results, want, dy, weight, limits))
+            add(state_errors(layer, state, want_state, limits.sum))
         inferring = eqx.nn.inference_mode(layer)
         y, _ = eqx.filter_jit(jax.vmap(inferring, axis_name="batch", in_axes=(0, None), out_axes=(0, None)))(x, state)
         want_y = inference_oracle(x, weight, bias, want_state, eps=EPS)
         limit = Limits.of("float32", factor=stored_mean_factor(x, "ema")).array / (1 - want_state.zero_frac)
-        keep((Error("inference", _largest(y, want_y, np.max(np.abs(want_y))), limit),))
+        add((Error("inference", _largest(y, want_y, np.max(np.abs(want_y))), limit),))
     except Exception as error:  # a kernel may fail in any way; it must show as a failed check, whatever it raised
         return Check(failure=failure_of(error))
-    return Check(tuple(found.values()))
+    return Check(tuple(largest.values()))

@@ -35,8 +35,8 @@ def check_and_time() -> int:
     device = run.use_devices(1)
     settings = Settings(rivals=("equinox", "jnp"), cold=device.platform != "cpu")
     workloads = [WORKLOADS[name] for name in SUITES["quick"]]
-    found = run.run_and_print(console, workloads, settings, suite="quick", heading=False)
-    return FAILED if sick else run.exit_status(found)
+    record = run.run_and_print(console, workloads, settings, suite="quick", heading=False)
+    return FAILED if sick else run.exit_status(record)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,11 +27,11 @@ def check_backends(
 ) -> list[tuple[str, str, Check]]:
     """Check every backend that can run here with every approach: (backend, approach, check)."""
     pairs = [(name, approach) for name in (backends()[0] if names is None else names) for approach in APPROACHES]
-    found = []
+    checks = []
     for done, (backend, approach) in enumerate(pairs):
         progress(done / len(pairs))
-        found.append((backend, approach, check_approach(backend, approach)))
-    return found
+        checks.append((backend, approach, check_approach(backend, approach)))
+    return checks
 
 
 def rivals() -> dict[str, str]:

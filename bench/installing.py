@@ -17,9 +17,9 @@ PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "flax", "torch", "triton", "jax
 def python() -> str:
     """How a shell calls this Python: `python` where that is the one, else its path, relative if it is in this folder."""
     executable = os.path.abspath(sys.executable)
-    found = shutil.which("python")
+    on_path = shutil.which("python")
     # Not what the names resolve to: those of a virtual environment resolve to the Python that it was made of.
-    if found is not None and os.path.abspath(found) == executable:
+    if on_path is not None and os.path.abspath(on_path) == executable:
         return "python"
     below = os.path.relpath(executable)
     return shlex.quote(executable if below.startswith(os.pardir) else below)

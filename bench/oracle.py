@@ -46,8 +46,8 @@ def reduced(x) -> tuple[int, ...]:
     return (0, *range(2, x.ndim))
 
 
-def spread(x, value):
-    """A value per channel with x's rank."""
+def like_x(x, value):
+    """A value per channel [channels] with x's rank, to be broadcast against x."""
     return np.reshape(value, (1, -1) + (1,) * (x.ndim - 2))
 
 
@@ -86,7 +86,7 @@ def train_oracle(
     axes = reduced(x)
     n = x.size // x.shape[1]
     mean = x.mean(axes)
-    var = ((x - spread(x, mean)) ** 2).mean(axes)
+    var = ((x - like_x(x, mean)) ** 2).mean(axes)
     m, z = momentum, state.zero_frac
     # slope: the derivative of the normalisation's mean by the batch's mean, and the same for the variances.
     if approach == "batch":
@@ -112,8 +112,8 @@ def train_oracle(
     else:
         raise ValueError(f"approach is {approach!r}; the oracle knows batch, ema and ema_compatibility")
     rstd = 1 / np.sqrt(norm_var + eps)
-    normalised = (x - spread(x, norm_mean)) * spread(x, rstd)
-    before = normalised * spread(x, weight) + spread(x, bias)
+    normalised = (x - like_x(x, norm_mean)) * like_x(x, rstd)
+    before = normalised * like_x(x, weight) + like_x(x, bias)
     if residual is not None:
         before = before + np.asarray(residual, np.float64)
     y, derivative = ACTIVATIONS[activation](before)
@@ -121,7 +121,7 @@ def train_oracle(
     dbias, dweight = dz.sum(axes), (dz * normalised).sum(axes)
     dmean = -slope * weight * rstd * dbias
     dvar = -slope * weight * rstd**2 * dweight / 2
-    dx = dz * spread(x, weight * rstd) + spread(x, dmean) / n + (x - spread(x, mean)) * spread(x, 2 * dvar) / n
+    dx = dz * like_x(x, weight * rstd) + like_x(x, dmean) / n + (x - like_x(x, mean)) * like_x(x, 2 * dvar) / n
     state = OracleState(running_mean, running_var, new_z, count)
     return OracleStep(y, state, dx, dweight, dbias, dz, before, normalised, rstd)
 
@@ -131,4 +131,4 @@ def inference_oracle(x, weight, bias, state, *, eps):
     x = np.asarray(x, np.float64)
     denominator = max(1 - state.zero_frac, eps)
     mean, var = state.mean / denominator, state.var / denominator
-    return (x - spread(x, mean)) / spread(x, np.sqrt(var + eps)) * spread(x, weight) + spread(x, bias)
+    return (x - like_x(x, mean)) / like_x(x, np.sqrt(var + eps)) * like_x(x, weight) + like_x(x, bias)

@@ -31,7 +31,7 @@ def plot_run(run: Run, path: str) -> None:
     axes = figure.subplots(max(1, len(passes)), 1, sharex=True, squeeze=False)[:, 0]
     for panel, pass_name in zip(axes, passes, strict=False):
         for index, (layer, approach) in enumerate(drawn):
-            found = {
+            shares = {
                 str(row.at): row.of_copy
                 for row in run.rows
                 if (row.layer, row.approach, row.pass_name) == (layer, approach, pass_name)
@@ -39,7 +39,7 @@ def plot_run(run: Run, path: str) -> None:
             bar = 0.8 / len(drawn)
             panel.bar(
                 [place - 0.4 + bar * (index + 0.5) for place in range(len(cases))],
-                [100 * (found.get(case) or 0) for case in cases],
+                [100 * (shares.get(case) or 0) for case in cases],
                 bar,
                 label=f"{layer} {approach}" if several else layer,
                 color=COLOURS[index % len(COLOURS)],
@@ -79,8 +79,8 @@ def curve(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
     """
     points = []
     for part in together(values.shape[1]):
-        found = values[:, part][np.isfinite(values[:, part])]
-        figures = (np.median(found), found.min(), found.max()) if found.size else (np.nan,) * 3
+        finite = values[:, part][np.isfinite(values[:, part])]
+        figures = (np.median(finite), finite.min(), finite.max()) if finite.size else (np.nan,) * 3
         points.append(((part.start + 1 + part.stop) / 2, *figures))
     return tuple(np.array(points).T)
 

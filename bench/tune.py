@@ -105,7 +105,7 @@ def time_plans(
         return jax.jit(lambda sets: in_turn(step, sets))
 
     expected = step_with("jnp", None)(sets[:1])[0]
-    found: dict[Any, float | str] = {}
+    times: dict[Any, float | str] = {}
     programs = {}
     for plan in plans:
         program = step_with(backend, plan)
@@ -116,10 +116,10 @@ def time_plans(
         if wrong is None:
             programs[plan] = Timed(lambda program=program: program(sets), calls=len(sets))
         else:
-            found[plan] = wrong
+            times[plan] = wrong
     if programs:
-        found |= {plan: samples.median for plan, samples in measure(programs, seconds=seconds).items()}
-    return [found[plan] for plan in plans]
+        times |= {plan: samples.median for plan, samples in measure(programs, seconds=seconds).items()}
+    return [times[plan] for plan in plans]
 
 
 def difference(results, expected) -> str | None:

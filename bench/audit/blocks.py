@@ -117,10 +117,10 @@ BLOCKS: Mapping[str, Block] = MappingProxyType(
 
 
 class Program(NamedTuple):
-    """A function to compile and its arguments' shapes; the bytes kept from the forward for the backward (None: "fwd").
+    """A function to compile, its arguments' shapes, and the bytes that the forward saves for the backward (None: "fwd").
 
-    Kept is what JAX's derivative holds between the two: x if it is needed, and what was computed on the way, each array
-    once; parameters and state, which are there anyway, are not counted.
+    Counted is what JAX's derivative holds between the two: x if it is needed, and what was computed on the way, each
+    array once; parameters and state, which are there anyway, are not.
     """
 
     function: Callable
@@ -133,7 +133,7 @@ def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
 
     - "fwd": a training step, y and the new state.
     - "fwd+bwd": the same, and the gradient with respect to x, the residual and all parameters.
-    - "bwd": the gradient alone, from what the forward keeps.
+    - "bwd": the gradient alone, from what the forward saves.
     """
     if setting.block is not None and setting.activation is None:
         setting = dataclasses.replace(setting, activation="relu")
@@ -154,12 +154,12 @@ def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
 
         return jax.vjp(with_state, parameters, x, residual, has_aux=True)
 
-    kept = _Kept(pull_back)
-    dy, new_state, computed = jax.eval_shape(kept.forward, *operands)
+    halves = _Halves(pull_back)
+    dy, new_state, computed = jax.eval_shape(halves.forward, *operands)
     del new_state
-    kept_bytes = kept.activation_bytes + sum(_nbytes(array) for array in computed)
+    kept_bytes = halves.activation_bytes + sum(_nbytes(array) for array in computed)
     if pass_name == "bwd":
-        return Program(kept.backward, (computed, operands, dy), kept_bytes)
+        return Program(halves.backward, (computed, operands, dy), kept_bytes)
 
     def forward_backward(parameters, state, x, residual, dy):
         y, pullback, new = pull_back(parameters, state, x, residual)
@@ -174,36 +174,36 @@ def _nbytes(array) -> int:
     return math.prod(array.shape) * jnp.dtype(array.dtype).itemsize
 
 
-class _Kept:
-    """Takes a derivative apart: `forward` returns what is computed and kept, `backward` goes on from there.
+class _Halves:
+    """Takes a derivative apart: `forward` returns what it computes and saves, `backward` goes on from there.
 
-    What is kept as it was given is not returned from the forward, which would copy it: the backward is given it again.
+    An operand that is saved is not returned from the forward, which would copy it: the backward takes it again.
     """
 
     def __init__(self, pull_back):
         self.pull_back = pull_back
         self.tree = None
-        self.places = []  # of each kept array: ("given", index) or ("computed", index)
+        self.places = []  # of each saved array: ("operands", index) or ("computed", index)
         self.activation_bytes = 0
 
     def forward(self, parameters, state, x, residual):
         y, pullback, new = self.pull_back(parameters, state, x, residual)
         leaves, self.tree = jax.tree.flatten(pullback)
-        given = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves((parameters, state, x, residual)))}
+        operands = {id(leaf): index for index, leaf in enumerate(jax.tree.leaves((parameters, state, x, residual)))}
         computed, order = [], {}
         for leaf in leaves:
-            if id(leaf) in given:
-                self.places.append(("given", given[id(leaf)]))
+            if id(leaf) in operands:
+                self.places.append(("operands", operands[id(leaf)]))
                 continue
             if id(leaf) not in order:
                 order[id(leaf)] = len(computed)
                 computed.append(leaf)
             self.places.append(("computed", order[id(leaf)]))
-        kept = {id(leaf) for leaf in leaves}
-        self.activation_bytes = sum(_nbytes(array) for array in (x, residual) if id(array) in kept)
+        saved = {id(leaf) for leaf in leaves}
+        self.activation_bytes = sum(_nbytes(array) for array in (x, residual) if id(array) in saved)
         return y, new, computed
 
     def backward(self, computed, operands, dy):
-        sources = {"given": jax.tree.leaves(operands), "computed": computed}
+        sources = {"operands": jax.tree.leaves(operands), "computed": computed}
         leaves = [sources[source][index] for source, index in self.places]
         return jax.tree.unflatten(self.tree, leaves)(dy)

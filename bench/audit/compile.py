@@ -57,8 +57,8 @@ def planned_passes(plan: Any, operations: Sequence[str]) -> dict[str, Passes] | 
     if told is None:
         return None
     ask = told if callable(told) else told.get
-    found = {operation: ask(operation) for operation in operations}
-    return None if None in found.values() else {name: Passes(*figures) for name, figures in found.items()}
+    planned = {operation: ask(operation) for operation in operations}
+    return None if None in planned.values() else {name: Passes(*figures) for name, figures in planned.items()}
 
 
 def kernel_calls(module: Module) -> dict[str, str]:
@@ -107,8 +107,8 @@ def count(hlo_text: str, elements: int, nbytes: int, inside: Mapping[str, Passes
             names = _calls_of(operation, inside, calls)
             for prefix, counted in (("", traffic), ("padded_", padded)):
                 figures = zip(planned, _passes_of(counted, names), _passes_of(anywhere, names), strict=True)
-                for kind, (told, found, whole) in zip(("reads", "writes"), figures, strict=True):
-                    fields[f"{prefix}inside_{kind}"] += told * found / whole if whole else told
+                for kind, (by_plan, in_memory, in_all) in zip(("reads", "writes"), figures, strict=True):
+                    fields[f"{prefix}inside_{kind}"] += by_plan * in_memory / in_all if in_all else by_plan
     return fields
 
 
@@ -148,8 +148,8 @@ def gpu_resources(folder: pathlib.Path) -> dict[str, int]:
     for path in folder.glob("*.mlir-passes.log"):
         # The launch in the code of the lowering, where the size is a constant that has its value as its name.
         shared += map(int, re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", path.read_text(errors="replace")))
-    found = {"registers": registers, "spill_bytes": spills, "on_chip_bytes": shared}
-    return {name: max(values) for name, values in found.items() if values}
+    resources = {"registers": registers, "spill_bytes": spills, "on_chip_bytes": shared}
+    return {name: max(values) for name, values in resources.items() if values}
 
 
 # The column of a TPU's compiler for stores to memory because there are no registers left, each of a whole register.
@@ -172,8 +172,8 @@ def tpu_resources(folder: pathlib.Path, kernels: Iterable[str]) -> dict[str, int
             used = [line.split() for line in lines[start + 1 :] if line.strip()]
             bundles.append(len(used))
             spills.append(_VECTOR_REGISTER * sum(int(line[units.index(_SPILL)]) for line in used))
-    found = {"bundles": bundles, "spill_bytes": spills}
-    return {name: max(values) for name, values in found.items() if values}
+    resources = {"bundles": bundles, "spill_bytes": spills}
+    return {name: max(values) for name, values in resources.items() if values}
 
 
 def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:

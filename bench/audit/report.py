@@ -37,19 +37,19 @@ def title(target: str, workload: str, setting: Setting) -> str:
 
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """The headings and the lines of the table of one target, workload and setting; the ideal stands above each pass."""
-    made = {
+    texts = {
         "pass": lambda row: row.case.pass_name,
         "layer": lambda row: f"{row.case.layer} (auto)" if row.auto else row.case.layer,
         "around": lambda row: str(Passes(row.reads, row.writes)),
     }
     if any(row.kernels for row in rows):
-        made["inside"] = _inside
+        texts["inside"] = _inside
     if any(row.kernels or _is_padded(row) for row in rows):
-        made["in all"] = lambda row: "opaque" if row.total is None else str(row.total)
+        texts["in all"] = lambda row: "opaque" if row.total is None else str(row.total)
     base = {row.case.pass_name: row for row in rows if row.case.layer == NO_NORM.name and row.status == "compiled"}
     if base:
-        made[f"over {NO_NORM.name}"] = lambda row: _over(row, base.get(row.case.pass_name))
-    made |= {
+        texts[f"over {NO_NORM.name}"] = lambda row: _over(row, base.get(row.case.pass_name))
+    texts |= {
         "launches": lambda row: f"{row.launches} ({row.kernels} ours)" if row.kernels else str(row.launches),
         "copies": lambda row: str(len(row.copies)),
         "temporary": lambda row: _in_x(row.temporary_bytes, row),
@@ -63,7 +63,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     }
     for heading, (field, text) in told.items():
         if any(getattr(row, field) is not None for row in rows):
-            made[heading] = lambda row, field=field, text=text: _or_dash(getattr(row, field), text)
+            texts[heading] = lambda row, field=field, text=text: _or_dash(getattr(row, field), text)
     lines = []
     for pass_name in PASSES:
         # What is not installed is named below the table.
@@ -71,18 +71,18 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         if not of_pass:
             continue
         # Inside a block the ideal is compared with what the norm adds to it.
-        where = "in all" if "in all" in made else "around"
+        where = "in all" if "in all" in texts else "around"
         if of_pass[0].case.setting.block:
             where = f"over {NO_NORM.name}"
         for kind, figure in ideal(of_pass[0].case.setting, pass_name).items():
             cells = {"pass": pass_name, "layer": f"ideal, {kind}", where: str(figure)}
-            lines.append([cells.get(heading, "") for heading in made])
+            lines.append([cells.get(heading, "") for heading in texts])
         for row in of_pass:
-            cells = {"pass": pass_name, "layer": made["layer"](row), "around": NOT_COMPILED}
+            cells = {"pass": pass_name, "layer": texts["layer"](row), "around": NOT_COMPILED}
             lines.append(
-                [text(row) if row.status == "compiled" else cells.get(name, "") for name, text in made.items()]
+                [text(row) if row.status == "compiled" else cells.get(name, "") for name, text in texts.items()]
             )
-    return list(made), lines
+    return list(texts), lines
 
 
 def _inside(row: Row) -> str:
@@ -116,16 +116,16 @@ def _or_dash(value, text) -> str:
 
 def table(rows: Sequence[Row]) -> Table:
     """The table of one target, workload and setting."""
-    made = Table(title=escape(title(*rows[0].case.group)), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    made.collapse_padding = True
+    table = Table(title=escape(title(*rows[0].case.group)), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.collapse_padding = True
     headings, lines = columns(rows)
     for heading in headings:
-        made.add_column(heading, justify="left" if heading in ("pass", "layer") else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading in ("pass", "layer") else "right", no_wrap=True)
     for line in lines:
         style = {"ideal": "dim", NOT_COMPILED: "yellow"}
         key = "ideal" if line[1].startswith("ideal, ") else line[2]
-        made.add_row(*map(escape, line), style=style.get(key))
-    return made
+        table.add_row(*map(escape, line), style=style.get(key))
+    return table
 
 
 def notes(rows: Sequence[Row], *, details: bool = False) -> list[str]:

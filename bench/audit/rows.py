@@ -113,17 +113,17 @@ def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:
     """
     residual = 1 if setting.residual else 0
     through_activation = residual if setting.activation is not None or setting.block is not None else 0
-    made = {
+    passes = {
         "fwd": {"streaming": (2 + residual, 1), "resident": (1 + residual, 1)},
         "bwd": {
             "streaming": (4 + 2 * through_activation, 1 + through_activation),
             "resident": (2 + through_activation, 1 + through_activation),
         },
     }
-    made["fwd+bwd"] = {
-        kind: tuple(map(sum, zip(made["fwd"][kind], made["bwd"][kind], strict=True))) for kind in made["fwd"]
+    passes["fwd+bwd"] = {
+        kind: tuple(map(sum, zip(passes["fwd"][kind], passes["bwd"][kind], strict=True))) for kind in passes["fwd"]
     }
-    return {kind: Passes(*figures) for kind, figures in made[pass_name].items()}
+    return {kind: Passes(*figures) for kind, figures in passes[pass_name].items()}
 
 
 # ------------------------------------------------------------------------------------- JSON, in and out

@@ -64,10 +64,10 @@ def fewest(rows: Sequence[Row]) -> set[str]:
 
 
 def _groups(rows):
-    found: dict[tuple, list[Row]] = {}
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        found.setdefault((row.case.workload, row.case.setting, row.case.target, row.case.pass_name), []).append(row)
-    return found
+        groups.setdefault((row.case.workload, row.case.setting, row.case.target, row.case.pass_name), []).append(row)
+    return groups
 
 
 def _verdicts(rows):

@@ -83,8 +83,8 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     """
     if sources:
         for parameter in context.command.params:
-            given = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
-            if given and parameter.name not in GO_WITH_FROM:
+            on_command_line = context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+            if on_command_line and parameter.name not in GO_WITH_FROM:
                 raise click.UsageError(f"--from takes saved rows, all of them: {parameter.opts[0]} does not go with it")
         documents = [_read(path) for path in sources]
         rows = [row_from_json(values) for document in documents for values in document["rows"]]
@@ -157,19 +157,21 @@ def choose_settings(
     blocks: Sequence[str],
 ) -> list[tuple[str, Setting]]:
     """The name and setting of all that the options ask for; a block takes those workloads that have its rank."""
-    made = []
+    settings = []
     for block in dict.fromkeys(blocks) or (None,):
         fitting = [w for w in workloads if block is None or len(w.shape) in BLOCKS[block].ranks]
         if not fitting:
-            given = ", ".join(str(workload) for workload in workloads)
-            raise click.UsageError(f"block {block!r} takes workloads with {BLOCKS[block].takes}; none is among {given}")
+            listed = ", ".join(str(workload) for workload in workloads)
+            raise click.UsageError(
+                f"block {block!r} takes workloads with {BLOCKS[block].takes}; none is among {listed}"
+            )
         for workload in fitting:
             # Without spatial axes both layouts are one.
             for layout in dict.fromkeys(layouts) if len(workload.shape) > 2 else layouts[:1]:
                 for dtype in dict.fromkeys(dtypes) or (workload.dtype,):
                     setting = Setting(workload.shape, dtype, layout, activation, residual, block)
-                    made.append((workload.name, setting))
-    return made
+                    settings.append((workload.name, setting))
+    return settings
 
 
 def choose_layers(backends: Sequence[str], rivals: Sequence[str]) -> list[str]:

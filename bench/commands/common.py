@@ -131,10 +131,10 @@ def choose_workloads(
     settings = dict(
         layout=layout, dtype=dtype, activation=None if activation == "none" else activation, residual=residual
     )
-    made = [dataclasses.replace(workload, **settings) for workload in dict.fromkeys(chosen)]
+    workloads = [dataclasses.replace(workload, **settings) for workload in dict.fromkeys(chosen)]
     if examples is not None:
-        made = [dataclasses.replace(workload, shape=(examples, *workload.shape[1:])) for workload in made]
-    return made
+        workloads = [dataclasses.replace(workload, shape=(examples, *workload.shape[1:])) for workload in workloads]
+    return workloads
 
 
 def approach_option(function: Callable) -> Callable:
@@ -166,9 +166,9 @@ def say(console: Console, text: str = "", style: str = "") -> None:
 def show(console: Console, table: Table) -> None:
     """Print a table at its full width, which the terminal may wrap: a column that is cut off says nothing."""
     width = console.measure(table, options=console.options.update(width=1000)).maximum
-    wide = Console(width=width, highlight=False, file=io.StringIO(), force_terminal=True, color_system="standard")
-    wide.print(table)
-    console.print(Text.from_ansi(wide.file.getvalue()), soft_wrap=True)
+    full_width = Console(width=width, highlight=False, file=io.StringIO(), force_terminal=True, color_system="standard")
+    full_width.print(table)
+    console.print(Text.from_ansi(full_width.file.getvalue()), soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:

@@ -32,8 +32,8 @@ def command(context, first, second, force):
     console = make_console()
     for line in differences(before, after):
         say(console, f"differs: {line}", "yellow")
-    found = pairs(before, after)
-    if not any(pair.first and pair.second for pair in found):
+    joined = pairs(before, after)
+    if not any(pair.first and pair.second for pair in joined):
         raise click.UsageError(
             f"the runs have no row in common: {first} has {_what(before)}; {second} has {_what(after)}"
         )
@@ -41,22 +41,22 @@ def command(context, first, second, force):
     rival = next((name for name in before.rivals if name in after.rivals), None)
     beside = () if rival is None else (f"/ {rival} before", "after")
     figures = ("ms before", "ms after", "after / before", *beside, "apart")
-    made = report.table("", ("workload", "pass", "layer"), figures)
-    for pair in found:
+    table = report.empty_table("", ("workload", "pass", "layer"), figures)
+    for pair in joined:
         row = pair.either
         ratio = Text("-" if pair.ratio is None else f"{pair.ratio:.2f}")
         ratios = [Text(_ratio(one, rival)) for one in (pair.first, pair.second)] if beside else []
         cells = [_time(pair.first), _time(pair.second), ratio, *ratios, Text("*" if pair.apart else "")]
-        made.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
-    show(console, made)
-    apart = sum(pair.apart for pair in found)
+        table.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
+    show(console, table)
+    apart = sum(pair.apart for pair in joined)
     if apart:
-        say(console, f"{apart} of {len(found)} rows are apart (*): their ranges from p10 to p90 do not meet")
+        say(console, f"{apart} of {len(joined)} rows are apart (*): their ranges from p10 to p90 do not meet")
     else:
         say(console, "no row is apart: everywhere the ranges from p10 to p90 meet")
-    for pair in failed(found):
+    for pair in failed(joined):
         say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
-    context.exit(FAILED if failed(found) else 0)
+    context.exit(FAILED if failed(joined) else 0)
 
 
 def _what(run):

@@ -27,9 +27,9 @@ def print_doctor(console: Console) -> bool:
         say(console, f"  {name} does not: {reason}")
     for line in doctor.tuning():
         say(console, f"configurations of triton: {line}")
-    for what, found in (("rivals", doctor.rivals()), ("compilers for the audit", doctor.compilers())):
+    for what, states in (("rivals", doctor.rivals()), ("compilers for the audit", doctor.compilers())):
         say(console, f"{what}:")
-        for name, state in found.items():
+        for name, state in states.items():
             say(console, f"  {name}: {state}")
     with progress_bar(console) as progress:
         task = progress.add_task("checking backends", total=1.0)

@@ -109,22 +109,22 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
     if dry_run:
         _dry_run(console, workloads, settings)
         context.exit(0)
-    found = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "")
+    record = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "")
     for path, text in ((json_file, records.to_json), (csv_file, records.to_csv), (markdown_file, report.markdown)):
         if path is not None:
-            path.write_text(text(found), encoding="utf-8")
+            path.write_text(text(record), encoding="utf-8")
     if plot_file is not None:
         from bn_fused.bench.plots import plot_run
 
-        plot_run(found, str(plot_file))
-    context.exit(exit_status(found))
+        plot_run(record, str(plot_file))
+    context.exit(exit_status(record))
 
 
-def exit_status(found: records.Run) -> int:
+def exit_status(record: records.Run) -> int:
     """0, or 1 if a check failed, or 130 if the run was interrupted."""
-    if found.interrupted:
+    if record.interrupted:
         return INTERRUPTED
-    return FAILED if any(row.status == "failed" for row in found.rows) else 0
+    return FAILED if any(row.status == "failed" for row in record.rows) else 0
 
 
 # The flag of XLA that makes several devices of a CPU.
@@ -161,13 +161,13 @@ def run_and_print(
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1.0)
         try:
-            for workload, found in run(
+            for workload, workload_rows in run(
                 workloads,
                 settings,
                 lambda name, share: progress.update(task, completed=share, description=name),
             ):
-                rows += found
-                print_workload(console, workload, found, settings, said)
+                rows += workload_rows
+                print_workload(console, workload, workload_rows, settings, said)
         except KeyboardInterrupt:
             interrupted = True
     say(console)
@@ -219,10 +219,10 @@ def print_workload(
 
 def _list(console: Console) -> None:
     for suite, names in SUITES.items():
-        made = report.table(suite, ("workload", "N,C,spatial", "purpose"), ())
+        table = report.empty_table(suite, ("workload", "N,C,spatial", "purpose"), ())
         for name in names:
-            made.add_row(name, ",".join(map(str, WORKLOADS[name].shape)), WORKLOADS[name].purpose)
-        show(console, made)
+            table.add_row(name, ",".join(map(str, WORKLOADS[name].shape)), WORKLOADS[name].purpose)
+        show(console, table)
         say(console)
 
 
@@ -237,8 +237,8 @@ def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings
         say(console, line)
     say(console)
     for workload in workloads:
-        made = report.table(str(workload), ("layer", "approach", "runs"), ())
+        table = report.empty_table(str(workload), ("layer", "approach", "runs"), ())
         for layer in plan(workload, settings):
-            made.add_row(layer.provider.name, layer.approach, Text(layer.reason or ", ".join(settings.passes)))
-        show(console, made)
+            table.add_row(layer.provider.name, layer.approach, Text(layer.reason or ", ".join(settings.passes)))
+        show(console, table)
         say(console)

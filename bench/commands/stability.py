@@ -57,43 +57,43 @@ def command(context, *, norms, out, json_file, **options):
     norms = tuple(dict.fromkeys(norms)) or tuple(stability.NORMS)
     device, console = first_device(), make_console()
     say(console, f"scikit-learn's digits, {settings}")
-    found, interrupted = [], False
+    finished, interrupted = [], False
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1)
         try:
             for curves in stability.run(
                 settings, norms, lambda what, share: progress.update(task, description=what, completed=share)
             ):
-                found.append(curves)
+                finished.append(curves)
         except KeyboardInterrupt:
             interrupted = True
-    if found:
-        show(console, table(found))
+    if finished:
+        show(console, table(finished))
         console.print(Text(note(settings), "dim"))
         where = f"jax {versions()['jax']}, {device.platform}"
-        plots.plot_stability(found, caption(settings, where), out, saved.command_line())
+        plots.plot_stability(finished, caption(settings, where), out, saved.command_line())
         say(console, f"picture: {out}")
     if json_file is not None:
-        rows = [curves.figures() for curves in found]
+        rows = [curves.figures() for curves in finished]
         text = saved.to_json(
             "stability", device.device_kind, dataclasses.asdict(settings), rows, interrupted=interrupted
         )
         json_file.write_text(text, encoding="utf-8")
     if interrupted:
-        say(console, f"interrupted: {len(found)} of {len(norms)} rows are finished", "yellow")
+        say(console, f"interrupted: {len(finished)} of {len(norms)} rows are finished", "yellow")
     context.exit(INTERRUPTED if interrupted else 0)
 
 
-def table(found) -> Table:
+def table(finished) -> Table:
     """A row for each norm."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    made.add_column("BatchNorm", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("BatchNorm", no_wrap=True)
     for heading in ("median loss", "worst seed", "largest loss", "largest gradient", "trained"):
-        made.add_column(heading, justify="right", no_wrap=True)
-    for curves in found:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for curves in finished:
         figures = curves.figures()
         trained = f"{figures['trained']} of {figures['seeds']}"
-        made.add_row(
+        table.add_row(
             curves.norm if curves.norm.startswith("equinox") else f"bn_fused {curves.norm}",
             f"{figures['median_loss_last']:.3f}",
             f"{figures['worst_loss_last']:.3f}",
@@ -102,7 +102,7 @@ def table(found) -> Table:
             trained,
             style="" if figures["trained"] == figures["seeds"] else "red",
         )
-    return made
+    return table
 
 
 def note(settings: stability.Settings) -> str:

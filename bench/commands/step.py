@@ -87,8 +87,7 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
     console = make_console()
     device = None if target else first_device()
     defaults = ON_CPU if device is not None and device.platform == "cpu" else ELSEWHERE
-    given = {name: value for name, value in sizes.items() if value is not None}
-    setting = Setting(**(defaults | given))
+    setting = Setting(**(defaults | {name: size for name, size in sizes.items() if size is not None}))
     against = tuple(dict.fromkeys(rivals)) or RIVALS
     options = dict(
         backends=tuple(dict.fromkeys(backends)) or tuple(default_backends(setting, target)),
@@ -204,11 +203,11 @@ def _with_layouts(note, rows):
 
 
 def _empty(first: str, *others: str) -> Table:
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    made.add_column(first, no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column(first, no_wrap=True)
     for name in others:
-        made.add_column(name, justify="right", no_wrap=True)
-    return made
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def _verdict(row) -> str:
@@ -223,26 +222,26 @@ def _number(value, scale=1, form=".3g") -> str:
 
 def time_table(rows) -> Table:
     """The times of a run."""
-    made = _empty(
+    table = _empty(
         "BatchNorm", "ms / step", "images / s", "/ equinox", "p10-p90", "memory MB", "peak MB", "loss", "after", ""
     )
     for row in rows:
-        spread = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
-        made.add_row(
+        percentiles = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
+        table.add_row(
             row.name, _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
-            _number(row.ratio, form=".2f"), spread, _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
+            _number(row.ratio, form=".2f"), percentiles, _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
             _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"), _verdict(row),
         )  # fmt: skip
-    return made
+    return table
 
 
 def audit_table(rows) -> Table:
     """What was compiled."""
-    made = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
+    table = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
     for row in rows:
-        made.add_row(
+        table.add_row(
             row.name, _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
             _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
             _verdict(row),
         )  # fmt: skip
-    return made
+    return table

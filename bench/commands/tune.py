@@ -105,10 +105,10 @@ def earlier(output, device_kind, console):
 
 def table(results) -> Table:
     """The best configurations."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False)
-    made.add_column("workload", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_column("workload", no_wrap=True)
     for name in ("ms", "/ by rule", "row bytes", "values", "warps", "stages", "blocks", "slab MiB", "ran"):
-        made.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", no_wrap=True)
     for result in results:
         entry = result.entry
         cells = ["-"] * 8
@@ -117,5 +117,5 @@ def table(results) -> Table:
             *numbers, slab_bytes = vars(entry.config).values()
             slab = f"{slab_bytes / (1 << 20):.3g}" if slab_bytes else "-"
             cells = [f"{1e3 * entry.seconds:.4g}", f"{ratio:.2f}", *map(str, numbers), slab]
-        made.add_row(str(result.workload), *cells, str(result.ran))
-    return made
+        table.add_row(str(result.workload), *cells, str(result.ran))
+    return table

@@ -92,7 +92,7 @@ class Case:
     """A layer at a workload.
 
     - `programs[pass_name]`: the function to time.
-    - `results(pass_name, made)`: what a program made of the first set, by name, in the workload's layout.
+    - `results(pass_name, outputs)`: of what a program returns, the first set's, by name, in the workload's layout.
     - `collective_bytes[pass_name]`: bytes that the devices exchange in a pass; empty on one device.
     """
 
@@ -103,14 +103,14 @@ class Case:
 
 def in_turn(function, sets):
     """`function(*operands)` for each of the sets, one after the other, in one program."""
-    made, previous = [], ()
+    results, previous = [], ()
     for operands in sets:
         # Without the barrier XLA may interleave what belongs to different sets.
         operands, previous = jax.lax.optimization_barrier((operands, previous))
         result = function(*operands)
-        made.append(result)
+        results.append(result)
         previous = jax.tree.leaves(result)[:1]
-    return made
+    return results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +164,7 @@ def check_results(results: dict[str, Any], oracle: Oracle, workload: Workload, o
         value = np.take(value, oracle.channels, workload.channel_axis)
         return np.moveaxis(value, workload.channel_axis, 1).astype(np.float64)
 
-    found = {name: take(name, value) for name, value in results.items()}
+    got = {name: take(name, value) for name, value in results.items()}
     steps = oracle.parts
     # The batch's arrays one part after the other; the parameters' gradients are the sums over all parts.
     want = OracleStep(
@@ -175,16 +175,16 @@ def check_results(results: dict[str, Any], oracle: Oracle, workload: Workload, o
         rstd=np.max([step.rstd for step in steps], axis=0),
         state=steps[0].state,
     )
-    return Check(step_errors(found, want, oracle.dy, oracle.weight, limits, oracle.activation))
+    return Check(step_errors(got, want, oracle.dy, oracle.weight, limits, oracle.activation))
 
 
 def check_case(case: Case, pass_name: str, oracle: Oracle, workload: Workload, ours: bool) -> Check:
     """Run a pass once and compare what it made; a failure is reported, not raised."""
     try:
         timed = case.programs[pass_name]
-        made = timed.start()
-        timed.wait(made)
-        return check_results(case.results(pass_name, made), oracle, workload, ours)
+        outputs = timed.start()
+        timed.wait(outputs)
+        return check_results(case.results(pass_name, outputs), oracle, workload, ours)
     except Exception as error:  # whatever a kernel raises must show as a failed check
         return Check(failure=failure_of(error))
 

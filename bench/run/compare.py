@@ -67,11 +67,11 @@ def check_comparable(first: Run, second: Run) -> None:
         raise NotComparable(f"the runs are of different devices, {devices[0]!r} and {devices[1]!r}")
 
 
-def failed(found: Sequence[Pair]) -> list[Pair]:
+def failed(joined: Sequence[Pair]) -> list[Pair]:
     """The pairs whose check failed in the second run and not in the first."""
     return [
         pair
-        for pair in found
+        for pair in joined
         if pair.second is not None
         and pair.second.status == "failed"
         and (pair.first is None or pair.first.status != "failed")

@@ -61,13 +61,13 @@ def jax_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence
         pullbacks = [before(*fixed, x, residual) for x, residual, _ in sets]
         calls["bwd"] = (backward_sets, (pullbacks, [dy for _, _, dy in sets]))
 
-    def results(pass_name, made):
+    def results(pass_name, outputs):
         if pass_name == "fwd":
-            return {"y": made[0][0]}
-        (dweight, dbias), dx, dresidual = made[0] if pass_name == "bwd" else made[0][2]
-        found = {"y": made[0][0]} if pass_name == "fwd+bwd" else {}
-        found |= {"dx": dx, "dweight": dweight, "dbias": dbias}
-        return found if dresidual is None else found | {"dresidual": dresidual}
+            return {"y": outputs[0][0]}
+        (dweight, dbias), dx, dresidual = outputs[0] if pass_name == "bwd" else outputs[0][2]
+        named = {"y": outputs[0][0]} if pass_name == "fwd+bwd" else {}
+        named |= {"dx": dx, "dweight": dweight, "dbias": dbias}
+        return named if dresidual is None else named | {"dresidual": dresidual}
 
     programs, exchanged = {}, {}
     for pass_name in passes:

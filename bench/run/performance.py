@@ -59,8 +59,10 @@ def _table(path: str, run: Run) -> str:
     lines += ["| workload | backend | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
     cases = dict.fromkeys((str(row.at), row.layer, row.approach) for row in rows)
     for at, layer, approach in cases:
-        found = {row.pass_name: row for row in rows if (str(row.at), row.layer, row.approach) == (at, layer, approach)}
-        cells = [_ratio(found.get(name)) for name in passes] + [_share(found.get(name)) for name in passes]
+        by_pass = {
+            row.pass_name: row for row in rows if (str(row.at), row.layer, row.approach) == (at, layer, approach)
+        }
+        cells = [_ratio(by_pass.get(name)) for name in passes] + [_share(by_pass.get(name)) for name in passes]
         lines.append(f"| {at} | {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -42,15 +42,15 @@ def environment_lines(environment: Environment) -> list[str]:
     ]
 
 
-def table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+def empty_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """An empty table that fits into 80 columns: texts to the left, then figures to the right."""
-    made = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
-    made.collapse_padding = True
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)
+    table.collapse_padding = True
     for name in left:
-        made.add_column(name, no_wrap=True)
+        table.add_column(name, no_wrap=True)
     for name in right:
-        made.add_column(name, justify="right", no_wrap=True)
-    return made
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def verdict(ok: bool) -> Text:
@@ -106,11 +106,11 @@ def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None 
     """The rows of one workload; a row whose check failed shows FAILED in place of its times."""
     devices = on_devices(rows)
     several = len({row.approach for row in rows}) > 1
-    made = table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
+    table = empty_table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
     for row in rows:
         name = layer_name(row, several)
-        made.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
-    return made
+        table.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
+    return table
 
 
 def _rate(bandwidth: float) -> str:
@@ -120,14 +120,14 @@ def _rate(bandwidth: float) -> str:
 
 def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
     """How one workload was timed: the copy's bandwidth, the caches, the rounds; nothing if nothing was timed."""
-    found = next((row for row in rows if row.copy_bandwidth is not None), None)
-    if found is None:
+    timed = next((row for row in rows if row.copy_bandwidth is not None), None)
+    if timed is None:
         return []
     caches = "cold" if cold else "warm"
-    lines = [f"copy of x: {_rate(found.copy_bandwidth)} GB/s; {caches} caches; {found.rounds} rounds"]
-    if found.rounds < FEW_ROUNDS:
+    lines = [f"copy of x: {_rate(timed.copy_bandwidth)} GB/s; {caches} caches; {timed.rounds} rounds"]
+    if timed.rounds < FEW_ROUNDS:
         lines.append("so few rounds say little: --seconds allows more")
-    if math.prod(found.shape) < SMALL:
+    if math.prod(timed.shape) < SMALL:
         lines.append("so small an array takes no time: what it costs to start a program is what is compared")
     return lines
 
@@ -172,11 +172,11 @@ def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
 
 def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:
     """The checks of (backend, approach, check): the largest error as a share of its limit, and the verdict."""
-    made = table("every step of a small batch, against float64", ("backend", "approach"), ("error / limit", ""))
+    table = empty_table("every step of a small batch, against float64", ("backend", "approach"), ("error / limit", ""))
     for backend, approach, check in checks:
         share = max((error.share for error in check.errors), default=None)
-        made.add_row(backend, approach, "-" if share is None else f"{share:.2f}", verdict(check.ok))
-    return made
+        table.add_row(backend, approach, "-" if share is None else f"{share:.2f}", verdict(check.ok))
+    return table
 
 
 def markdown(run: Run) -> str:

@@ -214,25 +214,25 @@ def run_workload(
 
 def _times(workload, samples, key, settings):
     """What the samples of a layer's pass say, as fields of a row."""
-    taken, copy, passes = samples[key], samples["copy"], workload.passes(key.pass_name)
+    times, copy, passes = samples[key], samples["copy"], workload.passes(key.pass_name)
     ratios = {}
     for rival in settings.rivals:
         # A rival that knows one way to train runs once, for all approaches.
         names = (key._replace(layer=rival, approach=approach) for approach in (key.approach, settings.approaches[0]))
         other = next((samples[name] for name in names if name in samples), None)
         if other is not None:
-            ratios[rival] = taken.ratio_to(other)
+            ratios[rival] = times.ratio_to(other)
     return {
-        "median": taken.median,
-        "p10": taken.p10,
-        "p90": taken.p90,
-        "rounds": len(taken.seconds),
+        "median": times.median,
+        "p10": times.p10,
+        "p90": times.p90,
+        "rounds": len(times.seconds),
         "nbytes": passes * workload.nbytes,
-        "bandwidth": passes * workload.nbytes / taken.median,
+        "bandwidth": passes * workload.nbytes / times.median,
         "copy_bandwidth": COPY_PASSES * workload.nbytes / copy.median,
-        "of_copy": passes / COPY_PASSES / taken.ratio_to(copy),
+        "of_copy": passes / COPY_PASSES / times.ratio_to(copy),
         "ratios": ratios,
-        "sync_ratio": taken.ratio_to(samples[key.alone]) if key.sync else None,
+        "sync_ratio": times.ratio_to(samples[key.alone]) if key.sync else None,
     }
 
 

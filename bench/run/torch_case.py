@@ -51,27 +51,27 @@ def torch_case(inputs: Inputs, passes: Sequence[str]) -> Case:
         z = functional.batch_norm(x, *running, weight, bias, training=True, momentum=0.01, eps=EPS)
         return ACTIVATIONS[workload.activation](z if residual is None else z + residual)
 
-    def gradient(y, x, residual, dy, keep):
+    def gradient(y, x, residual, dy, retain_graph):
         wanted = (x, weight, bias) if residual is None else (x, weight, bias, residual)
-        return torch.autograd.grad(y, wanted, dy, retain_graph=keep)
+        return torch.autograd.grad(y, wanted, dy, retain_graph=retain_graph)
 
     def run_forward():
         with torch.no_grad():
             return [forward(x, residual) for x, residual, _ in sets]
 
     def run_both():
-        made = []
+        outputs = []
         for x, residual, dy in sets:
             y = forward(x, residual)
-            made.append((y, gradient(y, x, residual, dy, keep=False)))
-        return made
+            outputs.append((y, gradient(y, x, residual, dy, retain_graph=False)))
+        return outputs
 
     graphs = [forward(x, residual) for x, residual, _ in sets] if "bwd" in passes else []
 
     def run_backward():
-        return [gradient(y, *operands, keep=True) for y, operands in zip(graphs, sets, strict=True)]
+        return [gradient(y, *operands, retain_graph=True) for y, operands in zip(graphs, sets, strict=True)]
 
-    def wait(made):
+    def wait(outputs):
         if device == "cuda":
             torch.cuda.synchronize()
 
@@ -79,13 +79,13 @@ def torch_case(inputs: Inputs, passes: Sequence[str]) -> Case:
         tensor = tensor.movedim(1, -1) if last and tensor.ndim > 1 else tensor
         return tensor.detach().float().cpu().numpy()
 
-    def results(pass_name, made):
+    def results(pass_name, outputs):
         if pass_name == "fwd":
-            return {"y": host(made[0])}
-        gradients = made[0] if pass_name == "bwd" else made[0][1]
-        found = {} if pass_name == "bwd" else {"y": host(made[0][0])}
+            return {"y": host(outputs[0])}
+        gradients = outputs[0] if pass_name == "bwd" else outputs[0][1]
+        named = {} if pass_name == "bwd" else {"y": host(outputs[0][0])}
         names = ("dx", "dweight", "dbias", "dresidual")[: len(gradients)]
-        return found | {name: host(tensor) for name, tensor in zip(names, gradients, strict=True)}
+        return named | {name: host(tensor) for name, tensor in zip(names, gradients, strict=True)}
 
     runs = {"fwd": run_forward, "bwd": run_backward, "fwd+bwd": run_both}
     return Case({name: Timed(runs[name], len(sets), wait) for name in passes}, results)

@@ -92,7 +92,7 @@ def disagreement(losses: Losses, expected: Expected | None, allowed: Tolerance, 
     if expected is None:
         return f"there is nothing to compare the loss with: {baseline} gave none"
     whats = "the loss", "the loss after a step"
-    for what, found, wanted, limit in zip(whats, losses, expected.losses, limits(expected, allowed), strict=True):
-        if abs(found - wanted) > limit:
-            return f"{what} is {found:.6g}, of {baseline} {wanted:.6g} (they may differ by {limit:.1e})"
+    for what, loss, wanted, limit in zip(whats, losses, expected.losses, limits(expected, allowed), strict=True):
+        if abs(loss - wanted) > limit:
+            return f"{what} is {loss:.6g}, of {baseline} {wanted:.6g} (they may differ by {limit:.1e})"
     return ""

@@ -50,12 +50,12 @@ def norm_bytes(setting: Setting) -> int:
 def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
     """Compile one network's step for a target, in this process."""
     try:
-        made = program(one, setting)
+        training = program(one, setting)
         shape = (setting.batch, 3, setting.image, setting.image)
-        shape = (shape[0], *shape[2:], 3) if made.channels_last else shape
+        shape = (shape[0], *shape[2:], 3) if training.channels_last else shape
         images, labels = jax.ShapeDtypeStruct(shape, setting.dtype), jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
         lr = jax.ShapeDtypeStruct((), jnp.float32)
-        compiled = deviceless.compile_for(target, made.step, made.carry, images, labels, lr)
+        compiled = deviceless.compile_for(target, training.step, training.carry, images, labels, lr)
     except bn_fused.BackendError as error:
         return AuditRow(one.name, "refused", str(error))
     except deviceless.DevicelessUnavailable as error:

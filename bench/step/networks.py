@@ -117,10 +117,10 @@ def _ours_channels_last(backend, approach, fused):
 def _equinox(mode):
     def norm(setting):
         # It takes no x in bfloat16 beside weights in float32 (mode "ema"), or returns float32 then (mode "batch").
-        wide = setting.dtype != "float32"
+        in_float32 = setting.dtype != "float32"
 
         def layer(channels, activation):
-            return resnet.Apart(eqx.nn.BatchNorm(channels, resnet.AXIS_NAME, mode=mode), activation, wide)
+            return resnet.Apart(eqx.nn.BatchNorm(channels, resnet.AXIS_NAME, mode=mode), activation, in_float32)
 
         return layer
 
@@ -174,7 +174,7 @@ def contenders(
     our function in the same network with channels last, as Flax's.
     """
     named = list(dict.fromkeys(backends)) or timed_backends()
-    made = [
+    networks = [
         Contender(f"{backend} {approach}{', fused' if fused else ''}", _ours(backend, approach, fused), ours=True)
         if layout == "nchw"
         else Contender(
@@ -187,11 +187,11 @@ def contenders(
         for approach in approaches
         for fused in {"both": (True, False), "fused": (True,), "plain": (False,)}[fusion]
     ]
-    made.append(Contender(BASELINE, _equinox("batch")))
+    networks.append(Contender(BASELINE, _equinox("batch")))
     if "equinox" in rivals:
-        made.append(Contender("equinox ema", _equinox("ema")))
-    made += [Contender(name, module=name) for name in ("flax", "torch") if name in rivals]
-    return made
+        networks.append(Contender("equinox ema", _equinox("ema")))
+    networks += [Contender(name, module=name) for name in ("flax", "torch") if name in rivals]
+    return networks
 
 
 # The step

@@ -31,14 +31,14 @@ class Architecture:
     @property
     def blocks(self) -> tuple["BlockSizes", ...]:
         """The blocks in order."""
-        made, channels = [], self.width
+        blocks, channels = [], self.width
         for stage, depth in enumerate(self.depths):
             inner = self.width * 2**stage
             for index in range(depth):
                 block = BlockSizes(channels, inner, STRIDES[stage] if index == 0 else 1, self.bottleneck)
-                made.append(block)
+                blocks.append(block)
                 channels = block.outputs
-        return tuple(made)
+        return tuple(blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +62,8 @@ class BlockSizes:
             sizes = (self.inner, 1, 1), (self.inner, 3, self.stride), (self.outputs, 1, 1)
         else:
             sizes = (self.inner, 3, self.stride), (self.outputs, 3, 1)
-        taken = (self.inputs, *(size[0] for size in sizes))
-        return tuple((before, *size) for before, size in zip(taken, sizes, strict=False))
+        inputs = (self.inputs, *(size[0] for size in sizes))
+        return tuple((before, *size) for before, size in zip(inputs, sizes, strict=False))
 
     @property
     def has_shortcut(self) -> bool:
@@ -264,12 +264,12 @@ def flax_model(architecture: Architecture, classes: int, dtype: str):
 
 def named_convolutions(model: ResNet) -> dict[str, eqx.nn.Conv2d]:
     """The convolutions by name, each followed by a norm; main path before shortcut."""
-    found = {"stem": model.stem}
+    convolutions = {"stem": model.stem}
     for place, block in enumerate(model.blocks):
-        found |= {f"block{place}_{index}": each for index, each in enumerate(block.convolutions)}
+        convolutions |= {f"block{place}_{index}": each for index, each in enumerate(block.convolutions)}
         if block.shortcut is not None:
-            found[f"block{place}_shortcut"] = block.shortcut
-    return found
+            convolutions[f"block{place}_shortcut"] = block.shortcut
+    return convolutions
 
 
 def flax_variables(model: ResNet) -> tuple[dict, dict]:

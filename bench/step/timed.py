@@ -34,15 +34,16 @@ class JaxRun:
     """A compiled program with its arrays on the device."""
 
     def __init__(self, contender: Contender, setting: Setting):
-        made = program(contender, setting)
+        training = program(contender, setting)
         images, labels = data(setting)
-        images = np.moveaxis(images, 1, -1) if made.channels_last else images
+        images = np.moveaxis(images, 1, -1) if training.channels_last else images
         self.images, self.labels = jnp.asarray(images, setting.dtype), jnp.asarray(labels)
         # The arrays of a carry are given away in every step, as in training.
-        self._first = jax.device_get(made.carry)
+        self._first = jax.device_get(training.carry)
         lr = jnp.float32(0)
-        self._step = jax.jit(made.step, donate_argnums=0).lower(made.carry, self.images, self.labels, lr).compile()
-        del made
+        step = jax.jit(training.step, donate_argnums=0)
+        self._step = step.lower(training.carry, self.images, self.labels, lr).compile()
+        del training
         self._still = lr
         self._carry = None
 
@@ -106,8 +107,8 @@ class TorchRun:
 
     def _step(self):
         self.optimiser.zero_grad(set_to_none=True)
-        wide = self.setting.dtype == "float32"
-        with self.torch.autocast(self.device.type, dtype=self.torch.bfloat16, enabled=not wide):
+        in_float32 = self.setting.dtype == "float32"
+        with self.torch.autocast(self.device.type, dtype=self.torch.bfloat16, enabled=not in_float32):
             logits = self.model(self.images)
         loss = self.torch.nn.functional.cross_entropy(logits.float(), self.labels)
         loss.backward()
@@ -116,12 +117,12 @@ class TorchRun:
 
     def losses(self, lr: float) -> Losses:
         """As of `JaxRun`. torch normalises by the batch while it trains: its statistics need not be put back."""
-        found = []
+        losses = []
         for rate in (lr, 0.0):
             for group in self.optimiser.param_groups:
                 group["lr"] = rate
-            found.append(float(self._step()))
-        return Losses(*found)
+            losses.append(float(self._step()))
+        return Losses(*losses)
 
     def once(self):
         """One step, waited for."""
@@ -279,21 +280,21 @@ def _build(setting, networks, rows, runs, progress):
 
 
 def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
-    found = samples.get(row.name)
-    if found is None and row.status in TIMED:
+    times = samples.get(row.name)
+    if times is None and row.status in TIMED:
         return dataclasses.replace(row, status="untimed", reason="interrupted before it was timed")
-    if found is None:
+    if times is None:
         return row
     ratios = {}
     if BASELINE in samples:
         names = ("ratio_p10", "ratio", "ratio_p90")
-        ratios = dict(zip(names, found.ratios_to(samples[BASELINE], (10, 50, 90)), strict=True))
+        ratios = dict(zip(names, times.ratios_to(samples[BASELINE], (10, 50, 90)), strict=True))
     return dataclasses.replace(
         row,
         **ratios,
-        median=found.median,
-        p10=found.p10,
-        p90=found.p90,
-        rounds=len(found.seconds),
-        images_per_second=setting.batch / found.median,
+        median=times.median,
+        p10=times.p10,
+        p90=times.p90,
+        rounds=len(times.seconds),
+        images_per_second=setting.batch / times.median,
     )

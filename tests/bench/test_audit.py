@@ -19,6 +19,7 @@ from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.commands.audit import choose_layers
 
 from support.audited import SETTING, case_for, compiled_row, run
+from support.compilers import skip_without_compilers
 
 SMALL = Setting((256, 128))
 
@@ -148,8 +149,8 @@ def audit_with_kernels(target, *layers, **options):
 @pytest.mark.parametrize("target", ["h200", "v5e"])
 def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_operands(target):
     skip_without_compilers(target)
-    found = audit_with_kernels(target, "telling", "silent", "refusing")
-    telling, silent, refusing = (found[name] for name in ("telling", "silent", "refusing"))
+    rows = audit_with_kernels(target, "telling", "silent", "refusing")
+    telling, silent, refusing = (rows[name] for name in ("telling", "silent", "refusing"))
     for row in (telling, silent):
         assert (row.status, row.kernels) == ("compiled", 1), row.reason
         assert (row.operand_reads, row.operand_writes) in ((1, 1), (0, 0), (1, 0), (0, 1))  # 0 where VMEM holds them
@@ -392,15 +393,15 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(answers, tmp_path)
 
 
 def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
-    made = []
+    rows = []
 
     def answer(case):
-        made.append(
+        rows.append(
             compiled_row(case, copies=("t",), kept_bytes=7, details=("t (transpose): 1R + 1W",))
             if case.layer == "jnp"
             else Row(case, "refused", "why")
         )
-        return made[-1]
+        return rows[-1]
 
     answers(answer)
     done = run(
@@ -408,8 +409,8 @@ def test_the_saved_rows_read_back_as_they_were(answers, tmp_path):
         "--backend", "jnp", "--against", "equinox", "--json", tmp_path / "a.json", "--markdown", tmp_path / "a.md",
     )  # fmt: skip
     assert done.exit_code == 0
-    assert load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(made)
-    assert made[0].case.setting == Setting((8, 4, 2, 2), "bfloat16", "nhwc", "relu", True)
+    assert load((tmp_path / "a.json").read_text(encoding="utf-8")) == tuple(rows)
+    assert rows[0].case.setting == Setting((8, 4, 2, 2), "bfloat16", "nhwc", "relu", True)
     lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
     assert "### h200: shape (8,4,2,2) bfloat16 nhwc relu residual" in lines
     table = [line for line in lines if line.startswith("|")]

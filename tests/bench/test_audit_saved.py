@@ -104,8 +104,8 @@ def test_over_no_norm_is_the_difference_of_what_is_in_all():
     ours = dataclasses.replace(compiled_row(case_for()), kernels=1, **fields)
     rows = [dataclasses.replace(row, case=dataclasses.replace(row.case, setting=setting)) for row in (base, ours)]
     headings, lines = columns(rows)
-    found = dict(zip(headings, lines[-1], strict=True))
-    assert (found["in all"], found["over no norm"], found["launches"]) == ("7R+4W", "6R+3W", "3 (1 ours)")
+    cells = dict(zip(headings, lines[-1], strict=True))
+    assert (cells["in all"], cells["over no norm"], cells["launches"]) == ("7R+4W", "6R+3W", "3 (1 ours)")
 
 
 def test_fewer_passes_than_without_the_norm_are_a_plain_minus():

@@ -79,14 +79,14 @@ def test_every_backend_that_runs_here_passes_the_check_of_every_approach(backend
 
 
 def test_a_check_names_the_quantity_that_is_wrong(broken_backend):
-    found = check.check_approach(broken_backend, "batch")
-    assert [error.quantity for error in found.errors if not error.ok] == ["dx"]
-    assert found.reason.startswith("dx is off by ")
+    outcome = check.check_approach(broken_backend, "batch")
+    assert [error.quantity for error in outcome.errors if not error.ok] == ["dx"]
+    assert outcome.reason.startswith("dx is off by ")
 
 
 def test_a_check_of_a_backend_that_raises_says_so_in_one_line():
-    found = check.check_approach("no such backend", "batch")
-    assert not found.ok and "no such backend" in found.reason and "\n" not in found.reason
+    outcome = check.check_approach("no such backend", "batch")
+    assert not outcome.ok and "no such backend" in outcome.reason and "\n" not in outcome.reason
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -201,11 +201,11 @@ def test_the_programs_of_our_layer_and_of_equinoxs_give_the_oracles_results(layo
     for provider in (RIVALS["jnp"], RIVALS["equinox"]):
         case = suite.make_case(provider, inputs, "batch", PASSES)
         for pass_name in PASSES:
-            found = cases.check_case(case, pass_name, want, workload, provider.ours)
-            assert found.ok, found.reason
+            outcome = cases.check_case(case, pass_name, want, workload, provider.ours)
+            assert outcome.ok, outcome.reason
             quantities = {"fwd": {"y"}, "bwd": {"dx", "dweight", "dbias"} | ({"dresidual"} if residual else set())}
             quantities["fwd+bwd"] = quantities["fwd"] | quantities["bwd"]
-            assert {error.quantity for error in found.errors} == quantities[pass_name]
+            assert {error.quantity for error in outcome.errors} == quantities[pass_name]
             assert len(case.programs[pass_name].start()) == sets == case.programs[pass_name].calls
 
 
@@ -324,9 +324,9 @@ def test_the_copy_reads_and_writes_what_it_says_and_nothing_else(dtype):
     workload = Workload("copied", (8, 4, 5, 3), dtype)
     inputs = cases.make_inputs(workload, sets=2)
     timed = cases.copy_program(inputs)
-    made = timed.start()
-    assert timed.calls == 2 and len(made) == 2
-    for (copy,), (x, _, _) in zip(made, inputs.sets, strict=True):
+    outputs = timed.start()
+    assert timed.calls == 2 and len(outputs) == 2
+    for (copy,), (x, _, _) in zip(outputs, inputs.sets, strict=True):
         assert copy.dtype == x.dtype and copy.shape == x.shape
         bits = [np.asarray(array).view(f"u{array.dtype.itemsize}") for array in (copy, x)]
         assert (bits[0] == bits[1] ^ 1).all()

@@ -42,8 +42,8 @@ def test_the_console_entry_restarts_once_with_the_allocators_settings():
     unset = dict.fromkeys(allocator.ALLOCATOR)
     assert console_entry(program).stdout.splitlines() == [str(unset), str(allocator.ALLOCATOR), "ran"]
     # what the user has set stays
-    given = allocator.ALLOCATOR | {"MALLOC_TRIM_THRESHOLD_": "1234567"}
-    assert console_entry(program, MALLOC_TRIM_THRESHOLD_="1234567").stdout.splitlines()[1] == str(given)
+    expected = allocator.ALLOCATOR | {"MALLOC_TRIM_THRESHOLD_": "1234567"}
+    assert console_entry(program, MALLOC_TRIM_THRESHOLD_="1234567").stdout.splitlines()[1] == str(expected)
 
 
 def test_neither_import_nor_a_test_runner_restarts_the_process(monkeypatch):
@@ -80,15 +80,15 @@ def test_the_hints_name_the_python_that_runs(monkeypatch, tmp_path):
 
 
 def test_without_a_driver_jax_is_told_to_use_the_cpu(monkeypatch):
-    found = {"jax_plugins", "jax_plugins.xla_cuda13"}
-    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda name: name if name in found else None)
+    installed = {"jax_plugins", "jax_plugins.xla_cuda13"}
+    monkeypatch.setattr(installing.importlib.util, "find_spec", lambda name: name if name in installed else None)
     monkeypatch.setattr(entry.sys, "platform", "linux")
     monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
     assert entry.without_a_driver()
     monkeypatch.setattr(entry.glob, "glob", lambda pattern: ["/dev/nvidia0"] if "nvidia" in pattern else [])
     assert not entry.without_a_driver()
     monkeypatch.setattr(entry.glob, "glob", lambda pattern: [])
-    found.clear()
+    installed.clear()
     assert not entry.without_a_driver()
 
 

@@ -248,8 +248,8 @@ def test_what_sharing_statistics_costs_is_in_every_file_and_a_run_from_before_is
     run = records.load(files["json"])
     ratios = [row.sync_ratio for row in run.rows]
     assert len(ratios) == 4 and all(ratio > 0 for ratio in ratios)
-    found = list(csv.DictReader(files["csv"].read_text().splitlines()))
-    assert [float(row["sync_ratio"]) for row in found] == ratios
+    rows = list(csv.DictReader(files["csv"].read_text().splitlines()))
+    assert [float(row["sync_ratio"]) for row in rows] == ratios
     heading, *lines = [
         line.split(" | ") for line in files["markdown"].read_text().splitlines() if line.startswith("| ")
     ]
@@ -448,10 +448,10 @@ def test_report_puts_the_newest_run_of_a_device_and_suite_into_the_readme(saved,
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert run.date[:10] in text and "2001" not in text and run.environment.device in text
     (row,) = [line for line in text.splitlines() if line.startswith("| shape")]
-    found = {row.pass_name: row for row in run.rows if row.layer == "jnp"}
+    by_pass = {row.pass_name: row for row in run.rows if row.layer == "jnp"}
     assert [cell.strip() for cell in row.strip("|").split("|")][2:] == [
-        *(f"{found[name].ratios['equinox']:.2f}" for name in ("fwd", "fwd+bwd")),
-        *(f"{100 * found[name].of_copy:.0f} %" for name in ("fwd", "fwd+bwd")),
+        *(f"{by_pass[name].ratios['equinox']:.2f}" for name in ("fwd", "fwd+bwd")),
+        *(f"{100 * by_pass[name].of_copy:.0f} %" for name in ("fwd", "fwd+bwd")),
     ]
     assert bn_bench("report", "--results", str(folder), "--readme", str(readme), "--check") == 0
     readme.write_text(text.replace("| jnp |", "| other |"))

@@ -36,14 +36,14 @@ def test_there_is_every_approach_and_equinox_in_both_modes():
 @pytest.mark.slow
 def test_a_seeds_curves_are_those_of_training_it_alone():
     settings = stability.Settings(steps=3, seeds=2)
-    (found,) = stability.run(settings, ["batch"])
+    (both,) = stability.run(settings, ["batch"])
     images, labels = digits.load_digits_split()[0]
     for seed in range(2):
         model, state = digits.make_model(jax.random.key(seed), digits.fused_norm("batch"))
         *_, losses, gradients = digits.train(model, state, images, labels, steps=3, seed=seed)
-        np.testing.assert_array_equal(found.losses[seed], losses)
-        np.testing.assert_array_equal(found.gradients[seed], gradients)
-    assert not np.array_equal(found.losses[0], found.losses[1])
+        np.testing.assert_array_equal(both.losses[seed], losses)
+        np.testing.assert_array_equal(both.gradients[seed], gradients)
+    assert not np.array_equal(both.losses[0], both.losses[1])
 
 
 def test_a_norm_is_compiled_once_for_all_seeds(monkeypatch):
@@ -55,8 +55,8 @@ def test_a_norm_is_compiled_once_for_all_seeds(monkeypatch):
         return original(*arguments)
 
     monkeypatch.setattr(digits, "cross_entropy", counted)
-    (found,) = stability.run(stability.Settings(steps=2, seeds=3), ["equinox batch"])
-    assert found.losses.shape == (3, 2) and len(traced) == 1
+    (batch,) = stability.run(stability.Settings(steps=2, seeds=3), ["equinox batch"])
+    assert batch.losses.shape == (3, 2) and len(traced) == 1
 
 
 def test_the_settings_reach_the_layer():
@@ -74,17 +74,17 @@ def test_a_seed_has_trained_if_the_median_of_its_last_losses_is_low():
     losses = np.concatenate([np.full((3, 100), 5.0), np.full((3, stability.LAST), 0.1)], axis=1)
     losses[1, -stability.LAST :] = 2.3
     losses[2, -10:] = 9.0  # a minority
-    found = stability.Curves("batch", losses, losses)
-    np.testing.assert_allclose(found.last, [0.1, 2.3, 0.1])
-    assert found.trained == 2
-    assert found.figures()["worst_loss_last"] == 2.3 and found.figures()["largest_loss"] == 9.0
+    batch = stability.Curves("batch", losses, losses)
+    np.testing.assert_allclose(batch.last, [0.1, 2.3, 0.1])
+    assert batch.trained == 2
+    assert batch.figures()["worst_loss_last"] == 2.3 and batch.figures()["largest_loss"] == 9.0
 
 
 def test_what_is_no_number_has_not_trained_and_is_the_largest_loss():
-    found = curves(seeds=1)
-    found.losses[0, 5:] = math.nan
-    assert found.trained == 0 and found.largest_loss == math.inf
-    assert found.largest_gradient == pytest.approx(0.01)
+    batch = curves(seeds=1)
+    batch.losses[0, 5:] = math.nan
+    assert batch.trained == 0 and batch.largest_loss == math.inf
+    assert batch.largest_gradient == pytest.approx(0.01)
 
 
 # The picture
@@ -92,8 +92,8 @@ def test_what_is_no_number_has_not_trained_and_is_the_largest_loss():
 
 @pytest.mark.parametrize("steps", [2, 7, 300, 5000])
 def test_the_points_of_a_curve_take_every_step_once(steps):
-    taken = [step for part in plots.together(steps) for step in range(steps)[part]]
-    assert taken == list(range(steps))
+    drawn = [step for part in plots.together(steps) for step in range(steps)[part]]
+    assert drawn == list(range(steps))
     assert len(plots.together(steps)) <= plots.POINTS
 
 
@@ -108,8 +108,8 @@ def test_a_curve_is_the_median_in_the_band_of_all_that_is_finite():
 
 def test_the_picture_shows_loss_and_gradient_of_every_norm_on_logarithmic_axes():
     pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
-    found = [curves(norm, level=1.0 + place) for place, norm in enumerate(stability.NORMS)]
-    figure = plots.stability_figure(found, "the caption")
+    every_norm = [curves(norm, level=1.0 + place) for place, norm in enumerate(stability.NORMS)]
+    figure = plots.stability_figure(every_norm, "the caption")
     assert figure.get_supxlabel() == "the caption"
     for panel, scale in zip(figure.axes, (1.0, 0.1), strict=True):
         assert (panel.get_xscale(), panel.get_yscale()) == ("log", "log")
@@ -191,9 +191,9 @@ def test_input_it_cannot_use_is_named_with_status_2(arguments, named, monkeypatc
 def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch):
     from bn_fused.bench.commands import stability as module
 
-    found = module.importlib.util.find_spec
+    find_spec = module.importlib.util.find_spec
     monkeypatch.setattr(
-        module.importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+        module.importlib.util, "find_spec", lambda name, *rest: None if name == package else find_spec(name, *rest)
     )
     done = run()
     assert done.exit_code == 2

@@ -75,10 +75,10 @@ def test_the_networks_have_the_sizes_of_the_published_ones(depths, bottleneck, p
 
 
 def test_the_weights_do_not_depend_on_the_norm():
-    made = [equinox_model(setting(), one.norm(setting()))[0] for one in contenders() if one.norm]
-    first = [np.asarray(each.weight) for each in resnet.named_convolutions(made[0]).values()]
+    models = [equinox_model(setting(), one.norm(setting()))[0] for one in contenders() if one.norm]
+    first = [np.asarray(each.weight) for each in resnet.named_convolutions(models[0]).values()]
     assert len(first) == 1 + 4 + 1
-    for model in made[1:]:
+    for model in models[1:]:
         for one, other in zip(first, resnet.named_convolutions(model).values(), strict=True):
             np.testing.assert_array_equal(one, other.weight)
 
@@ -294,9 +294,9 @@ def test_the_compared_step_changes_the_loss_by_a_tenth():
 
 
 def test_rivals_that_are_not_installed_are_named(monkeypatch):
-    found = importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in ("flax", "torch") else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name in ("flax", "torch") else find_spec(name, *rest)
     )
     done = run(*SMALL, "--against", "flax", "--against", "torch")
     assert done.exit_code == 0, done.output
