@@ -30,7 +30,7 @@ from bn_fused.kernels.jax_internals import (
     register_lowering,
     tell_devices,
 )
-from bn_fused.kernels.layout import GROUP, ROW, count_rows, sum_rows
+from bn_fused.kernels.layout import GROUP, ROW, count_rows
 
 
 class Averaged(NamedTuple):
@@ -245,7 +245,8 @@ def position_count(x, mask, layout, averaged, dtype):
     """
     if mask is None:
         return count_rows(x.shape, layout) * averaged.size
-    return named_sum(sum_rows(mask.astype(dtype), layout)[..., 0], averaged)
+    own = jnp.sum(mask, [axis for axis, role in enumerate(layout) if role != GROUP], dtype)
+    return named_sum(own, averaged)
 
 
 def _named_sum_batch(axis, values, dims, *, averaged):

@@ -110,8 +110,9 @@ def train(call, x, stats, weight, bias, residual, mask):
         settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
     )
     if mask is not None:
-        positions = sharing.sum(position_count(x, mask, layout, averaged, state_dtype))
-        examples = _sum_over(jnp.any(mask).astype(state_dtype), averaged, sharing)
+        own = position_count(x, mask, layout, NOTHING, state_dtype)
+        positions = _sum_over(own, averaged, sharing)
+        examples = _sum_over((own > 0).astype(state_dtype), averaged, sharing)
     scalars = StepScalars(
         zero_frac=zero_frac,
         new_zero_frac=new_zero_frac,

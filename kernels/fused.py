@@ -11,10 +11,11 @@ from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
 from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
 from bn_fused.kernels.dispatch import run
+from bn_fused.kernels.layout import CHANNEL, GROUP, ROW
 from bn_fused.kernels.registry import check_backend_name, is_reference
 from bn_fused.kernels.target import FLOATING
 
-LAYOUT = "grc"
+LAYOUT = GROUP + ROW + CHANNEL
 
 
 def fused_batch_norm(

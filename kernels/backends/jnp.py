@@ -36,7 +36,7 @@ from bn_fused.kernels.contract import (
     sum_with_xhat,
     through_moments,
 )
-from bn_fused.kernels.layout import ROW, axes_of, count_rows, expand, sample_rows, sum_rows
+from bn_fused.kernels.layout import CHANNEL, ROW, axes_of, count_rows, expand, sample_rows, sum_rows
 
 
 def moments(x, mask=None, *, spec):
@@ -49,7 +49,7 @@ def moments(x, mask=None, *, spec):
     else:
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
-        count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index("c")]))
+        count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index(CHANNEL)]))
         pivot = _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), spec) / count
     # An infinite pivot would turn an infinite mean into NaN.
     pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
