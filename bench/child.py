@@ -4,6 +4,7 @@ For work that may not share a process (XLA keeps one GPU's description), may end
 hang.
 """
 
+import contextlib
 import json
 import os
 import select
@@ -26,7 +27,7 @@ class Child:
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
-        self._messages = tempfile.TemporaryFile()
+        self._messages = tempfile.TemporaryFile()  # noqa: SIM115 it is open as long as the process runs
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -63,16 +64,12 @@ class Child:
 
     def close(self) -> None:
         """Kill the process and all it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # nothing of the group is left
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # nothing of the group is left
         self._process.wait()
         self._process.stdout.close()
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
         if not self._messages.closed:
             self._messages.close()
 

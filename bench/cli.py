@@ -18,7 +18,7 @@ def group(context: click.Context) -> None:
     """Is bn_fused faster for your shapes, on your chip, by how much, and is it right?
 
     Without a command: `doctor`, then `run` of the quick suite against equinox and jnp, in about a minute.
-    """
+    """  # noqa: D400 a question, for who reads the help
     if context.invoked_subcommand is None:
         context.exit(check_and_time())
 

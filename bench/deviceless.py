@@ -32,7 +32,7 @@ INSTALLABLE = (CUDA, TPU, TRITON)
 
 
 class DevicelessUnavailable(RuntimeError):
-    """This process cannot compile for the target; the message says what to install or to do."""
+    """The process cannot compile for the target; the message says what to install or to do."""
 
 
 def gpu_description(chip: GpuChip) -> str:

@@ -38,6 +38,7 @@ class Classifier(eqx.Module):
         self.head = eqx.nn.Linear(WIDTH, CLASSES, key=last)
 
     def __call__(self, x, state):
+        """Logits of one image, and the new state."""
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x, state = norm(conv(x), state)
         return self.head(jnp.mean(x, (1, 2))), state
@@ -49,6 +50,7 @@ class ThenRelu(eqx.nn.StatefulLayer):
     norm: eqx.nn.StatefulLayer
 
     def __call__(self, x, state):
+        """The layer's own, then relu."""
         x, state = self.norm(x, state)
         return jax.nn.relu(x), state
 
@@ -129,6 +131,7 @@ def accuracy(model, state, images, labels):
 
 
 def main(arguments=None):
+    """The command line; see the module's text."""
     parser = argparse.ArgumentParser(prog="python -m bn_fused.bench.digits", description=__doc__.splitlines()[0])
     parser.add_argument("--approach", action="append", choices=APPROACHES, help="may be repeated; default: all three")
     parser.add_argument("--steps", type=int, default=300)

@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "equinox", "numpy", "flax", "torch", "triton", "jax
 
 
 def python() -> str:
-    """How a shell calls this Python: `python` where that is the one, else its path, relative if it is in this folder."""
+    """How a shell calls this Python: `python` where that is it, else its path, relative if it is in this folder."""
     executable = os.path.abspath(sys.executable)
     on_path = shutil.which("python")
     # Not what the names resolve to: those of a virtual environment resolve to the Python that it was made of.

@@ -1,7 +1,8 @@
 """The layers that are checked and timed on the same work: ours with each backend, and its rivals.
 
-A provider makes, for a workload, a pure function `apply(parameters, state, x, residual) -> (y, state)`: a training step,
-with x in the workload's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the first state.
+A provider makes, for a workload, a pure function `apply(parameters, state, x, residual) -> (y, state)`: a training
+step, with x in the workload's layout, `parameters` the pair (weight, bias) and `state` a pytree of arrays; and the
+first state.
 """
 
 import dataclasses

@@ -15,7 +15,10 @@ COPY_PASSES = 2
 
 
 class Arranged:
-    """What follows from `shape` (examples, channels, then the spatial sizes, whatever the layout), `layout` and `dtype`."""
+    """What follows from a `shape`, a `layout` and a `dtype`.
+
+    The shape is in the order examples, channels, then the spatial sizes, whatever the layout.
+    """
 
     @property
     def channels(self) -> int:

@@ -1,7 +1,7 @@
 """What the audit compiles: a BatchNorm alone or inside a network block, forward and backward, ours and its rivals.
 
-A block puts the function `apply` of a layer (see `providers`) between two convolutions or two linear maps. `make_program` gives the function of
-a pass and the shapes of its arguments: nothing is computed here.
+A block puts the function `apply` of a layer (see `providers`) between two convolutions or two linear maps.
+`make_program` gives the function of a pass and the shapes of its arguments: nothing is computed here.
 """
 
 import dataclasses
@@ -117,10 +117,10 @@ BLOCKS: Mapping[str, Block] = MappingProxyType(
 
 
 class Program(NamedTuple):
-    """A function to compile, its arguments' shapes, and the bytes that the forward saves for the backward (None: "fwd").
+    """A function to compile, its arguments' shapes, and the bytes that the forward saves for the backward.
 
-    Counted is what JAX's derivative holds between the two: x if it is needed, and what was computed on the way, each
-    array once; parameters and state, which are there anyway, are not.
+    The bytes are None for the pass "fwd". Counted is what JAX's derivative holds between the two: x if it is needed,
+    and what was computed on the way, each array once; parameters and state, which are there anyway, are not.
     """
 
     function: Callable

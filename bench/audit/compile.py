@@ -1,8 +1,8 @@
 """What a layer moves through a chip's memory, without the chip: compile each case for it and count.
 
 `audit(cases)` gives a `Row` for every case. The cases of a target are compiled in a process of its own (this module
-run as `python -m bn_fused.bench.audit.compile`): XLA keeps one GPU's description for a process, and a compiler that aborts
-takes its process along.
+run as `python -m bn_fused.bench.audit.compile`): XLA keeps one GPU's description for a process, and a compiler that
+aborts takes its process along.
 
 Counted in the compiled program (`traffic`) are the passes over arrays of x's size that are made around our kernels.
 What a kernel does inside, HLO does not say: its plan does. A plan may have a method

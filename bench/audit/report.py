@@ -12,15 +12,17 @@ from bn_fused.bench.providers import NO_NORM
 from bn_fused.bench.workloads import PASSES
 
 NOTE = (
-    "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: "
-    "what our Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands "
-    "are); in all: both, with the padding of tiled layouts (of fewer than 128 channels on a TPU); what XLA keeps on the chip "
-    "between two kernels is no pass; over no norm: what the norm adds to its block, of what is in all. fwd is a training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd "
-    "alone reads what the forward keeps. launches: all kernels, small ones too, and of them ours. copies: kernels that only copy or transpose an array of x's size. temporary: the most "
-    "memory beside arguments and results; kept: from the forward for the backward, as JAX's derivative has it (in "
-    "one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, resident where x stays on "
-    "the chip between them, streaming where it comes from memory each time. on chip (a multiprocessor's shared memory, or "
-    "VMEM), registers of a thread, spills: the most of any of our kernels; - where the compiler does not tell."
+    "R and W are passes over x: its bytes read and written. around: what XLA's kernels and copies move; inside: what "
+    "our Pallas or Triton kernels move, by their plan (opaque: it does not tell; at least what their operands are); "
+    "in all: both, with the padding of tiled layouts (of fewer than 128 channels on a TPU); what XLA keeps on the "
+    "chip between two kernels is no pass; over no norm: what the norm adds to its block, of what is in all. fwd is a "
+    "training step, fwd+bwd a step and its gradient, whose dy comes after y; bwd alone reads what the forward keeps. "
+    "launches: all kernels, small ones too, and of them ours. copies: kernels that only copy or transpose an array of "
+    "x's size. temporary: the most memory beside arguments and results; kept: from the forward for the backward, as "
+    "JAX's derivative has it (in one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, "
+    "resident where x stays on the chip between them, streaming where it comes from memory each time. on chip (a "
+    "multiprocessor's shared memory, or VMEM), registers of a thread, spills: the most of any of our kernels; - where "
+    "the compiler does not tell."
 )
 NOT_COMPILED = "not compiled"
 

@@ -97,6 +97,7 @@ class Passes(tuple):
     """Reads and writes, as (reads, writes); prints as 2R+1W."""
 
     def __new__(cls, reads: float, writes: float):
+        """From two numbers, where `tuple` takes one iterable."""
         return super().__new__(cls, (reads, writes))
 
     def __str__(self) -> str:

@@ -13,14 +13,14 @@ from bn_fused.bench.workloads import PASSES
 EQUAL = 0.02
 ALONE = "alone"
 HOW = (
-    "What whole programs move through the chip's memory, in passes over x (reads and writes of x's bytes, with the padding "
-    "of tiled layouts), counted in what the compiler made for the chip; what happens inside our kernels is added by their "
-    "plan. What XLA keeps in on-chip memory (VMEM, CMEM) between two operations is no pass; what a "
+    "What whole programs move through the chip's memory, in passes over x (reads and writes of x's bytes, with the "
+    "padding of tiled layouts), counted in what the compiler made for the chip; what happens inside our kernels is "
+    "added by their plan. What XLA keeps in on-chip memory (VMEM, CMEM) between two operations is no pass; what a "
     "cache may save is not taken off. No chip was there: these are bytes and not times.\n\n"
-    "Each setting is a layer alone, or with relu between two convolutions 3x3 or two linear maps that keep the number of "
-    'channels, whose own passes are in the figures (the line "no norm" has them alone). "fwd" is a training step, '
-    '"fwd+bwd" the step and its gradient with respect to x and all parameters. The fewest passes of a setting on a chip '
-    "are bold, and what is within 2 % of them. An empty cell was not compiled."
+    "Each setting is a layer alone, or with relu between two convolutions 3x3 or two linear maps that keep the number "
+    'of channels, whose own passes are in the figures (the line "no norm" has them alone). "fwd" is a training step, '
+    '"fwd+bwd" the step and its gradient with respect to x and all parameters. The fewest passes of a setting on a '
+    "chip are bold, and what is within 2 % of them. An empty cell was not compiled."
 )
 
 

@@ -97,10 +97,13 @@ def passes(hlo_text: str, x_elements: int, x_bytes: int, *, smallest: float = 1 
         the partial sums of a reduction in two steps); they still count as launches.
     - `padded`: count the bytes with the padding of tiled layouts.
 
-    **Counted** are the kernels of the entry computation and of the computations it calls. A fusion reads of each operand
-    what it uses: if that goes through slices alone, the slices. An operand that is used twice by one kernel is read once.
-    A dynamic-update-slice works in place: it reads and writes the update. A loop's body counts as often as the loop
-    runs (once if HLO does not say), a conditional as its most expensive branch. What lies on the chip costs nothing.
+    **Counted** are the kernels of the entry computation and of the computations it calls. A fusion reads of each
+    operand what it uses: if that goes through slices alone, the slices. An operand that is used twice by one kernel is
+    read once. A dynamic-update-slice works in place: it reads and writes the update. A loop's body counts as often as
+    the loop runs (once if HLO does not say), a conditional as its most expensive branch. What lies on the chip costs
+    nothing.
+
+    Raises ValueError for sizes below 1, and for a text without an entry computation.
     """
     if x_elements < 1 or x_bytes < 1:
         raise ValueError(f"x_elements is {x_elements} and x_bytes {x_bytes}; both must be above 0")

@@ -78,7 +78,8 @@ class OutputFile(click.Path):
 def size_options(function: Callable) -> Callable:
     """The options that choose workloads by their sizes; `choose_workloads` takes them."""
     options = (
-        click.option("--suite", type=click.Choice(tuple(SUITES)), help="A named list of workloads, beside others that are named; default without any: quick."),
+        click.option("--suite", type=click.Choice(tuple(SUITES)),
+                     help="A named list of workloads, beside others that are named; default without any: quick."),
         click.option("--workload", "names", multiple=True, type=click.Choice(tuple(WORKLOADS)), metavar="NAME",
                      help="A workload by its name (`bn-bench run --list` has them); repeatable."),
         click.option("--shape", "shapes", type=Shape(), multiple=True,

@@ -1,5 +1,6 @@
 """`bn-bench run`: check and time the layer with every backend, against its rivals."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 
@@ -134,10 +135,8 @@ FLAG = "xla_force_host_platform_device_count"
 def use_devices(devices: int) -> jax.Device:
     """Have as many devices, virtual ones if the platform is a CPU; one line if they are not there."""
     if devices > 1 and FLAG not in os.environ.get("XLA_FLAGS", ""):
-        try:
+        with contextlib.suppress(RuntimeError):  # JAX has started; what it has is what there is
             jax.config.update("jax_num_cpu_devices", devices)
-        except RuntimeError:
-            pass  # JAX has started; what it has is what there is
     device = first_device()
     if len(jax.devices()) < devices:
         here = f"there are {len(jax.devices())} ({device.platform})"

@@ -64,7 +64,7 @@ def command(context, *, norms, out, json_file, **options):
             for curves in stability.run(
                 settings, norms, lambda what, share: progress.update(task, description=what, completed=share)
             ):
-                finished.append(curves)
+                finished.append(curves)  # noqa: PERF402 those before an interruption stay
         except KeyboardInterrupt:
             interrupted = True
     if finished:

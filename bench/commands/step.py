@@ -60,12 +60,13 @@ SMALLEST_IMAGE = 16
 @click.option("--backend", "backends", type=Backend("auto"), multiple=True,
               help="Repeatable; default: all that can run but the reference.")  # fmt: skip
 @click.option("--against", "rivals", type=click.Choice((*RIVALS, "none")), multiple=True,
-              help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with it.")  # fmt: skip
+              help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with "
+              "it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
 @click.option("--layout", "layouts", type=click.Choice(LAYOUTS, case_sensitive=False), multiple=True,
-              help="nchw: our layer in the Equinox network; nhwc: our function in the same network with channels last, as "
-              "Flax's is. Repeatable; default: nchw, and nhwc beside an installed Flax.")  # fmt: skip
+              help="nchw: our layer in the Equinox network; nhwc: our function in the same network with channels last, "
+              "as Flax's is. Repeatable; default: nchw, and nhwc beside an installed Flax.")  # fmt: skip
 @click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
               help="Time for the samples of all rows, without compilation.")  # fmt: skip
 @click.option("--audit", "target", type=click.Choice(deviceless.COMPILABLE),
@@ -166,9 +167,10 @@ def _audit(console, target, setting, networks, options, time_limit):
         try:
             for row in audit(
                 target, setting, networks, options, time_limit=time_limit,
-                before=lambda name: progress.update(task, description=f"compiling {name}", completed=len(rows)),
+                before=lambda name: progress.update(task, description=f"compiling {name}"),
             ):  # fmt: skip
                 rows.append(row)
+                progress.update(task, completed=len(rows))
         except KeyboardInterrupt:
             interrupted = True
     if rows:
@@ -179,21 +181,23 @@ def _audit(console, target, setting, networks, options, time_limit):
 
 LAYOUT_NOTE = (
     "Flax's network has channels last, as rows marked nhwc have, the others channels first: compare within a kind. "
-    "Between Equinox's order of a convolution's weights and the compiler's, their gradients, velocities and the weights "
-    "themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with channels last. "
+    "Between Equinox's order of a convolution's weights and the compiler's, their gradients, velocities and the "
+    "weights themselves may have to be transposed in every step, and on a CPU convolutions themselves are faster with "
+    "channels last. "
 )
 TIME_NOTE = (
-    f"ms: the median. / equinox: time over that of {BASELINE}, the median over paired rounds, and their 10th "
-    "and 90th percentile; where these lie on both sides of 1, nothing is decided. loss, after: of the same initial "
-    'weights, and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). '
-    "memory: what the compiled step holds at once, arrays included; peak: what the device had in use at most in the "
-    "row's first step, - where an earlier row needed more or the device does not tell. While it is timed the learning "
-    "rate is 0."
+    f"ms: the median. / equinox: time over that of {BASELINE}, the median over paired rounds, and their 10th and 90th "
+    "percentile; where these lie on both sides of 1, nothing is decided. loss, after: of the same initial weights, "
+    'and after one step, with initial statistics (with those every layer normalises by the batch, "ema" too). memory: '
+    "what the compiled step holds at once, arrays included; peak: what the device had in use at most in the row's "
+    "first step, - where an earlier row needed more or the device does not tell. While it is timed the learning rate "
+    "is 0."
 )
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
-    "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate of "
-    "the bytes, - where it gives none (NVIDIA). temporary: memory beside arguments and results. launches: kernels, copies and library calls."
+    "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate "
+    "of the bytes, - where it gives none (NVIDIA). temporary: memory beside arguments and results. launches: kernels, "
+    "copies and library calls."
 )
 
 
@@ -229,8 +233,9 @@ def time_table(rows) -> Table:
         percentiles = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
         table.add_row(
             row.name, _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
-            _number(row.ratio, form=".2f"), percentiles, _number(row.memory, 1e-6, ".0f"), _number(row.peak, 1e-6, ".0f"),
-            _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"), _verdict(row),
+            _number(row.ratio, form=".2f"), percentiles, _number(row.memory, 1e-6, ".0f"),
+            _number(row.peak, 1e-6, ".0f"), _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"),
+            _verdict(row),
         )  # fmt: skip
     return table
 

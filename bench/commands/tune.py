@@ -61,9 +61,10 @@ def command(context, *, seconds, output, **sizes):
                 workloads,
                 chip,
                 lambda workload, plans: tune.time_plans(workload, plans, seconds=seconds, device=device),
-                lambda what: progress.update(task, description=what, completed=len(results)),
+                lambda what: progress.update(task, description=what),
             ):
                 results.append(result)
+                progress.update(task, completed=len(results))
         except KeyboardInterrupt:
             interrupted = True
     entries |= {result.entry.key: result.entry for result in results if result.entry is not None}

@@ -127,7 +127,7 @@ class Oracle:
 
 
 def make_oracle(inputs: Inputs, approach: str, parts: int = 1) -> Oracle:
-    """Compute the results that a check compares with; `parts`: how many parts of the batch have their own statistics."""
+    """Compute the results that a check compares with; `parts` of the batch have statistics of their own."""
     workload = inputs.workload
     rows = math.prod(workload.shape) // workload.channels
     number = min(workload.channels, max(2, ELEMENTS_COMPARED // rows))
@@ -192,8 +192,8 @@ def check_case(case: Case, pass_name: str, oracle: Oracle, workload: Workload, o
 def copy_program(inputs: Inputs) -> Timed:
     """Read x and write an array of its size, elementwise, for every set: the roofline for all others.
 
-    A bit of each value is turned over: XLA leaves out what only copies, and an addition costs a CPU that has none for 16
-    bits more than the memory does.
+    A bit of each value is turned over: XLA leaves out what only copies, and an addition costs a CPU that has none for
+    16 bits more than the memory does.
     """
     bits = jnp.dtype(f"uint{8 * jnp.dtype(inputs.workload.dtype).itemsize}")
 

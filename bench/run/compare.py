@@ -48,9 +48,11 @@ def differences(first: Run, second: Run) -> list[str]:
     for name in Environment.model_fields:
         one, other = getattr(first.environment, name), getattr(second.environment, name)
         if name == "versions":
-            for package in sorted({*one, *other}):
-                if one.get(package) != other.get(package):
-                    lines.append(f"{package}: {one.get(package, 'none')} / {other.get(package, 'none')}")
+            lines += [
+                f"{package}: {one.get(package, 'none')} / {other.get(package, 'none')}"
+                for package in sorted({*one, *other})
+                if one.get(package) != other.get(package)
+            ]
         elif one != other:
             lines.append(f"{name}: {one} / {other}")
     for name in ("cold", "sync"):

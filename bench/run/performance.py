@@ -27,8 +27,8 @@ def recorded(folder: str | os.PathLike = RESULTS) -> dict[str, Run]:
             newest[key] = entry
     if not newest:
         raise NoRecords(
-            f"there are no recorded runs in {str(folder)!r}: save one with `bn-bench run --json FILE` and record it with "
-            "`bn-bench report --add FILE`"
+            f"there are no recorded runs in {str(folder)!r}: save one with `bn-bench run --json FILE` and record it "
+            "with `bn-bench report --add FILE`"
         )
     return dict(newest[key] for key in sorted(newest))
 

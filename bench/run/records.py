@@ -155,7 +155,10 @@ def load(path: str | os.PathLike) -> Run:
 
 
 def to_csv(run: Run) -> str:
-    """The rows as CSV, a column for every field, with its unit, and every rival's ratio; shapes as `--shape` takes them."""
+    """The rows as CSV: a column for every field, with its unit, and for every rival's ratio.
+
+    Shapes are written as `--shape` takes them.
+    """
     columns = {
         name: f"{name}_{UNITS[name]}" if name in UNITS else name for name in Row.model_fields if name != "ratios"
     }

@@ -16,16 +16,16 @@ NOTE = (
     "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
     "bwd reads x and dy and writes dx (with residual and activation it also reads the residual and writes its "
     "gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is timed in the "
-    "same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to the copy are medians "
-    "over the paired rounds; error is the largest against float64, as a share of a scale that rounding acts "
-    "on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, because it may compute in "
-    "them."
+    "same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to "
+    "the copy are medians over the paired rounds; error is the largest against float64, as a share of a scale that "
+    "rounding acts on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, because it "
+    "may compute in them."
 )
 
 SYNC_NOTE = (
     "/ no sync: the time over that of the same layer on the same devices, each with statistics of its own, the median "
-    "over the paired rounds. The parameters' gradients are summed over the devices with and without. exchanged B: bytes of "
-    "the arrays that the collectives of a call have on each device."
+    "over the paired rounds. The parameters' gradients are summed over the devices with and without. exchanged B: "
+    "bytes of the arrays that the collectives of a call have on each device."
 )
 
 
@@ -54,7 +54,7 @@ def empty_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
 
 
 def verdict(ok: bool) -> Text:
-    """ "ok" in green or "FAILED" in red."""
+    """The word "ok" in green or "FAILED" in red."""
     return Text("ok", "green") if ok else Text("FAILED", "bold red")
 
 

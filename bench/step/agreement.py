@@ -37,8 +37,10 @@ class Expected(NamedTuple):
 
 
 class Tolerance(NamedTuple):
-    """By how much two networks with the same weights may differ: relative to a loss, and, for the loss after a step,
-    relative to its change as well.
+    """By how much two networks with the same weights may differ.
+
+    - `loss`: relative to a loss.
+    - `change`: for the loss after a step, relative to its change as well.
     """
 
     loss: float
@@ -79,9 +81,10 @@ def incomparable(expected: Expected, allowed: Tolerance, values: int) -> str:
     if limit.before <= MOST_OF_LOSS * abs(before) and limit.after <= MOST_OF_CHANGE * abs(after - before):
         return ""
     return (
-        f"rounding alone moves the loss of {before:.4g} by {expected.noise.before:.1g}, and that of {after:.4g} after a "
-        f"step by {expected.noise.after:.1g}, so that no loss tells who is right (the smallest norm has {values} values of "
-        "each channel; more and larger images help, and float32). `bn-bench run` checks every layer against float64"
+        f"rounding alone moves the loss of {before:.4g} by {expected.noise.before:.1g}, and that of {after:.4g} after "
+        f"a step by {expected.noise.after:.1g}, so that no loss tells who is right (the smallest norm has {values} "
+        "values of each channel; more and larger images help, and float32). `bn-bench run` checks every layer against "
+        "float64"
     )
 
 

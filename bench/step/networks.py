@@ -56,8 +56,9 @@ class Carry(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A training step `step(carry, images, labels, lr) -> (carry, loss)`, its first carry, and whether the images are
-    channels last.
+    """A training step `step(carry, images, labels, lr) -> (carry, loss)` and its first carry.
+
+    - `channels_last`: whether the images are.
     """
 
     step: Callable
@@ -170,8 +171,8 @@ def contenders(
     """The networks that the options ask for; equinox's mode "batch", with which they are compared, is always there.
 
     `backends`: default all but the reference; see `default_backends`. `fusion`: whether residual and relu are given to
-    the layer ("fused"), are operations after it ("plain"), or "both" in turn. `layouts`: "nchw" for our layer in the Equinox network, "nhwc" for
-    our function in the same network with channels last, as Flax's.
+    the layer ("fused"), are operations after it ("plain"), or "both" in turn. `layouts`: "nchw" for our layer in the
+    Equinox network, "nhwc" for our function in the same network with channels last, as Flax's.
     """
     named = list(dict.fromkeys(backends)) or timed_backends()
     networks = [

@@ -1,7 +1,8 @@
-"""ResNet-18 and ResNet-50 (He et al. 2015, https://arxiv.org/abs/1512.03385) in Equinox, the BatchNorm chosen by the caller.
+"""ResNet-18 and ResNet-50 in Equinox, the BatchNorm chosen by the caller.
 
-The model takes one image (3, height, width) and runs under `jax.vmap` with the axis name "batch". The stride of a
-bottleneck is in its 3x3 convolution, as in torchvision and in what is usually timed as ResNet-50.
+He et al. 2015, https://arxiv.org/abs/1512.03385. The model takes one image (3, height, width) and runs under `jax.vmap`
+with the axis name "batch". The stride of a bottleneck is in its 3x3 convolution, as in torchvision and in what is
+usually timed as ResNet-50.
 
 `channels_last` is the same network without Equinox and its vmap: a function of arrays whose channels are last, as Flax
 has them. `flax_model` and `torch_model` are the same networks in the two other libraries. All take the weights of the
@@ -99,6 +100,7 @@ class Block(eqx.Module):
             self.shortcut_norm = norm(sizes.outputs, None)
 
     def __call__(self, x, state):
+        """One example's x (channels, height, width) and the state, new ones for both."""
         residual = x
         if self.shortcut is not None:
             residual, state = self.shortcut_norm(self.shortcut(x), state)
@@ -130,6 +132,7 @@ class ResNet(eqx.Module):
         self.head = eqx.nn.Linear(sizes[-1].outputs, classes, key=last)
 
     def __call__(self, x, state):
+        """Logits of one image, and the new state."""
         x, state = self.stem_norm(self.stem(x), state)
         x = self.pool(x)
         for block in self.blocks:
@@ -149,6 +152,7 @@ class Apart(eqx.nn.StatefulLayer):
     in_float32: bool = eqx.field(static=True, default=False)
 
     def __call__(self, x, state, *, residual=None):
+        """The layer's y, plus the residual, through relu, in x's dtype; and the new state."""
         y, state = self.norm(x.astype(jnp.float32) if self.in_float32 else x, state)
         y = y.astype(x.dtype)
         if residual is not None:

@@ -48,8 +48,9 @@ class JaxRun:
         self._carry = None
 
     def losses(self, lr: float, images=None) -> Losses:
-        """Of the initial weights, and of the weights after a step with this learning rate; both with the initial
-        statistics. `images` in place of the setting's.
+        """Of the initial weights, and of the weights after a step with this learning rate.
+
+        Both with the initial statistics. `images` in place of the setting's.
         """
         images = self.images if images is None else images
         carry, before = self._step(jax.device_put(self._first), images, self.labels, jnp.float32(lr))
@@ -75,7 +76,7 @@ class JaxRun:
         return Expected(losses, Losses(*map(max, zip(*changes, strict=True))))
 
     def once(self):
-        """Start one step; with a learning rate of 0, so that the weights stay where they are however long it is timed."""
+        """Start one step with a learning rate of 0: the weights stay where they are however long it is timed."""
         self._carry, loss = self._step(self._carry, self.images, self.labels, self._still)
         return loss
 
