@@ -278,6 +278,6 @@ def moments_cotangents(dmean, dvar, doffset, dnorm_var, batch, times=scaled):
 
 
 def through_moments(dmean, dvar, delta, count):
-    """slope and level of dmean/count + (d - delta) * 2 * dvar/count, the part of dx by way of the moments, in d."""
+    """slope and level: dx's part through the moments, dmean/n + (d - delta) * 2 * dvar/n, is d * slope + level."""
     slope = 2 * dvar / count
     return slope, dmean / count - delta * slope
