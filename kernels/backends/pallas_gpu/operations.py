@@ -240,8 +240,8 @@ def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
     _check_no_mask(mask)
     view = _View(x, spec)
-    _, found = merge_moments(*_moments_partial(view, view.as_rows(x)))
-    return tuple(view.unchannel(value) for value in found)
+    _, per_channel = merge_moments(*_moments_partial(view, view.as_rows(x)))
+    return tuple(view.unchannel(value) for value in per_channel)
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
@@ -251,38 +251,38 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     view = _View(x, spec, "forward" if blends else None)
     flat = view.as_rows(x)
     if view.resident_plan is not None:
-        given = [weight, bias, running_mean, running_var]
-        return _resident_forward(view, flat, given, coefficients, residual, spec)
+        operands = [weight, bias, running_mean, running_var]
+        return _resident_forward(view, flat, operands, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
     if blends:
-        given = view.tiled(weight, bias, running_mean, running_var)
+        operands = view.tiled(weight, bias, running_mean, running_var)
         numbers = [view.numbers(coefficients)]
-        wide, found = merge_moments(*partial, (given, numbers), spec.eps)
-        pivot, delta, var, *new = (view.unchannel(value) for value in found)
-        channels = [*wide, *given]
+        per_column, per_channel = merge_moments(*partial, (operands, numbers), spec.eps)
+        pivot, delta, var, *new = (view.unchannel(value) for value in per_channel)
+        channels = [*per_column, *operands]
     else:
-        _, found = merge_moments(*partial)
-        pivot, delta, var = (view.unchannel(value) for value in found)
+        _, per_channel = merge_moments(*partial)
+        pivot, delta, var = (view.unchannel(value) for value in per_channel)
         offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
         channels = view.tiled(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
     y = _normalise(view, flat, residual, channels, spec, reverse=True)
     return y, pivot, delta, var, *new
 
 
-def _resident_forward(view, flat, given, coefficients, residual, spec):
+def _resident_forward(view, flat, operands, coefficients, residual, spec):
     arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
-    given, numbers = view.tiled(*given), [view.numbers(coefficients)]
+    channels, numbers = view.tiled(*operands), [view.numbers(coefficients)]
     tiles, normalise_row = view.resident_tiling(len(arrays)), _normalise_row(spec.activation)
 
-    def moments_row(values, channels, numbers):
+    def sum_row(values, channels, numbers):
         return _moments_row(values, channels, numbers)[0]
 
-    def row(values, found, channels, numbers):
-        return normalise_row(values, [*found, *channels], numbers)[1]
+    def result_row(values, merged, channels, numbers):
+        return normalise_row(values, [*merged, *channels], numbers)[1]
 
     (y,), (pivot, delta, var, *new) = resident(
-        tiles, "bn_fused_resident_forward", arrays, given, numbers, moments_row,
-        moments_merge(tiles, True, spec.eps), row,
+        tiles, "bn_fused_resident_forward", arrays, channels, numbers, sum_row,
+        moments_merge(tiles, True, spec.eps), result_row,
         sums=2, outputs=1, results_per_channel=5, moments=True,
     )  # fmt: skip
     return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
@@ -327,24 +327,24 @@ def backward(
     arrays = view.gradient_arrays(dy, x, residual, spec.activation)
     channels = view.tiled(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
-    sums, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
-    row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
+    sum_row, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
+    result_row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
     outputs = 1 + write_dz
     if view.resident_plan is not None:
         tiles = view.resident_tiling(len(arrays))
-        results, found = resident(
-            tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sums(*row)[0],
+        results, sums = resident(
+            tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sum_row(*row)[0],
             sums_merge(2, _finish_backward),
-            lambda values, found, channels, numbers: row(values, [*channels, *found], numbers)[1],
+            lambda values, merged, channels, numbers: result_row(values, [*channels, *merged], numbers)[1],
             sums=2, outputs=outputs, results_per_channel=2,
         )  # fmt: skip
-        return view.gradients(results, found, dy, residual)
+        return view.gradients(results, sums, dy, residual)
     tiles = view.tiling(len(arrays))
-    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sums, sums=2)
-    through, found = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
-    channels = [*channels, *through]
-    results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=outputs, reverse=True)
-    return view.gradients(results, found, dy, residual)
+    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sum_row, sums=2)
+    per_column, sums = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
+    channels = [*channels, *per_column]
+    results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], result_row, outputs=outputs, reverse=True)
+    return view.gradients(results, sums, dy, residual)
 
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
@@ -356,8 +356,8 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
     channels = view.tiled(pivot, offset, rstd, weight, bias)
     row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
     *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
-    _, found = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
-    return view.gradients(results, found, dy, residual)
+    _, sums = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
+    return view.gradients(results, sums, dy, residual)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):

@@ -157,6 +157,6 @@ def resident(
 
     blocks, cluster = ({"slot": t.at_once}, {"member": t.members}) if t.cluster else ({"slot": t.grid}, None)
     kernel = launch(body, name, out_types, scratch, blocks, t.warpgroups, cluster)
-    found = kernel(*arrays, *channels, *scalars)
-    results = found[outputs : outputs + results_per_channel]
-    return found[:outputs], [value[:, : t.channels] for value in results] if t.fold > 1 else results
+    results = kernel(*arrays, *channels, *scalars)
+    per_channel = results[outputs : outputs + results_per_channel]
+    return results[:outputs], [value[:, : t.channels] for value in per_channel] if t.fold > 1 else per_channel
