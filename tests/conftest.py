@@ -44,9 +44,12 @@ def pytest_collection_modifyitems(items):
 def pytest_runtest_makereport(item, call):
     """A test that is skipped for want of a compiler is marked so, or `-m compilers` would not run it where they are."""
     report = yield
-    missing = call.excinfo is not None and call.excinfo.errisinstance(CompilerMissing)
-    if missing and item.get_closest_marker("compilers") is None:
+    if call.excinfo is None or not call.excinfo.errisinstance(CompilerMissing):
+        return report
+    if item.get_closest_marker("compilers") is None:
         report.outcome, report.longrepr = "failed", f"{item.nodeid} needs the marker `compilers`"
+    else:  # with the reason alone, as of every other skip
+        report.longrepr = (*report.longrepr[:2], f"Skipped: {call.excinfo.value}")
     return report
 
 

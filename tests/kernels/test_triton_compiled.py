@@ -3,8 +3,6 @@
 For AMD GPUs, for which there is no XLA here, programs are lowered to what XLA would be given.
 """
 
-import importlib.util
-
 import pytest
 
 from bn_fused.kernels.backends.triton import tuning
@@ -14,14 +12,12 @@ from bn_fused.kernels.target import Problem, Target
 
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic
-from support.compilers import skip_without_compilers
+from support.compilers import skip_without_compilers, skip_without_triton
 
 pytestmark = pytest.mark.compilers
 
 OPERATIONS = ("forward", "backward", "moments", "moments_backward", "normalise", "normalise_backward")
 BOTH = OPERATIONS[:2]
-INSTALL = "pip install --no-deps $(python -m bn_fused.bench.deviceless triton)"
-missing = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=f"triton is not installed: {INSTALL}")
 
 
 # --- by Triton alone ------------------------------------------------------------------------------------------
@@ -47,6 +43,7 @@ def searched(case, chip="h200"):
 @pytest.fixture(scope="module")
 def by_triton():
     """What the compilers say of each launch: [backend, architecture, case, operation, launch, figures]."""
+    skip_without_triton()
     work = [
         ["cuda", architecture, [BFLOAT16], OPERATIONS if architecture in (80, 90) else BOTH] for architecture in CUDA
     ]
@@ -70,7 +67,6 @@ def check_registers(found):
         assert figures["shared"] <= (99 if several else 48) * 1024, what
 
 
-@missing
 def test_no_kernel_spills_registers(by_triton):
     assert {(backend, architecture) for backend, architecture, *_ in by_triton} == {
         *(("cuda", architecture) for architecture in CUDA),
@@ -82,7 +78,6 @@ def test_no_kernel_spills_registers(by_triton):
     check_registers(by_triton)
 
 
-@missing
 def test_the_blocks_that_the_heuristic_starts_fit_on_a_multiprocessor_together(by_triton):
     for backend, architecture, case, operation, name, figures in by_triton:
         itemsize = {"float32": 4}.get(case[3], 2)
@@ -110,7 +105,6 @@ def narrow_stores(name, figures):
     return {"moments": 3, "backward_sums": 2, "normalise_backward": 2}.get(name, 0) + next_slab
 
 
-@missing
 def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
     seen = 0
     for backend, _, case, operation, name, figures in by_triton:
@@ -136,7 +130,6 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
     assert {backend for backend, *_, figures in by_triton if figures["slab"]} == {"cuda", "hip"}
 
 
-@missing
 def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
     for backend, _, case, operation, name, figures in by_triton:
         if case == list(RAGGED) and name in ("moments", "normalise"):
@@ -144,7 +137,6 @@ def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
             assert widest in figures["loads"], (operation, name, figures)
 
 
-@missing
 def test_addresses_are_computed_in_64_bits(by_triton):
     """In the kernels for 2^32 values, a row's number is multiplied by the size of a row to a product of 64 bits."""
     large = [(backend, name, figures) for backend, _, case, _, name, figures in by_triton if case == list(LARGE)]
@@ -159,10 +151,10 @@ def test_addresses_are_computed_in_64_bits(by_triton):
         assert {9, 10} & set(figures["shifts"]), (name, figures)
 
 
-@missing
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_no_configuration_of_the_search_set_spills(architecture):
+    skip_without_triton()
     found = answer(
         ["-m", "support.triton_compiled"], [["cuda", architecture, [*searched(BFLOAT16), *searched(FLOAT32)], BOTH]]
     )
@@ -171,10 +163,10 @@ def test_no_configuration_of_the_search_set_spills(architecture):
     assert any(copies) and all(size == 16 for sizes in copies for size in sizes)
 
 
-@missing
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", HIP)
 def test_no_configuration_of_the_search_set_spills_on_amd(architecture):
+    skip_without_triton()
     cases = [*searched(BFLOAT16, HIP[architecture]), *searched(FLOAT32, HIP[architecture])]
     check_registers(answer(["-m", "support.triton_compiled"], [["hip", architecture, cases, BOTH]]))
 

@@ -1,7 +1,6 @@
 """Numbers of the backend `triton` in Triton's interpreter, against float64."""
 
 import dataclasses
-import importlib.util
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from bn_fused.kernels.backends.triton.plan import Plan, make_plan
 from bn_fused.kernels.chips import CHIPS
 
 from support.child_process import child_environment
+from support.compilers import skip_without_triton
 from support.kernel_cases import CASES
 from support.kernel_results import (
     check_results,
@@ -23,10 +23,7 @@ from support.kernel_results import (
     spoilt,
 )
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="triton is not installed: pip install $(python -m bn_fused.bench.deviceless triton)",
-)
+pytestmark = pytest.mark.compilers
 
 
 def plan(**changes):
@@ -76,6 +73,7 @@ def interpreted(calls, folder):
 @pytest.fixture(scope="module")
 def computed(tmp_path_factory):
     """{name: (operands, results)} of all cases, and of variants of some."""
+    skip_without_triton()
     calls = {}
     for name, used in PLANS.items():
         arrays = operands(CASES[name])

@@ -1,5 +1,7 @@
 """The compilers for chips that are not there, which tests marked `compilers` need."""
 
+import importlib.util
+
 import pytest
 
 from bn_fused.bench import deviceless
@@ -19,3 +21,11 @@ def skip_without_compilers(*targets, triton=None):
     for sentence in (*map(deviceless.missing, targets), None if triton is None else limits.missing(triton)):
         if sentence is not None:
             raise CompilerMissing(sentence)
+
+
+def skip_without_triton():
+    """Skip the test, saying what to install, unless Triton is there; jax-triton is not asked for."""
+    if importlib.util.find_spec("triton") is None:
+        raise CompilerMissing(
+            "triton is not installed: pip install --no-deps $(python -m bn_fused.bench.deviceless triton)"
+        )
