@@ -61,7 +61,8 @@ def figures(compiled, elements, nbytes):
     }
 
 def step(shape, dtype, activation, residual):
-    x, channel, group = Struct(shape, dtype), Struct((*shape[:-2], shape[-1]), jnp.float32), Struct(shape[:-2], jnp.float32)
+    x, group = Struct(shape, dtype), Struct(shape[:-2], jnp.float32)
+    channel = Struct((*shape[:-2], shape[-1]), jnp.float32)
     def both(x, weight, bias, mean, var, coefficients, residual, dy, others):
         def of(x, weight, bias, residual):
             return kernels.fused_batch_norm(
@@ -92,7 +93,8 @@ def between_convolutions(backend):
         return convolve(y, second), new
     kernel = Struct((3, 3, 128, 128), jnp.bfloat16)
     elements = math.prod(shape)
-    return figures(deviceless.compile_for(chip, block, Struct(shape, jnp.bfloat16), kernel, kernel), elements, 2 * elements)
+    compiled = deviceless.compile_for(chip, block, Struct(shape, jnp.bfloat16), kernel, kernel)
+    return figures(compiled, elements, 2 * elements)
 
 def virtual_batches():
     x, stats = Struct((4096, 256), jnp.float32), bn_fused.RunningStats.init(256)

@@ -168,7 +168,7 @@ def entrances(backend, target):
 
 
 def plans(target):
-    """Of plans of pallas_gpu given by hand, the kernels of one that streams, and what is said of one that cannot run."""
+    """Of pallas_gpu's plans by hand, the kernels of one that streams, and what is said of one that cannot run."""
     rows, channels = 4096, 64
     one, blend = jnp.ones(channels, "float32"), kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
 

@@ -134,8 +134,7 @@ def main():
         if architecture is not None:
             answers["get_arch_details"] = architecture
         for case, names in cases:
-            for name in names:
-                results.append([chip, case, name, lowered_operation(CHIPS[chip], name, *case)])
+            results += [[chip, case, name, lowered_operation(CHIPS[chip], name, *case)] for name in names]
     json.dump(results, sys.stdout)
 
 
