@@ -55,6 +55,26 @@ def timed_backends() -> list[str]:
     return [name for name in kernels.backend_names() if name not in UNTIMED]
 
 
+def pull_back(apply: Callable, parameters, state, x, residual):
+    """A step of a provider's `apply`: y, the function of dy that gives its gradient, and the new state.
+
+    The gradient is with respect to parameters, x and residual.
+    """
+
+    def with_state(parameters, x, residual):
+        return apply(parameters, state, x, residual)
+
+    return jax.vjp(with_state, parameters, x, residual, has_aux=True)
+
+
+def forward_backward(apply: Callable, parameters, state, x, residual, dy):
+    """A step of a provider's `apply` and its gradient: y, the new state, and the gradients as of `pull_back`."""
+    y, pullback, new_state = pull_back(apply, parameters, state, x, residual)
+    # In training dy follows from y: without that, XLA computes parts of both in one kernel.
+    y, dy = jax.lax.optimization_barrier((y, dy))
+    return y, new_state, pullback(dy)
+
+
 def bn_fused_layer(backend: str) -> Provider:
     """`bn_fused` with the given backend: the layer for channels first, the function for channels last."""
 

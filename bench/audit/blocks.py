@@ -5,6 +5,7 @@ A block puts the function `apply` of a layer (see `providers`) between two convo
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,7 +14,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bn_fused.bench.providers import EQUINOX, EQUINOX_EMA, FLAX, FLAX_TWO_PASS, NO_NORM, Provider, bn_fused_layer
+from bn_fused.bench.providers import (
+    EQUINOX,
+    EQUINOX_EMA,
+    FLAX,
+    FLAX_TWO_PASS,
+    NO_NORM,
+    Provider,
+    bn_fused_layer,
+    forward_backward,
+    pull_back,
+)
 from bn_fused.bench.workloads import Arranged
 
 
@@ -148,26 +159,14 @@ def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
     if pass_name == "fwd":
         return Program(apply, operands, None)
 
-    def pull_back(parameters, state, x, residual):
-        def with_state(parameters, x, residual):
-            return apply(parameters, state, x, residual)
-
-        return jax.vjp(with_state, parameters, x, residual, has_aux=True)
-
-    halves = _Halves(pull_back)
+    halves = _Halves(functools.partial(pull_back, apply))
     dy, new_state, computed = jax.eval_shape(halves.forward, *operands)
     del new_state
     kept_bytes = halves.activation_bytes + sum(_nbytes(array) for array in computed)
     if pass_name == "bwd":
         return Program(halves.backward, (computed, operands, dy), kept_bytes)
 
-    def forward_backward(parameters, state, x, residual, dy):
-        y, pullback, new = pull_back(parameters, state, x, residual)
-        # In training dy follows from y: without that, XLA computes parts of both in one kernel.
-        y, dy = jax.lax.optimization_barrier((y, dy))
-        return y, new, pullback(dy)
-
-    return Program(forward_backward, (*operands, dy), kept_bytes)
+    return Program(functools.partial(forward_backward, apply), (*operands, dy), kept_bytes)
 
 
 def _nbytes(array) -> int:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bn_fused.bench.audit.hlo import parse
-from bn_fused.bench.providers import DEVICES, Provider
+from bn_fused.bench.providers import DEVICES, Provider, forward_backward, pull_back
 from bn_fused.bench.run.cases import Case, Inputs, in_turn
 from bn_fused.bench.timing import Timed
 
@@ -24,26 +24,13 @@ def jax_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence
             apply, mesh=mesh, in_specs=(whole, whole, split, split), out_specs=(split, whole), check_vma=False
         )
 
-    def pull_back(parameters, state, x, residual):
-        def with_state(parameters, x, residual):
-            return apply(parameters, state, x, residual)
-
-        y, pullback, new_state = jax.vjp(with_state, parameters, x, residual, has_aux=True)
-        return y, new_state, pullback
-
-    def both(parameters, state, x, residual, dy):
-        y, new_state, pullback = pull_back(parameters, state, x, residual)
-        # In training dy follows from y: without that, XLA computes parts of both in one kernel.
-        y, dy = jax.lax.optimization_barrier((y, dy))
-        return y, new_state, pullback(dy)
-
     @jax.jit
     def forward_sets(parameters, state, sets):
         return in_turn(functools.partial(apply, parameters, state), [(x, residual) for x, residual, _ in sets])
 
     @jax.jit
     def both_sets(parameters, state, sets):
-        return in_turn(functools.partial(both, parameters, state), sets)
+        return in_turn(functools.partial(forward_backward, apply, parameters, state), sets)
 
     @jax.jit
     def backward_sets(pullbacks, dys):
@@ -57,7 +44,7 @@ def jax_case(provider: Provider, inputs: Inputs, approach: str, passes: Sequence
     sets = [(x, residual, dy if dy.dtype == y_dtype else dy.astype(y_dtype)) for x, residual, dy in inputs.sets]
     calls = {"fwd": (forward_sets, (*fixed, sets)), "fwd+bwd": (both_sets, (*fixed, sets))}
     if "bwd" in passes:
-        before = jax.jit(lambda *operands: pull_back(*operands)[2])
+        before = jax.jit(lambda *operands: pull_back(apply, *operands)[1])
         pullbacks = [before(*fixed, x, residual) for x, residual, _ in sets]
         calls["bwd"] = (backward_sets, (pullbacks, [dy for _, _, dy in sets]))
 
