@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import bn_fused
 from bn_fused import kernels
 from bn_fused.bench.installing import pip_install
-from bn_fused.bench.workloads import Workload
+from bn_fused.bench.workloads import Arranged, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
 EXAMPLES, DEVICES = "batch", "devices"
@@ -53,6 +53,19 @@ class Provider:
 def timed_backends() -> list[str]:
     """The names of the registered backends without those of `UNTIMED`."""
     return [name for name in kernels.backend_names() if name not in UNTIMED]
+
+
+def explain(workload: Arranged, backend: str = "auto", target: str | None = None) -> kernels.BackendChoice:
+    """`bn_fused.explain` of a workload, or of a setting of the audit; `target` None is JAX's default device."""
+    return bn_fused.explain(
+        workload.array_shape,
+        workload.dtype,
+        channel_axis=workload.channel_axis,
+        activation=workload.activation,
+        residual=workload.residual,
+        target=target,
+        backend=backend,
+    )
 
 
 def pull_back(apply: Callable, parameters, state, x, residual):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_fused
+from bn_fused.bench.check import failure_of
 from bn_fused.bench.step import resnet
 from bn_fused.bench.step.agreement import (
     NOISES,
@@ -184,9 +185,8 @@ class Row:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    """`failure_of`, cut to what a line below a table has room for."""
+    return failure_of(error)[:300]
 
 
 def _peak(statistics) -> int | None:
