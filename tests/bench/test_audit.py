@@ -234,8 +234,6 @@ def alive(pid):
 HANGS = """
 import subprocess, sys, time
 from bn_fused.bench.child import answer_requests
-
-from support.compilers import skip_without_compilers
 grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 answer_requests(lambda request: time.sleep(600) if request == "hang" else grandchild.pid)
 """
