@@ -1,6 +1,6 @@
 """The whole training step of a residual network with each BatchNorm: compared, then timed.
 
-The networks stand in `step_networks`. Before anything is timed, two losses are compared with those of
+The networks stand in `networks`. Before anything is timed, two losses are compared with those of
 `equinox.nn.BatchNorm(mode="batch")`: of the initial weights, and of the weights after one step, both with statistics
 that were never updated. With those every BatchNorm normalises by the batch, whatever it does later on, so that the same
 numbers must come out, but for rounding (`agreement`); the second one depends on every gradient.
