@@ -1,7 +1,7 @@
 """Compile a JAX function for a chip that is not there: `compile_for(target, fn, *specs)`.
 
 The compilers for NVIDIA GPUs and TPUs come as Python wheels and need the chip's description, not the chip. What comes
-back is the optimised program: its HLO text (`traffic` counts passes over memory in it), its memory, its kernels.
+back is the optimised program: its HLO text (`audit.traffic` counts passes over memory in it), its memory, its kernels.
 
     python -m bn_fused.bench.deviceless            # the targets, and which can be compiled for here
     python -m bn_fused.bench.deviceless cuda tpu   # pip requirements of the compilers, for the installed JAX

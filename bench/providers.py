@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import bn_fused
 from bn_fused import kernels
 from bn_fused.bench.installing import pip_install
-from bn_fused.bench.workloads import Workload
+from bn_fused.bench.workloads import Arranged, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
+from bn_fused.kernels.registry import is_reference
 
 EXAMPLES, DEVICES = "batch", "devices"
-# The definition itself, slow and plain: to be checked against and not to be timed.
-UNTIMED = ("reference",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +50,21 @@ class Provider:
 
 
 def timed_backends() -> list[str]:
-    """The names of the registered backends without those of `UNTIMED`."""
-    return [name for name in kernels.backend_names() if name not in UNTIMED]
+    """The names of the registered backends but the reference, which is slow and plain: it is checked against."""
+    return [name for name in kernels.backend_names() if not is_reference(name)]
+
+
+def explain(workload: Arranged, backend: str = "auto", target: str | None = None) -> kernels.BackendChoice:
+    """`bn_fused.explain` of a workload, or of a setting of the audit; `target` None is JAX's default device."""
+    return bn_fused.explain(
+        workload.array_shape,
+        workload.dtype,
+        channel_axis=workload.channel_axis,
+        activation=workload.activation,
+        residual=workload.residual,
+        target=target,
+        backend=backend,
+    )
 
 
 def pull_back(apply: Callable, parameters, state, x, residual):

@@ -46,6 +46,13 @@ class Setting(Arranged):
     residual: bool = False
     block: str | None = None
 
+    @property
+    def compiled(self) -> "Setting":
+        """The setting as it is compiled: inside a block with relu if no activation is named."""
+        if self.block is not None and self.activation is None:
+            return dataclasses.replace(self, activation="relu")
+        return self
+
 
 # The rivals that `--against` takes, each with the forms in which it is compiled. Our own backend `jnp` is the rival
 # that XLA compiles from plain jnp: the least that a kernel must beat.
@@ -146,8 +153,7 @@ def make_program(setting: Setting, layer_name: str, pass_name: str) -> Program:
     - "fwd+bwd": the same, and the gradient with respect to x, the residual and all parameters.
     - "bwd": the gradient alone, from what the forward saves.
     """
-    if setting.block is not None and setting.activation is None:
-        setting = dataclasses.replace(setting, activation="relu")
+    setting = setting.compiled
     apply, state = layer_named(layer_name).make(setting, "batch", ())
     parameter = jax.eval_shape(lambda: jnp.zeros(setting.channels))
     parameters = (parameter, parameter)

@@ -40,7 +40,7 @@ from bn_fused.bench.audit.rows import (
 )
 from bn_fused.bench.audit.traffic import Traffic, passes
 from bn_fused.bench.child import Child, ChildEnded, answer_requests
-from bn_fused.bench.providers import NO_NORM
+from bn_fused.bench.providers import NO_NORM, explain
 from bn_fused.kernels.chips import CHIPS
 
 # The operations of `kernels.contract` that a pass runs.
@@ -185,7 +185,8 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
     setting, start = case.setting, time.perf_counter()
     try:
         with jax.enable_x64(setting.dtype == "float64"):
-            asked = _explain(case, "auto"), _explain(case, case.layer) if case.ours else None
+            auto = explain(setting.compiled, "auto", case.target)
+            choice = explain(setting.compiled, case.layer, case.target) if case.ours else None
             program = make_program(setting, case.layer, case.pass_name)
             compiled = deviceless.compile_for(case.target, program.function, *program.specs)
     except bn_fused.BackendError as error:
@@ -194,7 +195,6 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
         return Row(case, "missing", _line(error))
     except Exception as error:
         return Row(case, "failed", f"{type(error).__name__}: {_line(error)}")
-    auto, choice = asked
     plan = None if choice is None else choice.plan
     hlo_text = compiled.as_text()
     fields = count(hlo_text, setting.elements, setting.nbytes, planned_passes(plan, OPERATIONS[case.pass_name]))
@@ -224,21 +224,6 @@ def _plan_text(plan, operations):
     if None in parts.values():
         return str(plan)
     return "; ".join(f"{operation}: {part}" for operation, part in parts.items())
-
-
-def _explain(case, backend):
-    import bn_fused
-
-    setting = case.setting
-    return bn_fused.explain(
-        setting.array_shape,
-        setting.dtype,
-        channel_axis=setting.channel_axis,
-        activation=setting.activation or ("relu" if setting.block else None),
-        residual=setting.residual,
-        target=case.target,
-        backend=backend,
-    )
 
 
 def _line(error) -> str:

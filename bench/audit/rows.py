@@ -113,7 +113,7 @@ def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:
     the derivative, so the backward reads it as often as x, and writes its gradient (without one that is dy itself).
     """
     residual = 1 if setting.residual else 0
-    through_activation = residual if setting.activation is not None or setting.block is not None else 0
+    through_activation = residual if setting.compiled.activation is not None else 0
     passes = {
         "fwd": {"streaming": (2 + residual, 1), "resident": (1 + residual, 1)},
         "bwd": {

@@ -9,7 +9,6 @@ import jax
 from rich.console import Console
 from rich.text import Text
 
-import bn_fused
 from bn_fused.bench.commands.common import (
     FAILED,
     INTERRUPTED,
@@ -25,7 +24,7 @@ from bn_fused.bench.commands.common import (
     workload_options,
 )
 from bn_fused.bench.doctor import devices
-from bn_fused.bench.providers import RIVALS
+from bn_fused.bench.providers import RIVALS, explain
 from bn_fused.bench.run import records, report
 from bn_fused.bench.run.suite import Settings, plan, refusal, run, with_backends
 from bn_fused.bench.saved import command_line, now
@@ -198,13 +197,7 @@ def print_workload(
 
     `said`: what the workloads before had below their tables, to which this one's is added; it is not said again.
     """
-    auto = bn_fused.explain(
-        workload.array_shape,
-        workload.dtype,
-        channel_axis=workload.channel_axis,
-        activation=workload.activation,
-        residual=workload.residual,
-    )
+    auto = explain(workload)
     say(console)
     show(console, report.workload_table(rows, settings.rivals, auto.name))
     for line in report.timing_lines(rows, settings.cold):

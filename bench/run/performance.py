@@ -4,9 +4,9 @@ import os
 import pathlib
 import re
 
-from bn_fused.bench.providers import UNTIMED
 from bn_fused.bench.run.records import Run, load
 from bn_fused.bench.run.report import environment_lines
+from bn_fused.kernels.registry import is_reference
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 BEGIN, END = "<!-- made by `bn-bench report`: begin -->", "<!-- made by `bn-bench report`: end -->"
@@ -51,7 +51,8 @@ def section(runs: dict[str, Run], folder: str) -> str:
 
 
 def _table(path: str, run: Run) -> str:
-    rows = [row for row in run.rows if row.layer not in (*run.rivals, *UNTIMED) or row.layer == "jnp"]
+    others = {name for name in run.rivals if name != "jnp"}
+    rows = [row for row in run.rows if row.layer not in others and not is_reference(row.layer)]
     passes = list(dict.fromkeys(row.pass_name for row in rows))
     columns = [f"{name} / {RIVAL}" for name in passes] + [f"{name}, of copy" for name in passes]
     lines = [f"{line}  " for line in environment_lines(run.environment)]

@@ -10,7 +10,7 @@ import numpy as np
 
 import bn_fused
 from bn_fused.bench.check import Check, failure_of
-from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer, timed_backends
+from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer, explain, timed_backends
 from bn_fused.bench.run.cases import Case, Inputs, check_case, copy_program, make_inputs, make_oracle, sets_for
 from bn_fused.bench.run.jax_case import jax_case
 from bn_fused.bench.run.records import Row
@@ -71,14 +71,7 @@ class Planned:
 def refusal(workload: Workload, backend: str) -> str | None:
     """Why a backend cannot run a workload on JAX's default device; None if it can."""
     try:
-        bn_fused.explain(
-            workload.array_shape,
-            workload.dtype,
-            channel_axis=workload.channel_axis,
-            activation=workload.activation,
-            residual=workload.residual,
-            backend=backend,
-        )
+        explain(workload, backend)
     except bn_fused.BackendError as error:
         return str(error)
     return None

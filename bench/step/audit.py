@@ -1,4 +1,4 @@
-"""The training step of `step`, compiled for a chip that is not there: the bytes it moves and the memory it takes."""
+"""A network's training step, compiled for a chip that is not there: the bytes it moves and the memory it takes."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ class AuditRow:
     """The step of one network, compiled for a chip.
 
     - `status`, `reason`: as of `Row`, "ok" if it was compiled.
-    - `read`, `written`: bytes moved through the chip's memory by all kernels, counted in the program (`traffic`).
+    - `read`, `written`: bytes moved through the chip's memory by all kernels, counted in the program (`audit.traffic`).
     - `passes`: those bytes over the bytes of all that the norms take: what the step costs in passes over the
         activations. Convolutions and the optimiser are in it, the same for all.
     - `accessed`: XLA's own estimate of the bytes.

@@ -1,4 +1,4 @@
-"""The networks whose training steps `step` times, each with another BatchNorm: loss, gradients, SGD with momentum.
+"""The networks whose training steps are timed, each with another BatchNorm: loss, gradients, SGD with momentum.
 
 Every contender is the same network with the same weights on the same images. Parameters are float32; with
 `dtype="bfloat16"` images, convolutions and activations are bfloat16.

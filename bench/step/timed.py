@@ -1,6 +1,6 @@
 """The whole training step of a residual network with each BatchNorm: compared, then timed.
 
-The networks stand in `step_networks`. Before anything is timed, two losses are compared with those of
+The networks stand in `networks`. Before anything is timed, two losses are compared with those of
 `equinox.nn.BatchNorm(mode="batch")`: of the initial weights, and of the weights after one step, both with statistics
 that were never updated. With those every BatchNorm normalises by the batch, whatever it does later on, so that the same
 numbers must come out, but for rounding (`agreement`); the second one depends on every gradient.
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import bn_fused
+from bn_fused.bench.check import failure_of
 from bn_fused.bench.step import resnet
 from bn_fused.bench.step.agreement import (
     NOISES,
@@ -184,9 +185,8 @@ class Row:
 
 
 def one_line(error: BaseException) -> str:
-    """The kind of an error and the first line of what it says."""
-    first = next(iter(str(error).splitlines()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    """`failure_of`, cut to what a line below a table has room for."""
+    return failure_of(error)[:300]
 
 
 def _peak(statistics) -> int | None:
