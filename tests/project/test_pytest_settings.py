@@ -6,7 +6,7 @@ import sys
 
 from support import ROOT
 
-# As pytest-benchmark 5.1 does under pytest-xdist, while pytest is configured: outside of what `filterwarnings` can name.
+# As pytest-benchmark 5.1 does under pytest-xdist while pytest is configured, of a class that no setting here can name.
 WARNS = """
 import warnings
 def pytest_configure(config):
