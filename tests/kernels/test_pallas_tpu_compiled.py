@@ -31,109 +31,11 @@ GRID = {
     for residual in (False, True)
 }
 
-COMPILE = """
-import glob, json, math, os, sys
-import jax, jax.numpy as jnp, numpy as np
-import bn_fused
-from bn_fused import kernels
-from bn_fused.bench import deviceless
-from bn_fused.bench.audit.hlo import parse
-from bn_fused.bench.audit.traffic import passes
-from bn_fused.kernels.contract import OPERATIONS
-from bn_fused.kernels.dispatch import run
-
-chip, cases, extras = json.load(sys.stdin)
-Struct = jax.ShapeDtypeStruct
-
-def launches(text):
-    module = parse(text)
-    calls = [i.name for c in module.computations.values() for i in c.values() if i.opcode == "custom-call"]
-    return sorted(name.split(".")[0] for name in calls if name.startswith("bn_fused"))
-
-def figures(compiled, elements, nbytes):
-    text = compiled.as_text()
-    traffic = passes(text, elements, nbytes)
-    return {
-        "launches": launches(text), "reads": traffic.reads, "writes": traffic.writes,
-        "copies": traffic.copies_or_transposes, "details": [str(access) for access in traffic.details],
-        "all_reduces": sum(i.opcode in ("all-reduce", "all-reduce-start")
-                           for c in parse(text).computations.values() for i in c.values()),
-    }
-
-def step(shape, dtype, activation, residual):
-    x, group = Struct(shape, dtype), Struct(shape[:-2], jnp.float32)
-    channel = Struct((*shape[:-2], shape[-1]), jnp.float32)
-    def both(x, weight, bias, mean, var, coefficients, residual, dy, others):
-        def of(x, weight, bias, residual):
-            return kernels.fused_batch_norm(
-                x, weight, bias, mean, var, kernels.Coefficients(*coefficients), eps=1e-5, activation=activation,
-                residual=residual, backend="pallas_tpu")
-        results, pullback = jax.vjp(of, x, weight, bias, residual)
-        return results, pullback((dy, *others))
-    arguments = (x, *[channel] * 4, (group,) * 6, x if residual else None, x, (channel,) * 4)
-    elements = math.prod(shape)
-    return figures(deviceless.compile_for(chip, both, *arguments), elements, elements * jnp.dtype(dtype).itemsize)
-
-def half(operation, shape, dtype):
-    spec = kernels.Spec("grc", activation="relu", backend="pallas_tpu")
-    kinds = {name: kind for name, kind in OPERATIONS[operation].operands.items() if name not in ("mask", "residual")}
-    shapes = {"x": shape, "channel": (shape[0], shape[2]), "group": shape[:1]}
-    arguments = {name: Struct(shapes[kind], dtype if kind == "x" else jnp.float32) for name, kind in kinds.items()}
-    elements = math.prod(shape)
-    compiled = deviceless.compile_for(chip, lambda arguments: run(operation, spec, **arguments), arguments)
-    return figures(compiled, elements, elements * jnp.dtype(dtype).itemsize)
-
-def between_convolutions(backend):
-    shape = (128, 28, 28, 128)
-    stats = bn_fused.RunningStats.init(128)
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    def block(x, first, second):
-        y, new = bn_fused.batch_norm(convolve(x, first), stats, approach="batch", activation="relu", backend=backend)
-        return convolve(y, second), new
-    kernel = Struct((3, 3, 128, 128), jnp.bfloat16)
-    elements = math.prod(shape)
-    compiled = deviceless.compile_for(chip, block, Struct(shape, jnp.bfloat16), kernel, kernel)
-    return figures(compiled, elements, 2 * elements)
-
-def virtual_batches():
-    x, stats = Struct((4096, 256), jnp.float32), bn_fused.RunningStats.init(256)
-    def both(x):
-        one = lambda x: bn_fused.batch_norm(x, stats, virtual_batch_size=512, backend="pallas_tpu")
-        y, pullback, new = jax.vjp(one, x, has_aux=True)
-        return y, pullback(y)[0], new
-    return figures(deviceless.compile_for(chip, both, x), x.size, 4 * x.size)
-
-def over_four_chips():
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-    mesh = Mesh(np.array(deviceless._tpu_topology(kernels.CHIPS[chip]).devices[:4]), ("d",))
-    stats = bn_fused.RunningStats.init(256)
-    def local(x):
-        one = lambda x: bn_fused.batch_norm(x, stats, axis_name="d", approach="batch", backend="pallas_tpu")
-        y, pullback, new = jax.vjp(one, x, has_aux=True)
-        return y, pullback(y)[0], new
-    whole = jax.shard_map(local, mesh=mesh, in_specs=P("d"), out_specs=(P("d"), P("d"), P()))
-    x = Struct((4 * 4096, 256), jnp.float32, sharding=NamedSharding(mesh, P("d")))
-    compiled = jax.jit(whole).trace(x).lower(lowering_platforms=("tpu",)).compile()
-    return figures(compiled, 4096 * 256, 4 * 4096 * 256)
-
-found = {name: step(*case) for name, case in cases.items()}
-if extras:
-    for operation in ("moments", "moments_backward", "normalise", "normalise_backward"):
-        found[operation] = half(operation, (2, 65536, 256), "float32")
-    found["four chips"] = over_four_chips()
-    found["virtual batches"] = virtual_batches()
-if "convolutions" in extras:
-    found["conv pallas_tpu"], found["conv jnp"] = between_convolutions("pallas_tpu"), between_convolutions("jnp")
-json.dump(found, sys.stdout)
-"""
-
 
 def compile_in_a_process(chip, cases, extras, dump):
     skip_without_compilers(chip)
     dumped = {"LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"}
-    return answer(["-c", COMPILE], [chip, cases, extras], dumped, timeout=600)
+    return answer(["-m", "support.pallas_tpu_compiled"], [chip, cases, extras], dumped, timeout=600)
 
 
 @pytest.fixture(scope="module", params=CHIP_NAMES)

@@ -22,8 +22,10 @@ from bn_fused import kernels
 from bn_fused.bench.audit.hlo import parse
 from bn_fused.bench.audit.traffic import passes
 from bn_fused.bench.deviceless import compile_for
-from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.contract import Spec
 from bn_fused.kernels.dispatch import run
+
+from support.operand_specs import operand_specs
 
 S = jax.ShapeDtypeStruct
 
@@ -74,18 +76,11 @@ def figures(compiled, elements, nbytes):
 
 def operation_of(backend, target, name, groups, rows, channels, dtype, activation, residual):
     """What is counted in one operation, and what its plan says of it."""
-    kinds = {
-        "x": S((groups, rows, channels), dtype),
-        "channel": S((groups, channels), "float32"),
-        "group": S((groups,), "float32"),
-        "coefficients": S((groups, 6), "float32"),
-    }
-    left_out = ("mask",) if residual else ("mask", "residual")
-    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
+    operands = operand_specs(name, groups, rows, channels, dtype, residual)
     spec = Spec("grc", 1e-5, activation, backend)
-    x = kinds["x"]
+    x = operands["x"]
     compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
-    found = figures(compiled, math.prod(x.shape), math.prod(x.shape) * x.dtype.itemsize)
+    found = figures(compiled, x.size, x.size * x.dtype.itemsize)
     plan = kernels.choose(
         kernels.Problem(groups, rows, channels, dtype, activation, residual),
         kernels.Target("cuda", kernels.chips.CHIPS[target]),
@@ -168,7 +163,7 @@ def entrances(backend, target):
 
 
 def plans(target):
-    """Of pallas_gpu's plans by hand, the kernels of one that streams, and what is said of one that cannot run."""
+    """Of plans of pallas_gpu given by hand: the kernels of one that streams, what is said of one that cannot run."""
     rows, channels = 4096, 64
     one, blend = jnp.ones(channels, "float32"), kernels.Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
 

@@ -1,8 +1,8 @@
 """One of several processes that train a small network together, 4 devices in all; `test_processes` starts it.
 
-Its one argument is JSON: `address` of the coordinator, the number of `processes` and which `process` this is,
-`approach`, `steps`, `heartbeat` (seconds), `checkpoint` (a path), and `dies_at`: the step before which the last process
-ends without a word, or null.
+Its one argument is JSON: `address` of the coordinator, number of `processes` and which `process` this is, `approach`,
+`steps`, `heartbeat` (seconds), `checkpoint` (a path), and `dies_at`: the step before which the last process ends
+without a word, or null.
 """
 
 import json

@@ -23,7 +23,9 @@ from triton.compiler import ASTSource
 from bn_fused.kernels.backends.triton import operations as triton_backend
 from bn_fused.kernels.backends.triton.plan import Config, make_plan, most_threads
 from bn_fused.kernels.chips import CHIPS, GpuChip
-from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.contract import Spec
+
+from support.operand_specs import operand_specs
 
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 # Multiprocessors of an A100, an A10, an L4, an H100, a B200, an RTX 5090.
@@ -47,14 +49,6 @@ def launches(case, architecture, operations):
     plan = make_plan(
         groups, rows, channels, itemsize, chip, config, residual=residual, derivative=activation is not None
     )
-    shape = jax.ShapeDtypeStruct
-    kinds = {
-        "x": shape((groups, rows, channels), dtype),
-        "channel": shape((groups, channels), "float32"),
-        "group": shape((groups,), "float32"),
-        "coefficients": shape((groups, 6), "float32"),
-    }
-    left_out = ("mask",) if residual else ("mask", "residual")
     found, threads = [], []
 
     def record(kernel, name, inputs, outputs, *, grid, warps, architecture, in_place, **constants):
@@ -67,8 +61,7 @@ def launches(case, architecture, operations):
 
     triton_backend.launch = record
     for operation in operations:
-        table = OPERATIONS[operation].operands
-        operands = {key: kinds[kind] for key, kind in table.items() if key not in left_out}
+        operands = operand_specs(operation, groups, rows, channels, dtype, residual)
         spec = Spec("grc", 1e-5, activation, "triton", plan)
         function = getattr(triton_backend, operation)
         jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)

@@ -19,11 +19,12 @@ from triton.backends.amd.compiler import HIPBackend
 
 from bn_fused.kernels import dispatch
 from bn_fused.kernels.chips import CHIPS
-from bn_fused.kernels.contract import OPERATIONS, Spec
+from bn_fused.kernels.contract import Spec
 from bn_fused.kernels.registry import choose
 from bn_fused.kernels.target import Problem, Target
 
-S = jax.ShapeDtypeStruct
+from support.operand_specs import operand_specs
+
 answers = {"get_compute_capability": 90}
 made = []  # of each compilation by jax-triton: the assembler's text
 kernels = []  # of each kernel that it made: name, warps, and the architecture that its code says it is for
@@ -94,14 +95,7 @@ def launches_in(lowered, elements):
 
 def lowered_operation(chip, name, groups, rows, channels, dtype, activation, residual):
     """The launches of an operation and what its plan says of them."""
-    kinds = {
-        "x": S((groups, rows, channels), dtype),
-        "channel": S((groups, channels), "float32"),
-        "group": S((groups,), "float32"),
-        "coefficients": S((groups, 6), "float32"),
-    }
-    left_out = ("mask",) if residual else ("mask", "residual")
-    operands = {key: kinds[kind] for key, kind in OPERATIONS[name].operands.items() if key not in left_out}
+    operands = operand_specs(name, groups, rows, channels, dtype, residual)
     spec = Spec("grc", 1e-5, activation, "triton")
     device = types.SimpleNamespace(
         platform="gpu", device_kind=chip.device_kind, compute_capability=chip.architecture, core_count=chip.cores
@@ -133,8 +127,9 @@ def main():
         answers.pop("get_arch_details", None)
         if architecture is not None:
             answers["get_arch_details"] = architecture
-        for case, names in cases:
-            results += [[chip, case, name, lowered_operation(CHIPS[chip], name, *case)] for name in names]
+        results += [
+            [chip, case, name, lowered_operation(CHIPS[chip], name, *case)] for case, names in cases for name in names
+        ]
     json.dump(results, sys.stdout)
 
 
