@@ -1,5 +1,6 @@
-"""The examples of the documents run as they stand there, on 4 virtual devices."""
+"""Examples of the documents run as they stand, on 4 virtual devices; what documents and programs name exists."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -30,3 +31,38 @@ def test_the_examples_run_one_after_the_other(document, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     if any("print(" in block for block in blocks):
         assert done.stdout.strip()
+
+
+def texts(*patterns):
+    """The texts of the repository's files of these names, by path."""
+    return {path: path.read_text(encoding="utf-8") for pattern in patterns for path in ROOT.glob(pattern)}
+
+
+def test_every_file_that_a_document_names_exists():
+    named = {
+        (path.name, file)
+        for path, text in texts("*.md", "docs/**/*.md").items()
+        for file in re.findall(r"\b(?:bn_fused|kernels|bench|tests|docs)/[\w/]+\.\w+", text)
+    }
+    assert len(named) > 10
+    assert [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []
+
+
+def test_every_import_in_a_document_or_in_a_program_within_a_test_is_of_something_that_exists():
+    """Programs that tests run as text: those that need a chip or a compiler are run where it is, which is rarely."""
+    imports = {
+        (path.name, module, name)
+        for path, text in texts("*.md", "docs/**/*.md", "tests/**/*.py").items()
+        for module, names in re.findall(r"^\W*from (bn_fused[\w.]*) import ([\w, ]+)", text, re.MULTILINE)
+        for name in re.split(r"\s*,\s*", re.sub(r" as \w+", "", names.strip(" ,")))
+    }
+    assert len(imports) > 50
+    missing = []
+    for where, module, name in sorted(imports):
+        try:
+            exists = hasattr(importlib.import_module(module), name) or importlib.util.find_spec(f"{module}.{name}")
+        except ModuleNotFoundError as error:
+            exists = not error.name.startswith("bn_fused")  # an extra that is not installed
+        if not exists:
+            missing.append((where, module, name))
+    assert missing == []

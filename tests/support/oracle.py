@@ -273,6 +273,8 @@ class Rows:
 
 
 class RowsGradients(NamedTuple):
+    """Of the arguments of `Rows`: x and residual [rows, channels], [channels], and scalars."""
+
     x: np.ndarray
     weight: np.ndarray
     bias: np.ndarray

@@ -34,6 +34,8 @@ DEVICES, CHANNELS, EXAMPLES = 4, 6, 8
 
 
 class Network(eqx.Module):
+    """[5] to [1]: two linear maps with a BatchNorm over all examples of all devices between them."""
+
     first: eqx.nn.Linear
     norm: bn_fused.BatchNorm
     last: eqx.nn.Linear
@@ -54,10 +56,12 @@ split, whole = NamedSharding(mesh, P("devices")), NamedSharding(mesh, P())
 
 
 def everywhere(array):
+    """The array, whole on every device."""
     return jax.make_array_from_callback(np.shape(array), whole, lambda index: np.asarray(array)[index])
 
 
 def shared(array):
+    """The array, a part of its first axis on each device."""
     return jax.make_array_from_callback(array.shape, split, lambda index: array[index])
 
 
@@ -67,12 +71,15 @@ arrays = jax.tree.map(everywhere, arrays)
 
 
 def loss_on_a_device(model, state, x, target):
+    """The mean of all devices' losses, and the new state's arrays."""
     y, state = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
     return jax.lax.pmean(jnp.mean((y - target) ** 2), "devices"), eqx.filter(state, eqx.is_array)
 
 
 @jax.jit
 def step(arrays, x, target):
+    """The arrays of model and state after a step of gradient descent, and the loss before it."""
+
     def loss(parameters):
         model_arrays, state_arrays = parameters, arrays[1]
         spread = jax.shard_map(

@@ -32,6 +32,8 @@ MACHINES = {0x3F: "gfx90a", 0x4C: "gfx942"}  # EF_AMDGPU_MACH of an ELF file
 
 
 def ask(name):
+    """Let jax-triton ask `answers` in place of the device."""
+
     def answer(device):
         assert device == 0
         if name not in answers:
