@@ -7,7 +7,7 @@ that whole network blocks move, compiled for each chip (docs/tpu-audit.md). `aut
 from types import MappingProxyType
 
 from bn_fused.kernels.backends import Verdict
-from bn_fused.kernels.chips import CHIPS, TpuChip
+from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
 
 UNMEASURED = Verdict(False, "its kernels never ran on this chip")
 FUSED_BY_XLA = Verdict(
@@ -18,7 +18,7 @@ VERDICTS = MappingProxyType(
     {
         ("pallas_gpu", name): UNMEASURED
         for name, chip in CHIPS.items()
-        if getattr(chip, "compute_capability", (0,)) >= (9,)
+        if isinstance(chip, GpuChip) and chip.compute_capability >= (9, 0)
     }
     | {("triton", name): UNMEASURED for name, chip in CHIPS.items() if chip.platform in ("cuda", "rocm")}
     | {("pallas_tpu", name): FUSED_BY_XLA for name, chip in CHIPS.items() if chip.platform == "tpu"}

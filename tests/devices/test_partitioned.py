@@ -5,10 +5,6 @@ traced has the shape of a device's part.
 """
 
 import functools
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import bn_fused
 from bn_fused import kernels
 
+from support.child_process import answer
 from support.collectives import collectives
 from support.compilers import skip_without_compilers
 from support.tolerances import assert_close
@@ -314,14 +311,6 @@ json.dump({
 @pytest.mark.compilers
 def test_the_kernels_for_gpus_run_on_four_of_them_with_one_all_reduce_each_way():
     skip_without_compilers("h200")
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    process = subprocess.run(
-        [sys.executable, "-c", ON_FOUR_GPUS],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert process.returncode == 0, process.stderr[-4000:]
+    counted = answer(["-c", ON_FOUR_GPUS], None, timeout=300)
     # moments and their merge, normalise; normalise_backward and the merge of its sums, moments_backward
-    assert json.loads(process.stdout) == {"kernels": 6, "all_reduces": 2, "gathers": 0}
+    assert counted == {"kernels": 6, "all_reduces": 2, "gathers": 0}

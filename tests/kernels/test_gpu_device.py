@@ -8,7 +8,6 @@ The first runs each shape in one setting on pallas_gpu and a third of them on tr
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ import pytest
 
 from bn_fused.kernels.backends.triton import limits
 
+from support.child_process import child_environment
 from support.kernel_cases import ALL, DEVICE_SETTINGS, DEVICE_SHAPES, Case, on_a_device
 from support.pallas_gpu_calls import check
 
@@ -38,7 +38,7 @@ def no_gpu(backend):
     if asked.returncode or not capable or not capable[0]:
         return absent
     script = "import jax; jax.devices('cuda')"
-    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    environment = child_environment(("JAX_PLATFORMS",))
     asked = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=120, env=environment)
     return (
         None if asked.returncode == 0 else "there is a GPU, but JAX was installed without CUDA: pip install jax[cuda13]"
@@ -97,10 +97,12 @@ def test_nchw_arrays(backend, tmp_path):
 
 
 def on_gpu(script, *arguments, timeout=560):
-    hidden = ("XLA_FLAGS", "JAX_PLATFORMS")
-    environment = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
-        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=timeout, env=environment
+        [sys.executable, "-c", script, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=child_environment(("XLA_FLAGS", "JAX_PLATFORMS")),
     )
 
 

@@ -5,16 +5,14 @@ process of its own, because the allocator's settings are read when it starts; th
 runs there can only spoil a ratio.
 """
 
-import json
-import os
 import platform
-import subprocess
-import sys
 
 import pytest
 
 from bn_fused.bench.allocator import ALLOCATOR
 from bn_fused.bench.workloads import SUITES
+
+from support.child_process import answer
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
@@ -57,17 +55,7 @@ json.dump(best, sys.stdout)
 @pytest.fixture(scope="module")
 def ratios():
     """The layer's time over equinox's, by workload and pass."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    timed = subprocess.run(
-        [sys.executable, "-c", TIME],
-        input=json.dumps([SUITES["quick"], LIMITS]),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment | ALLOCATOR | {"JAX_PLATFORMS": "cpu"},
-    )
-    assert timed.returncode == 0, timed.stderr[-4000:]
-    return json.loads(timed.stdout)
+    return answer(["-c", TIME], [SUITES["quick"], LIMITS], ALLOCATOR, timeout=300)
 
 
 @pytest.mark.parametrize("part", LIMITS)
