@@ -80,7 +80,7 @@ def train_oracle(
 ) -> OracleStep:
     """A training step and its gradient by the definition, in float64.
 
-    x, dy, residual: [examples, channels, *spatial]; weight, bias: [channels]; debias over the examples.
+    x, dy, residual: [examples, channels, *spatial]; weight, bias: [channels]; debias over the positions ("samples").
     """
     x, dy = np.asarray(x, np.float64), np.asarray(dy, np.float64)
     axes = reduced(x)
@@ -91,7 +91,7 @@ def train_oracle(
     # slope: the derivative of the normalisation's mean by the batch's mean, and the same for the variances.
     if approach == "batch":
         new_z, count = z * m, state.count
-        k = x.shape[0] / max(x.shape[0] - 1, eps)
+        k = n / max(n - 1, 1)
         running_mean = (1 - m) * mean + m * state.mean
         running_var = (1 - m) * k * var + m * state.var
         norm_mean, norm_var, slope = mean, var, 1.0
@@ -127,8 +127,8 @@ def train_oracle(
 
 
 def inference_oracle(x, weight, bias, state, *, eps):
-    """Inference by the definition, in float64; arguments as in `train_oracle`."""
+    """Inference by the definition, in float64, of a state that was trained; arguments as in `train_oracle`."""
     x = np.asarray(x, np.float64)
-    denominator = max(1 - state.zero_frac, eps)
+    denominator = 1 - state.zero_frac
     mean, var = state.mean / denominator, state.var / denominator
     return (x - like_x(x, mean)) / like_x(x, np.sqrt(var + eps)) * like_x(x, weight) + like_x(x, bias)

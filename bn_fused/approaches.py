@@ -12,7 +12,7 @@ with z' and c' after the step and f = c'/P:
 | ema | z m | min(c+1, P) | (1-m) mu + m rm | (1-m) var + m rv | (1-f) mu + f (z' mu + rm'), var alike |
 | ema_compatibility | 0 | c | mu if z = 1 else (1-m) mu + m rm | var alike | rm', rv' |
 
-k is the debias factor of the variance (`debias_factor`).
+k is the debias factor of the variance (`debias_factor`). Inference normalises with rm/(1-z) and rv/(1-z).
 """
 
 from typing import NamedTuple
@@ -50,21 +50,25 @@ def warmup_fraction(count, warmup_period, dtype):
 
 
 def debias_factor(debias, positions, examples, eps, dtype):
-    """k, the factor that makes the batch's variance unbiased.
+    """k, the factor that makes the batch's variance unbiased; 1 where n is 1.
 
-    "axis": n/max(n-1, eps) with n the number of examples; "samples": n/(n-1) with n the number of positions that
-    the variance is the mean of, 1 where n is 1 (Ioffe & Szegedy, arXiv:1502.03167, algorithm 2); "none": 1.
+    "samples": n/(n-1) with n the number of positions that the variance is the mean of (Ioffe & Szegedy,
+    arXiv:1502.03167, algorithm 2); "axis": n/max(n-1, eps) with n the number of examples; "none": 1.
     """
     if debias == "none":
         return jnp.ones((), dtype)
-    n = jnp.asarray(examples if debias == "axis" else positions, dtype)
-    if debias == "axis":
-        return n / jnp.maximum(n - 1, eps)
-    return n / jnp.maximum(n - 1, 1)
+    if debias == "samples":
+        n = jnp.asarray(positions, dtype)
+        return n / jnp.maximum(n - 1, 1)
+    n = jnp.asarray(examples, dtype)
+    return jnp.where(n > 1, n / jnp.maximum(n - 1, eps), jnp.ones((), dtype))
 
 
 def definition(approach, mean, var, running_mean, running_var, zero_frac, new_zero_frac, fraction, *, momentum, k):
-    """One step of the table, in its order of operations; all values of one dtype, per channel or scalar."""
+    """One step of the table, in its order of operations; all values of one dtype, per channel or scalar.
+
+    `momentum` is a Python float, whose complement is taken before it is rounded to that dtype, or has it too.
+    """
     m = momentum
     if approach == "ema_compatibility":
         first = zero_frac == 1
@@ -82,9 +86,14 @@ def definition(approach, mean, var, running_mean, running_var, zero_frac, new_ze
 
 
 def coefficients(approach, zero_frac, new_zero_frac, fraction, *, momentum, k):
-    """The table as six coefficients, in the dtype of `zero_frac`."""
+    """The table as six coefficients, in the dtype of `zero_frac`.
+
+    1 - m is the complement of m as it is rounded to that dtype, as is 1 - z after the first step: what inference
+    divides by is exactly what the first batch was weighted with.
+    """
     dtype = zero_frac.dtype
-    keep, gain = jnp.asarray(momentum, dtype), jnp.asarray(1 - momentum, dtype)
+    keep = jnp.asarray(momentum, dtype)
+    gain = 1 - keep
     one, zero = jnp.ones((), dtype), jnp.zeros((), dtype)
     if approach == "batch":
         return Coefficients(one, zero, zero, gain, k * gain, keep)
@@ -96,21 +105,26 @@ def coefficients(approach, zero_frac, new_zero_frac, fraction, *, momentum, k):
     return Coefficients(gain, keep, zero, gain, gain, keep)
 
 
-def inference_coefficients(zero_frac, eps):
+def inference_coefficients(zero_frac):
     """The coefficients that normalise with running statistics and leave them as they are."""
     one, zero = jnp.ones_like(zero_frac), jnp.zeros_like(zero_frac)
-    never_trained = zero_frac == 1
-    running = jnp.where(never_trained, zero, 1 / jnp.maximum(1 - zero_frac, eps))
+    never_trained, share = _trained_share(zero_frac)
+    running = jnp.where(never_trained, zero, 1 / share)
     return Coefficients(zero, running, jnp.where(never_trained, one, zero), zero, zero, one)
 
 
-def inference_moments(running_mean, running_var, zero_frac, eps):
-    """Mean and variance to normalise with at inference: rm/max(1-z, eps) and rv/max(1-z, eps).
+def inference_moments(running_mean, running_var, zero_frac):
+    """Mean and variance to normalise with at inference: rm/(1-z) and rv/(1-z).
 
     Statistics that were never trained (z is exactly 1) are mean 0 and variance 1.
     """
-    denominator = jnp.maximum(1 - zero_frac, eps)
-    never_trained = zero_frac == 1
-    mean = jnp.where(never_trained, jnp.zeros_like(running_mean), running_mean / denominator)
-    var = jnp.where(never_trained, jnp.ones_like(running_var), running_var / denominator)
+    never_trained, share = _trained_share(zero_frac)
+    mean = jnp.where(never_trained, jnp.zeros_like(running_mean), running_mean / share)
+    var = jnp.where(never_trained, jnp.ones_like(running_var), running_var / share)
     return mean, var
+
+
+def _trained_share(zero_frac):
+    """Whether nothing was trained (z is exactly 1), and 1 - z, by which can be divided: 1 where nothing was."""
+    never_trained = zero_frac == 1
+    return never_trained, jnp.where(never_trained, jnp.ones_like(zero_frac), 1 - zero_frac)

@@ -29,15 +29,14 @@ STATE_DTYPES = ("float32", "float64")
 class Settings:
     """The static settings of a BatchNorm, checked when they are made; `bn_fused.BatchNorm` describes each.
 
-    ValueError or TypeError for one that is not accepted.
+    ValueError or TypeError for one that is not accepted. The momentum, which may be traced, is not among them.
     """
 
     approach: str = "batch"
-    momentum: float = 0.99
     eps: float = 1e-5
     warmup_period: int = 1
     activation: str | None = None
-    debias: str = "axis"
+    debias: str = "samples"
     virtual_batch_size: int | None = None
     backend: str = "auto"
 
@@ -46,9 +45,6 @@ class Settings:
         check_one_of("debias", self.debias, DEBIAS)
         check_one_of("activation", self.activation, (None, *ACTIVATIONS))
         check_backend_name(self.backend)
-        check_real("momentum", self.momentum)
-        if not 0 < self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum!r}; accepted is a number between 0 and 1, both exclusive")
         check_real("eps", self.eps)
         if not 0 < self.eps < math.inf:
             raise ValueError(f"eps is {self.eps!r}; accepted is a finite number above 0")
@@ -73,6 +69,41 @@ def check_integer(name, value):
     """TypeError unless the value is an integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} is {value!r}; accepted is an integer")
+
+
+def known(value):
+    """An array's values as numpy; None where they are traced, or lie with other processes."""
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(jax.device_get(value))
+
+
+def as_momentum(value):
+    """A momentum as a Python float, or as the scalar array that it is, which may be traced.
+
+    TypeError unless it is one of them, ValueError unless it is at least 0 and below 1, where it is known.
+    """
+    accepted = "a number from 0 (the last batch alone) to 1, without 1"
+    if isinstance(value, (jax.Array, np.ndarray)):
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"momentum is {value.dtype}{list(value.shape)}; accepted is {accepted}, or an array of it")
+        number = known(value)
+    else:
+        check_real("momentum", value)
+        number = value = float(value)
+    if number is not None and not 0 <= number < 1:
+        raise ValueError(f"momentum is {float(number)!r}; accepted is {accepted}")
+    return value
+
+
+def check_momentum_in(dtype, momentum):
+    """ValueError where a momentum that is known rounds to 1 in the running statistics' dtype."""
+    number = known(momentum)
+    if number is not None and number.astype(dtype) == 1:
+        raise ValueError(
+            f"momentum is {float(number)!r}, which {dtype.name} rounds to 1: running statistics of that type would "
+            f"never move; accepted are smaller ones, or statistics of a wider type ({', '.join(STATE_DTYPES)})"
+        )
 
 
 def check_boolean(name, value):
@@ -182,26 +213,28 @@ def check_bound(names):
             ) from None
 
 
-def check_input(x, channels, axis, expected):
-    """TypeError unless x is floating, ValueError unless it has so many channels on this axis and no axis is empty.
+def check_input(x, channels, axis, expected, inference):
+    """TypeError unless x is floating, ValueError unless it has so many channels on this axis.
 
-    `expected` ends the message about the channels: where their number comes from.
+    And unless there is something to average over, but at inference. `expected` ends the message about the channels:
+    where their number comes from.
     """
     check_floating("x", x)
     if x.shape[axis] != channels:
         raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
-    if 0 in x.shape:
+    if 0 in x.shape and not inference:
         raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
 
 
-def check_stats(stats):
-    """TypeError or ValueError unless the fields of `RunningStats` fit each other.
+def as_stats(stats):
+    """A `RunningStats` of JAX arrays. TypeError or ValueError unless its fields fit each other.
 
     That is: mean and var have shape [channels] and one floating dtype, which may have 16 bits; zero_frac is a floating
     scalar, count a scalar integer.
     """
     for name, value in stats._asdict().items():
         check_array(f"stats.{name}", value)
+    stats = jax.tree.map(jnp.asarray, stats)
     mean, var = stats.mean, stats.var
     if mean.ndim != 1:
         raise ValueError(
@@ -210,7 +243,8 @@ def check_stats(stats):
         )
     if (mean.shape, mean.dtype) != (var.shape, var.dtype):
         raise ValueError(
-            f"stats.var is {var.dtype}{list(var.shape)}; it must be as stats.mean, {mean.dtype}{list(mean.shape)}"
+            f"stats.mean is {mean.dtype}{list(mean.shape)} and stats.var is {var.dtype}{list(var.shape)}; accepted are "
+            "two of the same shape and dtype"
         )
     check_floating("stats.mean", mean)
     for name, value, kind in (("zero_frac", stats.zero_frac, jnp.floating), ("count", stats.count, jnp.integer)):
@@ -218,6 +252,24 @@ def check_stats(stats):
             raise ValueError(
                 f"stats.{name} is {value.dtype}{list(value.shape)}; accepted is a scalar, "
                 f"{'floating' if kind is jnp.floating else 'an integer'}"
+            )
+    return stats
+
+
+def check_zero_start(name, stats):
+    """ValueError where zero_frac says that the statistics are their zero start alone, and they are not zero.
+
+    Where the values are known, that is. `name` is what holds them.
+    """
+    if known(stats.zero_frac) != 1:
+        return
+    for field, value in (("mean", known(stats.mean)), ("var", known(stats.var))):
+        if value is not None and (value != 0).any():
+            raise ValueError(
+                f"{name} has zero_frac 1, by which nothing was trained yet, and a {field} that is not zero, which "
+                "would be ignored: statistics from elsewhere are bn_fused.RunningStats.of(mean, var), whose zero_frac "
+                "is 0; the average of several states has the average of their zero_frac, in a type that does not round "
+                "it to 1"
             )
 
 
@@ -256,26 +308,29 @@ def check_array(name, value):
         raise TypeError(f"{name} is {value!r}; accepted is an array")
 
 
-def check_parameter(name, value, shape):
-    """TypeError or ValueError unless a weight or bias is None or a floating array of this shape."""
+def as_parameter(name, value, shape):
+    """A weight or bias as a JAX array; None for None. TypeError or ValueError unless it is floating, of this shape."""
     if value is None:
-        return
+        return None
     check_array(name, value)
     check_floating(name, value)
     if value.shape != shape:
         raise ValueError(f"{name} has shape {value.shape}; it must be {shape}, as stats.mean")
+    return jnp.asarray(value)
 
 
-def check_residual(residual, x):
-    """TypeError or ValueError unless a residual is None or an array of x's shape and dtype."""
+def as_residual(residual, x):
+    """A residual as a JAX array; None for None. TypeError or ValueError unless it has x's shape and dtype."""
     if residual is None:
-        return
+        return None
     check_array("residual", residual)
     check_floating("residual", residual)
+    residual = jnp.asarray(residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual has shape {residual.shape}; it must have x's, {x.shape}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual has dtype {residual.dtype}; it must have x's, {x.dtype}")
+    return residual
 
 
 def as_mask(mask, x, axis):
@@ -315,11 +370,28 @@ def warn_of_few_values(settings, positions, examples):
     """One warning where a training step has too little to estimate a variance from."""
     if positions == 1:
         warn("a single value per channel: its variance is 0, and the output does not depend on x")
-    elif settings.approach == "batch" and settings.debias == "axis" and examples == 1:
-        warn(
-            f'a batch of one example with debias="axis" multiplies the running variance by 1/eps = '
-            f'{1 / settings.eps:g}; debias="samples" or "none" does not'
-        )
+    elif _counts_examples(settings) and examples == 1:
+        warn(f"a batch of one example {_ONE_EXAMPLE}")
+
+
+def warn_of_few_counted(settings, mask):
+    """The same for a mask [examples, ...] of a whole batch, where its values are known."""
+    counts = known(mask) if _counts_examples(settings) else None
+    if counts is not None and counts.size:
+        counted = counts.reshape(len(counts), -1).any(1)
+        size = settings.virtual_batch_size or len(counted)
+        if len(counted) % size == 0 and (counted.reshape(-1, size).sum(1) == 1).any():
+            warn(f"a mask that lets one example count {_ONE_EXAMPLE}")
+
+
+def _counts_examples(settings):
+    return settings.approach == "batch" and settings.debias == "axis"
+
+
+_ONE_EXAMPLE = (
+    'with debias="axis": n/(n-1) of n examples has no value, and the step keeps the variance as it is; '
+    'debias="samples" counts positions'
+)
 
 
 def warn_of_low_precision(dtype):

@@ -27,7 +27,7 @@ def batch_norm(
     activation=None,
     residual=None,
     mask=None,
-    debias="axis",
+    debias="samples",
     virtual_batch_size=None,
     inference=False,
     backend="auto",
@@ -43,7 +43,9 @@ def batch_norm(
     - `stats`: the `RunningStats` of C channels.
     - `weight`, `bias`: shape [C], or None for 1 and 0.
     - `approach`: "batch", "ema" or "ema_compatibility".
-    - `momentum`: weight of the old running statistics, between 0 and 1, exclusive.
+    - `momentum`: weight of the old running statistics in the new: a number from 0 (the last batch alone) to 1, without
+        1, or a scalar array, which may be traced (a schedule). k/(k+1) in step k, from 0, gives the plain average over
+        batches.
     - `eps`: added to the variance, above 0.
     - `warmup_period`: steps over which the approach "ema" moves from batch to running statistics.
     - `channel_axis`: the axis of the channels, any but 0.
@@ -56,7 +58,7 @@ def batch_norm(
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count. Of
         whole examples [n], it is `mask[:, None, None]` for images.
-    - `debias`: "axis", "samples" or "none".
+    - `debias`: "samples", "axis" or "none".
     - `virtual_batch_size`: None, or a divisor of the number of examples: that many consecutive examples share their
         statistics, and the running statistics move by the mean over these virtual batches.
     - `inference`: use `stats` and leave them as they are.
@@ -74,22 +76,24 @@ def batch_norm(
     Inside of `shard_map` without an `axis_name`, every device has statistics of its own; where the `out_specs` say that
     they are the same on all, JAX says that replication cannot be inferred.
     """
-    settings = arguments.Settings(
-        approach, momentum, eps, warmup_period, activation, debias, virtual_batch_size, backend
-    )
+    settings = arguments.Settings(approach, eps, warmup_period, activation, debias, virtual_batch_size, backend)
+    momentum = arguments.as_momentum(momentum)
     names, device_groups = arguments.as_axis_names(axis_name), arguments.as_device_groups(axis_index_groups)
     arguments.check_boolean("inference", inference)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
     channel_axis = arguments.as_channel_axis(channel_axis, x.shape, "x")
-    arguments.check_stats(stats)
+    given, stats = stats, arguments.as_stats(stats)
+    arguments.check_zero_start("stats", stats)
     channels = stats.mean.shape[0]
-    arguments.check_input(x, channels, channel_axis, f"stats has {channels}")
-    for name, value in (("weight", weight), ("bias", bias)):
-        arguments.check_parameter(name, value, stats.mean.shape)
-    arguments.check_residual(residual, x)
+    arguments.check_input(x, channels, channel_axis, f"stats has {channels}", inference)
+    weight = arguments.as_parameter("weight", weight, stats.mean.shape)
+    bias = arguments.as_parameter("bias", bias, stats.mean.shape)
+    residual = arguments.as_residual(residual, x)
     mask = arguments.as_mask(mask, x, channel_axis)
+    if mask is not None and not (inference or names):
+        arguments.warn_of_few_counted(settings, mask)
     if mask is not None:
         mask = shard_like(mask, x, [None if axis == channel_axis else axis for axis in range(x.ndim)])
     if residual is not None:
@@ -99,9 +103,9 @@ def batch_norm(
     with jax.named_scope("bn_fused.batch_norm"):
         if inference:
             y = jax.vmap(lambda x, residual: infer(call, x, stats, weight, bias, residual))(x, residual)
-            return y, stats
+            return y, given
         step = jax.vmap(
-            lambda x, residual, mask: train(call, x, stats, weight, bias, residual, mask),
+            lambda x, residual, mask: train(call, momentum, x, stats, weight, bias, residual, mask),
             axis_name=EXAMPLES,
             out_axes=(0, None),
         )

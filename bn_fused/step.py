@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_fused import approaches, reference
-from bn_fused.arguments import Settings, warn_of_few_values, warn_of_low_precision
+from bn_fused.arguments import Settings, check_momentum_in, warn_of_few_values, warn_of_low_precision
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
 from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
@@ -42,10 +42,12 @@ class Call:
 class StepScalars(NamedTuple):
     """The scalars of a training step, in the dtype in which the state is updated.
 
-    - `zero_frac`, `new_zero_frac`, `fraction`, `debias`: z, z', f and k of the table in `approaches`.
+    - `momentum`, `zero_frac`, `new_zero_frac`, `fraction`, `debias`: m (which may be a Python float), z, z', f and k of
+      the table in `approaches`.
     - `nothing_counts`: bool, True where the mask lets no position count; None without a mask.
     """
 
+    momentum: jax.Array | float
     zero_frac: jax.Array
     new_zero_frac: jax.Array
     fraction: jax.Array
@@ -59,11 +61,11 @@ class StepScalars(NamedTuple):
             self.zero_frac,
             self.new_zero_frac,
             self.fraction,
-            momentum=settings.momentum,
+            momentum=self.momentum,
             k=self.debias,
         )
         if self.nothing_counts is not None:
-            inference = approaches.inference_coefficients(self.zero_frac, settings.eps)
+            inference = approaches.inference_coefficients(self.zero_frac)
             training = Coefficients(
                 *(jnp.where(self.nothing_counts, i, t) for i, t in zip(inference, training, strict=True))
             )
@@ -78,17 +80,17 @@ def infer(call, x, stats, weight, bias, residual):
     stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     state_dtype = _state_dtype(stats)
     running = (value.astype(state_dtype) for value in (stats.mean, stats.var, stats.zero_frac))
-    mean, var = approaches.inference_moments(*running, call.settings.eps)
+    mean, var = approaches.inference_moments(*running)
     if is_reference(call.settings.backend):
         return reference.normalise(call, x, mean, var, weight, bias, residual)
     return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual)
 
 
-def train(call, x, stats, weight, bias, residual, mask):
+def train(call, momentum, x, stats, weight, bias, residual, mask):
     """One step on one example, averaged over the named axes; returns y and the new RunningStats.
 
-    As `infer`, and `mask` has x's shape with one channel (bool), or is None. ValueError for a `virtual_batch_size` or
-    `device_groups` that do not fit the axes.
+    As `infer`. `momentum` is a Python float or a scalar array, `mask` has x's shape with one channel (bool) or is None.
+    ValueError for an empty batch, and for a `virtual_batch_size` or `device_groups` that do not fit the axes.
     """
     settings, state_dtype = call.settings, _state_dtype(stats)
     vmaps, device_names = split_names(call.axis_names)
@@ -100,20 +102,27 @@ def train(call, x, stats, weight, bias, residual, mask):
     layout = call.spec(x).layout
     examples = averaged.size * sharing.size
     positions = position_count(x, None, layout, averaged, state_dtype) * sharing.size
+    if 0 in (positions, total_size(vmaps)):
+        raise ValueError(f"the batch over axis_name {call.axis_names!r} is empty: there is nothing to average over")
     warn_of_few_values(settings, positions, examples)
+    for value in (stats.mean, stats.zero_frac):
+        check_momentum_in(value.dtype, momentum)
     warn_of_low_precision(stats.mean.dtype)
+    if not isinstance(momentum, float):
+        momentum = jnp.asarray(momentum, state_dtype)
 
     old = stats
     stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     zero_frac, count = stats.zero_frac.astype(state_dtype), stats.count
     new_zero_frac, new_count = approaches.advance(
-        settings.approach, zero_frac, count, momentum=settings.momentum, warmup_period=settings.warmup_period
+        settings.approach, zero_frac, count, momentum=momentum, warmup_period=settings.warmup_period
     )
     if mask is not None:
         own = position_count(x, mask, layout, NOTHING, state_dtype)
         positions = _sum_over(own, averaged, sharing)
         examples = _sum_over((own > 0).astype(state_dtype), averaged, sharing)
     scalars = StepScalars(
+        momentum=momentum,
         zero_frac=zero_frac,
         new_zero_frac=new_zero_frac,
         fraction=approaches.warmup_fraction(new_count, settings.warmup_period, state_dtype),
@@ -188,13 +197,11 @@ def _reference_step(call, scalars, averaged, devices, x, stats, weight, bias, re
         scalars.zero_frac,
         scalars.new_zero_frac,
         scalars.fraction,
-        momentum=call.settings.momentum,
+        momentum=scalars.momentum,
         k=scalars.debias,
     )
     if scalars.nothing_counts is not None:
-        norm_mean, norm_var = approaches.inference_moments(
-            running_mean, running_var, scalars.zero_frac, call.settings.eps
-        )
+        norm_mean, norm_var = approaches.inference_moments(running_mean, running_var, scalars.zero_frac)
         unchanged = approaches.Step(norm_mean, norm_var, running_mean, running_var)
         step = approaches.Step(
             *(jnp.where(scalars.nothing_counts, old, new) for old, new in zip(unchanged, step, strict=True))

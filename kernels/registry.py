@@ -69,6 +69,9 @@ def choose(problem, target, requested="auto"):
         raise TypeError(f"dtype is {problem.dtype}; accepted are {', '.join(FLOATING)}")
     if is_reference(requested):
         return BackendChoice(requested, "asked for by name: the definition, differentiated by JAX")
+    if 0 in (problem.groups, problem.rows, problem.channels):
+        backend = _BACKENDS["jnp"]
+        return BackendChoice(backend.name, "x is empty: there is nothing to compute", backend.plan(problem, target))
     if requested != "auto":
         backend = _BACKENDS[requested]
         refusal = backend.refusal(problem, target)

@@ -47,8 +47,8 @@ BAD_SETTINGS = [
     ("debias", "sample", ValueError),
     ("debias", True, (ValueError, TypeError)),
     ("backend", "cudnn", ValueError),
-    ("momentum", 0.0, ValueError),
     ("momentum", 1.0, ValueError),
+    ("momentum", 1 - 1e-9, ValueError),  # 1 in float32
     ("momentum", -0.1, ValueError),
     ("momentum", float("nan"), ValueError),
     ("momentum", "0.9", TypeError),
@@ -356,19 +356,36 @@ def test_a_single_value_per_channel_is_the_definitions_answer_with_one_warning(a
     assert np.all(np.isfinite(np.asarray(stats.mean)))
 
 
-def test_one_example_with_positions_works_with_one_warning_under_axis_debias():
+def test_one_example_keeps_its_variance_under_axis_debias_with_one_warning():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((1, CHANNELS, 5)), jnp.float32)
-    (_, stats), messages = caught(lambda: function(x, debias="axis"))
-    assert len(messages) == 1 and re.search(names("debias", "axis", "samples"), str(messages[0].message))
     plain = np.asarray(x, np.float64).var((0, 2))
-    np.testing.assert_allclose(stats.var, 0.01 * plain / 1e-5, rtol=1e-5)
-    for debias, factor in (("samples", 5 / 4), ("none", 1)):
+    for debias, factor, warned in (("axis", 1, 1), ("samples", 5 / 4, 0), ("none", 1, 0)):
         (_, stats), messages = caught(lambda debias=debias: function(x, debias=debias))
-        assert not messages
+        assert len(messages) == warned
+        assert all(re.search(names("debias", "axis", "samples"), str(message.message)) for message in messages)
         np.testing.assert_allclose(stats.var, 0.01 * plain * factor, rtol=1e-5)
     for approach in ("ema", "ema_compatibility"):
-        assert not caught(lambda approach=approach: function(x, approach=approach))[1]
-    assert not caught(lambda: function(x, inference=True))[1]
+        assert not caught(lambda approach=approach: function(x, approach=approach, debias="axis"))[1]
+    assert not caught(lambda: function(x, inference=True, debias="axis"))[1]
+
+
+@pytest.mark.parametrize("size", [None, 3])
+def test_a_mask_that_lets_one_example_count_keeps_its_variance_under_axis_debias_with_one_warning(size):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((6, CHANNELS, 5)), jnp.float32)
+    # One example of six, or of one of two virtual batches.
+    mask = jnp.asarray([False, True, False] + [False, size is not None, size is not None])[:, None]
+    options = dict(mask=mask, debias="axis", virtual_batch_size=size)
+    (_, stats), messages = caught(lambda: function(x, **options))
+    assert len(messages) == 1 and re.search(names("mask", "one example", "samples"), str(messages[0].message))
+    parts = [x[1:2]] if size is None else [x[1:2], x[4:6]]
+    wanted = np.mean([np.asarray(part, np.float64).var((0, 2)) * len(part) for part in parts], 0)
+    np.testing.assert_allclose(stats.var, 0.01 * wanted, rtol=1e-5)
+    assert not caught(lambda: function(x, **{**options, "debias": "samples"}))[1]
+    assert not caught(lambda: function(x, **{**options, "mask": jnp.ones((6, 1), bool)}))[1]
+    # Under jit nobody knows the mask; the values are the same.
+    (_, traced), messages = caught(lambda: jax.jit(lambda mask: function(x, **{**options, "mask": mask}))(mask))
+    assert not messages
+    np.testing.assert_allclose(traced.var, stats.var, rtol=1e-6)
 
 
 def test_ordinary_calls_do_not_warn():
@@ -415,9 +432,14 @@ def test_a_name_error_leaves_the_state_usable():
 
 
 @pytest.mark.parametrize(
-    ("change", "shown"), [({"var": jnp.ones(3, jnp.bfloat16)}, "bfloat16"), ({"var": jnp.ones(4)}, "4")]
+    ("change", "shown"),
+    [
+        ({"var": jnp.ones(3, jnp.bfloat16)}, "stats.var is bfloat16"),
+        ({"mean": jnp.ones(3, jnp.float16)}, "stats.mean is float16"),
+        ({"var": jnp.ones(4)}, "stats.var is float32[4]"),
+    ],
 )
 def test_statistics_that_do_not_fit_each_other_are_refused(change, shown):
     stats = bn_fused.RunningStats.init(3)
-    with pytest.raises(ValueError, match=names("stats.var", shown, "stats.mean")):
+    with pytest.raises(ValueError, match=names("stats.var", shown, "stats.mean", "same shape and dtype")):
         bn_fused.batch_norm(jnp.ones((4, 3)), stats._replace(**change))

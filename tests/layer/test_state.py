@@ -329,6 +329,13 @@ def test_mode_is_equinoxs_spelling():
     assert (batch.approach, batch.debias) == ("batch", "none")
 
 
+@pytest.mark.parametrize("debias", ["samples", "axis", "none"])
+def test_a_debias_that_is_given_counts_under_mode_too(debias):
+    assert bn_fused.BatchNorm(CHANNELS, "batch", mode="batch", debias=debias).debias == debias
+    default = bn_fused.BatchNorm(CHANNELS, "batch", approach="batch").debias
+    assert default == "samples" and type(default) is str
+
+
 def test_no_approach_warns_and_is_equinoxs_default():
     with pytest.warns(UserWarning, match='ema_compatibility.*approach="batch" or approach="ema"') as caught:
         layer = bn_fused.BatchNorm(CHANNELS, "batch")

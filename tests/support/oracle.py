@@ -33,21 +33,21 @@ class Coefficients(NamedTuple):
 class Definition:
     """What is static about a BatchNorm.
 
-    `precision` is the dtype in which the code under test keeps m and 1 - m. `rounded_mean` says that it
-    subtracts a mean rounded to its own precision, as the definition written out does: then the scales hold
-    |mean|/std.
+    `precision` is the dtype in which the code under test keeps m and 1 - m. `written_out` says that it computes as
+    the definition is written: it rounds 1 - m and not m before it takes the complement, and subtracts a mean rounded
+    to its own precision, so that the scales hold |mean|/std.
     """
 
     approach: str = "batch"
     momentum: float = 0.99
     eps: float = 1e-5
     warmup_period: int = 1
-    debias: str = "axis"
+    debias: str = "samples"
     activation: str | None = None
     inference: bool = False
     channel_axis: int = -1
     precision: type = np.float32
-    rounded_mean: bool = False
+    written_out: bool = False
 
 
 class State(NamedTuple):
@@ -299,17 +299,17 @@ class Gradients(NamedTuple):
     zero_frac: float
 
 
-def _inference_coefficients(definition, state):
-    """rm / max(1-z, eps); mean 0 and variance 1 where z is exactly one."""
+def _inference_coefficients(state):
+    """rm / (1-z); mean 0 and variance 1 where z is exactly one."""
     if state.zero_frac == 1:
         return Coefficients(0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
-    return Coefficients(0.0, 1 / max(1 - state.zero_frac, definition.eps), 0.0, 0.0, 0.0, 1.0)
+    return Coefficients(0.0, 1 / (1 - state.zero_frac), 0.0, 0.0, 0.0, 1.0)
 
 
 def debias_factor(definition, n_axis, n_pos):
     """k of the approach `batch`."""
     if definition.debias == "axis":
-        return n_axis / max(n_axis - 1, definition.eps)
+        return 1.0 if n_axis == 1 else n_axis / max(n_axis - 1, definition.eps)
     if definition.debias == "samples":
         return 1.0 if n_pos == 1 else n_pos / (n_pos - 1)
     return 1.0
@@ -362,7 +362,7 @@ class Result:
                 direct = m * ct
                 through = self.warm * m * coefficients.batch if definition.approach == "ema" else 0.0
                 return direct + through
-            through = 0.0 if z == 1 or 1 - z <= definition.eps else coefficients.running * c.running**2
+            through = 0.0 if z == 1 else coefficients.running * c.running**2
             return ct + through
 
         return tuple(
@@ -408,11 +408,11 @@ def batch_norm(definition, x, state, weight=None, bias=None, residual=None, mask
         n_axis = int(mask.reshape(len(x), -1).any(1).sum())
 
     m = float(definition.precision(definition.momentum))
-    rest = float(definition.precision(1 - definition.momentum))
+    rest = float(definition.precision(1 - definition.momentum)) if definition.written_out else 1 - m
     z, trained, warm = state.zero_frac, not definition.inference and n_pos > 0, 0.0
     new_z, new_count = state.zero_frac, state.count
     if not trained:
-        coefficients = _inference_coefficients(definition, state)
+        coefficients = _inference_coefficients(state)
     elif definition.approach == "batch":
         new_z = z * m
         k = debias_factor(definition, n_axis, n_pos)
@@ -441,7 +441,7 @@ def batch_norm(definition, x, state, weight=None, bias=None, residual=None, mask
         activation=definition.activation,
         residual=None if residual is None else _rows_of(residual, definition.channel_axis),
         counting=counting,
-        rounded_mean=float(np.finfo(definition.precision).eps) if definition.rounded_mean else 0.0,
+        rounded_mean=float(np.finfo(definition.precision).eps) if definition.written_out else 0.0,
     )
     new = State(step.new_running_mean, step.new_running_var, new_z, new_count)
     return Result(definition, state, step, new, trained, warm, x.shape)
