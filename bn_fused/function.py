@@ -56,8 +56,9 @@ def batch_norm(
         under `pmap` and in `shard_map(..., check_vma=False)` only.
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
-    - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count. Of
-        whole examples [n], it is `mask[:, None, None]` for images.
+    - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count in the
+        statistics. Of whole examples [n], it is `mask[:, None, None]` for images. What padding holds in x and residual,
+        NaN too, reaches no gradient where y's is zero there, at inference as in training; see the layer.
     - `debias`: "samples", "axis" or "none".
     - `virtual_batch_size`: None, or a divisor of the number of examples: that many consecutive examples share their
         statistics, and the running statistics move by the mean over these virtual batches.
@@ -102,8 +103,8 @@ def batch_norm(
     call = Call(settings, channel_axis - 1, (EXAMPLES, *names), device_groups)
     with jax.named_scope("bn_fused.batch_norm"):
         if inference:
-            y = jax.vmap(lambda x, residual: infer(call, x, stats, weight, bias, residual))(x, residual)
-            return y, given
+            step = jax.vmap(lambda x, residual, mask: infer(call, x, stats, weight, bias, residual, mask))
+            return step(x, residual, mask), given
         step = jax.vmap(
             lambda x, residual, mask: train(call, momentum, x, stats, weight, bias, residual, mask),
             axis_name=EXAMPLES,

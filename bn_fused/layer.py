@@ -227,7 +227,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `residual`: None, or x's shape and dtype; added before the activation.
         - `mask`: None, or bool of shape `spatial` (shape `()` without spatial axes) or broadcastable to it: which
             positions count in the statistics. Every position is normalised. If none counts in the whole batch, the
-            state stays as it is and the running statistics normalise.
+            state stays as it is and the running statistics normalise. What x and residual hold where it is False, NaN
+            too, reaches no statistics, and no gradient if the loss does not use y there (select with `jnp.where`: the
+            gradient of y is then zero); for the gradients' sake it is taken at inference too.
         - `key`: ignored; for compatibility with Equinox.
         - `inference`: overrides `self.inference` if it is not None.
 
@@ -267,7 +269,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         call = Call(settings, 0, arguments.as_axis_names(self.axis_name), self.axis_index_groups)
         stats = self._stats(state)
         if inference:
-            return infer(call, x, stats, self.weight, self.bias, residual), state
+            return infer(call, x, stats, self.weight, self.bias, residual, mask), state
         old = stats
         y, stats = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
         arguments.check_same_on_devices(stats, old)

@@ -32,6 +32,7 @@ from bn_fused.kernels.contract import (
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.jax_internals import ad, zero_tangent
 from bn_fused.kernels.layout import expand, group_shape, sum_rows
+from bn_fused.kernels.padding import guarded, product
 from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
@@ -156,8 +157,8 @@ def _normalise_tangent(spec, averaged, operands):
     )
     dtype = pivot.dtype
     weight = weight.astype(dtype)
-    residual = operands.get("residual")
-    d, z = jnp_backend.before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    residual, mask = operands.get("residual"), operands.get("mask")
+    d, z = jnp_backend.before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec)
     centred = d - expand(offset, layout)
     tz = jnp.zeros_like(d)
     if "tx" in operands:
@@ -169,13 +170,13 @@ def _normalise_tangent(spec, averaged, operands):
         factor = factor - operands["tnorm_var"].astype(dtype) * rstd * rstd * rstd * weight / 2
     if "tweight" in operands:
         factor = factor + operands["tweight"].astype(dtype) * rstd
-    tz = tz + centred * expand(factor, layout)
+    tz = tz + product(mask, centred, expand(factor, layout))
     if "tbias" in operands:
         tz = tz + expand(operands["tbias"].astype(dtype), layout)
     if "tresidual" in operands:
         tz = tz + operands["tresidual"].astype(dtype)
     if spec.activation is not None:
-        tz = tz * ACTIVATIONS[spec.activation].derivative(z)
+        tz = product(mask, tz, guarded(ACTIVATIONS[spec.activation].derivative, mask)(z))
     return {"ty": tz.astype(x.dtype)}
 
 

@@ -10,33 +10,43 @@ import jax.numpy as jnp
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.backends import reference as kernel_reference
 from bn_fused.kernels.contract import accumulation_dtype, widest
+from bn_fused.kernels.padding import guarded
 from bn_fused.named_axes import Averaged, named_sum
 
 
 def moments(call, x, mask):
     """Mean and variance per channel over the example's positions and the named axes, [channels]."""
-    x = jnp.moveaxis(x.astype(accumulation_dtype(x.dtype)), call.channel_axis, 0)
+    x = x.astype(accumulation_dtype(x.dtype))
     if mask is not None:
+        # Not for the averages, which leave it out anyway: a NaN in it would get into their derivatives.
+        x = jnp.where(mask, x, jnp.zeros_like(x))
         mask = jnp.moveaxis(mask, call.channel_axis, 0)[0]
+    x = jnp.moveaxis(x, call.channel_axis, 0)
     return jax.vmap(lambda channel: kernel_reference.moments(channel, _average(call, mask)))(x)
 
 
-def normalise(call, x, mean, var, weight, bias, residual):
-    """One example with these moments, weight and bias (or None), residual and activation; in x's dtype."""
+def normalise(call, x, mean, var, weight, bias, residual, mask):
+    """One example with these moments, weight and bias (or None), residual and activation; in x's dtype.
+
+    A mask changes nothing but the derivatives, which padding does not get into.
+    """
     dtype = widest(mean.dtype, x.dtype)
     affine = [None if value is None else value.astype(dtype) for value in (weight, bias)]
-    eps = call.settings.eps
+    eps, activation, axis = call.settings.eps, call.settings.activation, call.channel_axis
+    positions = None if mask is None else jnp.squeeze(mask, axis)
 
-    def one_channel(values, mean, var, weight, bias):
+    def of_position(values, mean, var, weight, bias):
         return kernel_reference.normalise(values, mean, var, eps, weight, bias)
 
-    axis = call.channel_axis
+    def one_channel(*operands):
+        return guarded(of_position, positions)(*operands)
+
     in_axes = (axis, 0, 0, *(None if value is None else 0 for value in affine))
     per_channel = jax.vmap(one_channel, in_axes=in_axes, out_axes=axis)
     y = per_channel(x.astype(dtype), mean.astype(dtype), var.astype(dtype), *affine)
     if residual is not None:
         y = y + residual.astype(dtype)
-    return kernel_reference.activate(y, call.settings.activation).astype(x.dtype)
+    return guarded(lambda y: kernel_reference.activate(y, activation), mask)(y).astype(x.dtype)
 
 
 def _average(call, mask):

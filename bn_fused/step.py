@@ -72,25 +72,26 @@ class StepScalars(NamedTuple):
         return training.pack(self.zero_frac.dtype)
 
 
-def infer(call, x, stats, weight, bias, residual):
+def infer(call, x, stats, weight, bias, residual, mask):
     """Normalise one example with the running statistics; returns y, with x's shape and dtype.
 
-    `weight` and `bias` are [channels] or None, `residual` is None or as x.
+    `weight` and `bias` are [channels] or None, `residual` is None or as x, `mask` has x's shape with one channel (bool)
+    or is None: it keeps padding out of the gradients.
     """
     stats, weight, bias = _with_channels_sharded(call, x, stats, weight, bias)
     state_dtype = _state_dtype(stats)
     running = (value.astype(state_dtype) for value in (stats.mean, stats.var, stats.zero_frac))
     mean, var = approaches.inference_moments(*running)
     if is_reference(call.settings.backend):
-        return reference.normalise(call, x, mean, var, weight, bias, residual)
-    return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual)
+        return reference.normalise(call, x, mean, var, weight, bias, residual, mask)
+    return _normalise(call, x, mean, jnp.zeros_like(mean), var, weight, bias, residual, mask)
 
 
 def train(call, momentum, x, stats, weight, bias, residual, mask):
     """One step on one example, averaged over the named axes; returns y and the new RunningStats.
 
-    As `infer`. `momentum` is a Python float or a scalar array, `mask` has x's shape with one channel (bool) or is None.
-    ValueError for an empty batch, and for a `virtual_batch_size` or `device_groups` that do not fit the axes.
+    Arguments as of `infer`, and `momentum` a Python float or a scalar array. ValueError for an empty batch, and for a
+    `virtual_batch_size` or `device_groups` that do not fit the axes.
     """
     settings, state_dtype = call.settings, _state_dtype(stats)
     vmaps, device_names = split_names(call.axis_names)
@@ -206,11 +207,11 @@ def _reference_step(call, scalars, averaged, devices, x, stats, weight, bias, re
         step = approaches.Step(
             *(jnp.where(scalars.nothing_counts, old, new) for old, new in zip(unchanged, step, strict=True))
         )
-    y = reference.normalise(call, x, step.norm_mean, step.norm_var, weight, bias, residual)
+    y = reference.normalise(call, x, step.norm_mean, step.norm_var, weight, bias, residual, mask)
     return y.astype(dtype), step.running_mean, step.running_var
 
 
-def _normalise(call, x, pivot, offset, norm_var, weight, bias, residual, mask=None):
+def _normalise(call, x, pivot, offset, norm_var, weight, bias, residual, mask):
     weight, bias = _affine(x, call, weight, bias)
     dtype = accumulation_dtype(x.dtype)
     pivot, offset, norm_var = (value.astype(dtype) for value in (pivot, offset, norm_var))

@@ -93,8 +93,8 @@ _NORMALISATION = {
     "weight": PER_CHANNEL,
     "bias": PER_CHANNEL,
     "residual": LIKE_X,
-    # Every position is normalised; where the mask is False and dy is zero, x is padding and not even a NaN in it
-    # gets into the sums of the backward.
+    # Every position is normalised; where the mask is False and dy is zero, x and residual are padding and not even a
+    # NaN in them gets into the sums of the backward.
     "mask": MASK,
 }
 _SUMS = {"dx": LIKE_X, "sum_dz": PER_CHANNEL, "sum_dz_xhat": PER_CHANNEL, "dresidual": LIKE_X}

@@ -37,6 +37,7 @@ from bn_fused.kernels.contract import (
     through_moments,
 )
 from bn_fused.kernels.layout import CHANNEL, ROW, axes_of, count_rows, expand, sample_rows, sum_rows
+from bn_fused.kernels.padding import guarded, product
 
 
 def moments(x, mask=None, *, spec):
@@ -78,7 +79,7 @@ def _variance(mean_square, delta):
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
     del mask
-    _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, None, spec)
     return activate(z, spec.activation).astype(x.dtype)
 
 
@@ -114,16 +115,15 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    x = _without_padding(x, dy, mask)
-    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
-    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, mask, spec)
     from_normalisation = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     dmean, dvar = map(total, moments_cotangents(dmean, dvar, *from_normalisation, batch))
     if _stages(spec) and spec.activation is not None and residual is None:
         # Left to itself, XLA:GPU writes dz to memory for its next use; it is cheaper to compute it from x and dy again.
         # With a residual dz is a result, and written anyway.
         x, dy, dmean, dvar = lax.optimization_barrier((x, dy, dmean, dvar))
-        d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
+        d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
     dx = dx + _through_moments(d, dmean, dvar, delta, count, mask, spec.layout)
     return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
@@ -137,47 +137,45 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
 
 def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`."""
-    x = _without_padding(x, dy, mask)
-    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec)
-    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, spec)
+    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, mask, spec)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
     return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
 
 
-def before_activation(x, pivot, offset, rstd, weight, bias, residual, spec):
+def before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec):
     """d = x - pivot, and z = (d - offset) * rstd * weight + bias + residual, in the accumulation dtype."""
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     scale, shift = scale_and_shift(offset, rstd, weight, bias)
     d = x.astype(dtype) - expand(pivot, layout)
-    z = d * expand(scale, layout) + expand(shift, layout)
+    z = guarded(jnp.multiply, mask)(d, expand(scale, layout)) + expand(shift, layout)
     return d, z if residual is None else z + residual.astype(dtype)
 
 
-def _without_padding(x, dy, mask):
-    """x with zeros where it neither counts nor matters to the result: padding may hold anything, NaN too."""
-    return x if mask is None else jnp.where(mask | (dy != 0), x, jnp.zeros((), x.dtype))
-
-
-def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, spec):
+def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec):
     """d = x - pivot, and dz = dy * activation'(z)."""
-    d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, spec)
+    d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec)
     dz = dy.astype(d.dtype)
     if spec.activation is not None:
-        dz = dz * ACTIVATIONS[spec.activation].derivative(z)
+        dz = product(mask, dz, guarded(ACTIVATIONS[spec.activation].derivative, mask)(z))
         # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
         dz = _written_out(dz) if _folds(spec) else dz
     return d, dz
 
 
-def _sums(d, dz, offset, rstd, spec):
+def _sums(d, dz, offset, rstd, mask, spec):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     sum_dz = _sum_of(lambda dz: dz, (dz,), spec)
-    return sum_dz, sum_with_xhat(sum_dz, _sum_of(jnp.multiply, (dz, d), spec), offset, rstd)
+    arrays = (dz, d) if mask is None else (dz, d, mask)
+    sum_dz_d = _sum_of(lambda dz, d, mask=None: product(mask, dz, d), arrays, spec)
+    return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
 def _through_moments(d, dmean, dvar, delta, count, mask, layout):
     """dmean/n + (d - delta) * 2 * dvar/n: the part of dx that goes through the moments."""
     slope, level = through_moments(dmean, dvar, delta, count[..., None])
+    # Before and after: what is masked has no part in the gradient, nor in this product's own derivatives.
+    d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
     gradient = d * expand(slope, layout) + expand(level, layout)
     return gradient if mask is None else jnp.where(mask, gradient, jnp.zeros_like(gradient))
 

@@ -600,7 +600,7 @@ def float32_data(mean=0.0, dtype=np.float32):
     return (mean + rng.standard_normal((EXAMPLES, CHANNELS, 16))).astype(dtype)
 
 
-def float32_step(x, mask=None, approach="batch", inference=False, **settings):
+def float32_step(x, approach="batch", inference=False, **settings):
     """One example's step of the functional form on a device's examples, from the initial state."""
     stats = bn_fused.RunningStats.init(CHANNELS)
     return bn_fused.batch_norm(
@@ -608,7 +608,6 @@ def float32_step(x, mask=None, approach="batch", inference=False, **settings):
         stats,
         channel_axis=1,
         axis_name="dev",
-        mask=mask,
         approach=approach,
         inference=inference,
         **settings,
@@ -704,35 +703,6 @@ def test_more_devices_than_are_packed_give_the_same(path, check_vma, monkeypatch
     monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 2)
     program, one_device, inputs = make("ema-all")
     check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
-
-
-@pytest.mark.parametrize("path", ["packed", "two_sums"])
-@pytest.mark.parametrize("approach", APPROACHES)
-def test_what_is_masked_contributes_exactly_nothing_even_if_it_is_nan(approach, path, monkeypatch):
-    monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 1)
-    x = float32_data()
-    mask = np.ones((EXAMPLES, 16), bool)
-    mask[LOCAL : 2 * LOCAL] = False  # a whole device
-    mask[-1, 3:] = False
-    poisoned = np.where(mask[:, None, :], x, np.nan)
-    state = bn_fused.RunningStats(P(), P(), P(), P())
-
-    def step(x, mask):
-        def loss(x):
-            y, after = float32_step(x, mask, approach)
-            # The cotangent of what is masked is zero, as a loss that ignores it has it.
-            return jnp.sum(jnp.where(mask[:, None, :], y, 0.0) ** 3), (y, after)
-
-        return jax.grad(loss, has_aux=True)(x)
-
-    run = in_shard_map(step, (P("dev"), P("dev")), (P("dev"), (P("dev"), state)))
-    gradient, (y, after) = run(jnp.asarray(poisoned), jnp.asarray(mask))
-    expected_gradient, (expected, expected_after) = run(jnp.asarray(x), jnp.asarray(mask))
-    for one, other in zip(after, expected_after, strict=True):
-        assert_same_bits(one, other)
-    counts = np.broadcast_to(mask[:, None, :], x.shape)
-    assert_same_bits(np.asarray(y)[counts], np.asarray(expected)[counts], "y")
-    assert_same_bits(np.asarray(gradient)[counts], np.asarray(expected_gradient)[counts], "gradient of x")
 
 
 def test_a_mask_in_which_nothing_counts_on_any_device_leaves_the_state():

@@ -18,10 +18,10 @@ FAST = "jnp"
 
 @functools.cache
 def step(approach="batch", backend=FAST, debias="samples", **settings):
-    """A jitted (x, dy, mask) -> y, new statistics, (dx, dweight, dbias), from the initial state."""
+    """A jitted (x, dy) -> y, new statistics, (dx, dweight, dbias), from the initial state."""
 
     @jax.jit
-    def run(x, dy, mask=None):
+    def run(x, dy):
         channels = x.shape[1]
         stats = bn_fused.RunningStats.init(channels)
 
@@ -31,7 +31,6 @@ def step(approach="batch", backend=FAST, debias="samples", **settings):
                 stats,
                 weight,
                 bias,
-                mask=mask,
                 approach=approach,
                 backend=backend,
                 channel_axis=1,
@@ -169,27 +168,6 @@ def test_what_is_not_finite_stays_in_its_channel(approach, inference, bad):
     if not inference:
         assert not np.isfinite(np.asarray(dirty[1].mean)[1])
     assert dirty[1].zero_frac == clean[1].zero_frac
-
-
-@pytest.mark.parametrize("approach", APPROACHES)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e38])
-def test_what_a_mask_leaves_out_contributes_nothing_even_if_it_is_not_finite(approach, bad):
-    """Padding whose output is not used either: neither values nor gradients notice what stands there."""
-    x, dy = normal((6, 3, 4)), normal((6, 3, 4), 1)
-    mask = np.ones((6, 4), bool)
-    mask[2, 3] = mask[0, 0] = False
-    counts = np.broadcast_to(mask[:, None], x.shape)
-    dy, spoiled = np.where(counts, dy, 0), np.where(counts, x, np.float32(bad))
-    run = step(approach, activation="silu")
-    y, new, (dx, dweight, dbias) = run(x, dy, mask)
-    spoiled_y, spoiled_new, (spoiled_dx, spoiled_dweight, spoiled_dbias) = run(spoiled, dy, mask)
-    assert_same_bits(np.asarray(spoiled_y)[counts], np.asarray(y)[counts], "y")
-    assert_same_bits(spoiled_new.mean, new.mean, "running mean")
-    assert_same_bits(spoiled_new.var, new.var, "running var")
-    assert_same_bits(np.asarray(spoiled_dx)[counts], np.asarray(dx)[counts], "gradient of x")
-    assert np.all(np.asarray(spoiled_dx)[~counts] == 0)
-    assert_same_bits(spoiled_dweight, dweight, "gradient of weight")
-    assert_same_bits(spoiled_dbias, dbias, "gradient of bias")
 
 
 def test_sizes_that_fit_no_tile():

@@ -70,7 +70,7 @@ MORE_CASES = {
     "ema_compatibility": Case("ema_compatibility"),
     "ema_compatibility-all": Case("ema_compatibility", "relu", residual=True, mask=True),
     "inference": Case("ema", inference=True),
-    "inference-all": Case("batch", "silu", residual=True, inference=True),
+    "inference-all": Case("batch", "silu", residual=True, mask=True, inference=True),
     "virtual": Case("batch", virtual_batch_size=2),
     "virtual-all": Case("ema", "silu", residual=True, mask=True, virtual_batch_size=2),
 }
