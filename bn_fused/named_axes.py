@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from bn_fused import arguments
 from bn_fused.devices import total_size
 from bn_fused.kernels.contract import present_results
-from bn_fused.kernels.dispatch import WITH_ROWS, bind, define_eager_form, insert_axis, result_types
+from bn_fused.kernels.dispatch import WITH_ROWS, bind, insert_axis, result_types
 from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
+    define_evaluation,
     fancy_primitive_batchers,
     lower_plainly,
     register_lowering,
@@ -161,7 +162,7 @@ def define(name, operands, results, compute, **rules):
     tell_devices(primitive)
     operation = NamedOperation(primitive, operands, results, compute, **rules)
 
-    define_eager_form(primitive)
+    define_evaluation(primitive)
 
     @primitive.def_abstract_eval
     def types(*types, names, spec, averaged):
@@ -283,7 +284,7 @@ def _define_linear(primitive, function, batch):
     def apply(value, averaged):
         return value if isinstance(value, ad.Zero) else function(value, averaged)
 
-    define_eager_form(primitive)
+    define_evaluation(primitive)
     primitive.def_abstract_eval(value_type)
     register_lowering(primitive, lower)
     fancy_primitive_batchers[primitive] = batch

@@ -5,15 +5,18 @@ that name and not by a failure somewhere inside a transform.
 """
 
 import concurrent.futures
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax._src.checkify import error_checks, nan_error_check  # what checkify looks at in a primitive's results
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
 from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
 from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
 from jax.interpreters.mlir import lower_fun, register_lowering  # lowering through traced jnp code
+from jax.interpreters.xla import apply_primitive  # compiles and runs one primitive
 
 __all__ = [
     "Primitive",
@@ -22,6 +25,7 @@ __all__ = [
     "barrier_signal",
     "barrier_wait",
     "custom_partitioning",
+    "define_evaluation",
     "device_axis_names",
     "fancy_primitive_batchers",
     "is_partitioned",
@@ -41,6 +45,16 @@ __all__ = [
 ]
 
 ShapedArray = jax.core.ShapedArray
+
+
+def define_evaluation(primitive):
+    """Have a primitive computed outside of `jax.jit`, and looked at by JAX's debuggers, as JAX's own ones are.
+
+    It is compiled once per parameters and operand types, under `jax.disable_jit` too. `jax.debug_nans` and
+    `jax.debug_infs` name it where its results hold such values; so does `checkify`, of NaN.
+    """
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
+    error_checks[primitive] = functools.partial(nan_error_check, primitive)
 
 
 def device_axis_names():

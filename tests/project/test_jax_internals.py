@@ -319,6 +319,25 @@ def probe_lowering_device(internals):
     assert seen == [(first, None), (second, None), (first, None)]
 
 
+def probe_define_evaluation(internals):
+    """a primitive is computed eagerly and under jax.disable_jit; jax.debug_nans and checkify name it"""
+    from jax.experimental import checkify
+
+    primitive = internals.Primitive("bn_fused_probe_nan")
+    primitive.def_abstract_eval(lambda x: x)
+    internals.define_evaluation(primitive)
+    internals.register_lowering(primitive, internals.lower_fun(lambda x: x - x, multiple_results=False))
+    infinity = jnp.asarray(jnp.inf)
+    with jax.disable_jit():
+        assert primitive.bind(jnp.ones(())) == 0
+    for call in (primitive.bind, jax.jit(primitive.bind)):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in bn_fused_probe_nan"):
+            call(infinity)
+        error, _ = checkify.checkify(call, errors=checkify.nan_checks)(infinity)
+        assert "bn_fused_probe_nan" in error.get()
+        assert checkify.checkify(call, errors=checkify.div_checks)(infinity)[0].get() is None
+
+
 def probe_barrier(internals):
     """a Mosaic GPU kernel lowers with our own PTX in it, which takes the address of a counter in global memory"""
     import jax.experimental.pallas as pl
@@ -376,6 +395,7 @@ PROBES = {
     "barrier_signal": probe_barrier,
     "barrier_wait": probe_barrier,
     "custom_partitioning": probe_custom_partitioning,
+    "define_evaluation": probe_define_evaluation,
     "device_axis_names": probe_device_axis_names,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
     "is_partitioned": probe_is_partitioned,
