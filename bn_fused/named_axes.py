@@ -31,7 +31,7 @@ from bn_fused.kernels.jax_internals import (
     register_lowering,
     tell_devices,
 )
-from bn_fused.kernels.layout import GROUP, ROW, count_rows
+from bn_fused.kernels.layout import GROUP, ROW, as_number, count_rows
 
 
 class Averaged(NamedTuple):
@@ -198,7 +198,8 @@ def _divide_count(operands, size):
     """Where everything is the same along an averaged axis, one member's sums stand for `size` of them."""
     if "count" not in operands:
         return operands
-    return {**operands, "count": Batched(operands["count"].value / size)}
+    count = operands["count"].value
+    return {**operands, "count": Batched(count / as_number(size, count.dtype))}
 
 
 def _refuse_unbound(averaged):
@@ -219,7 +220,8 @@ def map_batched(axis, function, *operands):
 def sum_batched(operand, size):
     """The sum over a mapped axis of this size, of a value that may be the same for all of it."""
     if operand.dim is None:
-        return Batched(operand.value * jnp.asarray(size, operand.value.dtype))
+        dtype = operand.value.dtype
+        return Batched(operand.value * jnp.asarray(as_number(size, dtype), dtype))
     return Batched(jnp.sum(operand.value, operand.dim))
 
 

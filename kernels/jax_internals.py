@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax._src.checkify import error_checks, nan_error_check  # what checkify looks at in a primitive's results
+from jax._src.core import get_axis_env  # the sizes of the named axes around a traced operation
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
@@ -22,6 +23,7 @@ __all__ = [
     "Primitive",
     "SdyShardingRule",
     "ad",
+    "axis_size",
     "barrier_signal",
     "barrier_wait",
     "custom_partitioning",
@@ -55,6 +57,14 @@ def define_evaluation(primitive):
     """
     primitive.def_impl(functools.partial(apply_primitive, primitive))
     error_checks[primitive] = functools.partial(nan_error_check, primitive)
+
+
+def axis_size(name):
+    """The size of a named axis, an int, or what `jax.export` has for one that it leaves open. NameError if unbound.
+
+    `jax.lax.axis_size` is for ints.
+    """
+    return get_axis_env().axis_size(name)
 
 
 def device_axis_names():

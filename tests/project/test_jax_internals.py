@@ -319,6 +319,24 @@ def probe_lowering_device(internals):
     assert seen == [(first, None), (second, None), (first, None)]
 
 
+def probe_axis_size(internals):
+    """the size of a named axis of a vmap or of devices, and that of one which jax.export leaves open"""
+    seen = []
+
+    def one(x):
+        seen.append(internals.axis_size("b"))
+        return x
+
+    jax.vmap(one, axis_name="b")(jnp.ones(3))
+    on_devices(lambda split, whole: [seen.append(internals.axis_size("d")), split][1])
+    (open_size,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((open_size,), jnp.float32)
+    jax.export.export(jax.jit(jax.vmap(one, axis_name="b")))(shape)
+    assert seen == [3, 2, open_size]
+    with pytest.raises(NameError):
+        internals.axis_size("b")
+
+
 def probe_define_evaluation(internals):
     """a primitive is computed eagerly and under jax.disable_jit; jax.debug_nans and checkify name it"""
     from jax.experimental import checkify
@@ -392,6 +410,7 @@ PROBES = {
     "Primitive": probe_primitive,
     "SdyShardingRule": probe_custom_partitioning,
     "ad": probe_ad,
+    "axis_size": probe_axis_size,
     "barrier_signal": probe_barrier,
     "barrier_wait": probe_barrier,
     "custom_partitioning": probe_custom_partitioning,
