@@ -433,3 +433,20 @@ def test_a_layer_is_hashed_and_compared_by_its_static_fields():
     first, second = make("batch")[0], make("ema")[0]
     assert jax.tree.structure(first) == jax.tree.structure(make("batch")[0])
     assert jax.tree.structure(first) != jax.tree.structure(second)
+
+
+def test_a_layer_with_other_settings_takes_over_the_arrays_and_goes_on_with_the_state():
+    def parts(layer):
+        return layer.weight, layer.bias, layer.count_index, layer.state_index, layer.zero_frac_index
+
+    layer, state = trained("batch")
+    settings = {"approach": "ema", "momentum": 0.5, "activation": "relu"}
+    taken_over = eqx.tree_at(parts, bn_fused.BatchNorm(CHANNELS, "batch", **settings), parts(layer))
+    y, after = apply(taken_over, state, data(5))
+
+    mean, var = state.get(layer.state_index)
+    stats = bn_fused.RunningStats(mean, var, state.get(layer.zero_frac_index), state.get(layer.count_index))
+    expected_y, expected = bn_fused.batch_norm(data(5), stats, layer.weight, layer.bias, channel_axis=1, **settings)
+    assert_trees_close(y, expected_y, n=32)
+    assert_trees_close(after.get(layer.state_index), (expected.mean, expected.var), n=32)
+    assert_same_bits(after.get(layer.zero_frac_index), expected.zero_frac)
