@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_fused.approaches import APPROACHES, DEBIAS
 from bn_fused.kernels.activations import ACTIVATIONS
-from bn_fused.kernels.jax_internals import device_axis_names, varying_axes
+from bn_fused.kernels.jax_internals import axis_size, device_axis_names, varying_axes
 from bn_fused.kernels.registry import check_backend_name
 from bn_fused.kernels.target import FLOATING
 
@@ -202,7 +202,7 @@ def check_bound(names):
     """NameError for a name that no surrounding vmap, shard_map or pmap has."""
     for name in names:
         try:
-            jax.lax.axis_size(name)
+            axis_size(name)
         except NameError:
             devices = ", ".join(map(repr, sorted(device_axis_names(), key=str)))
             raise NameError(

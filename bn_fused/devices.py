@@ -2,10 +2,8 @@
 
 import math
 
-import jax
-
 from bn_fused import arguments
-from bn_fused.kernels.jax_internals import device_axis_names
+from bn_fused.kernels.jax_internals import axis_size, device_axis_names
 from bn_fused.kernels.merging import Devices
 
 
@@ -28,7 +26,7 @@ def devices_of(names, device_groups):
             f"axis_index_groups is {device_groups!r}, which needs exactly one axis of devices in axis_name; there are "
             f"{len(names)}: {names!r}"
         )
-    size = jax.lax.axis_size(*names)
+    size = axis_size(*names)
     if sum(map(len, device_groups)) != size:
         raise ValueError(f"axis_index_groups is {device_groups!r}; axis {names[0]!r} has the indices 0 to {size - 1}")
     return Devices(names, device_groups)
@@ -36,4 +34,4 @@ def devices_of(names, device_groups):
 
 def total_size(names):
     """The product of the named axes' sizes."""
-    return math.prod(jax.lax.axis_size(name) for name in names)
+    return math.prod(axis_size(name) for name in names)

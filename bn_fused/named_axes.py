@@ -21,16 +21,17 @@ import jax.numpy as jnp
 from bn_fused import arguments
 from bn_fused.devices import total_size
 from bn_fused.kernels.contract import present_results
-from bn_fused.kernels.dispatch import WITH_ROWS, bind, define_eager_form, insert_axis, result_types
+from bn_fused.kernels.dispatch import WITH_ROWS, bind, insert_axis, result_types
 from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
+    define_evaluation,
     fancy_primitive_batchers,
     lower_plainly,
     register_lowering,
     tell_devices,
 )
-from bn_fused.kernels.layout import GROUP, ROW, count_rows
+from bn_fused.kernels.layout import GROUP, ROW, as_number, count_rows
 
 
 class Averaged(NamedTuple):
@@ -161,7 +162,7 @@ def define(name, operands, results, compute, **rules):
     tell_devices(primitive)
     operation = NamedOperation(primitive, operands, results, compute, **rules)
 
-    define_eager_form(primitive)
+    define_evaluation(primitive)
 
     @primitive.def_abstract_eval
     def types(*types, names, spec, averaged):
@@ -197,7 +198,8 @@ def _divide_count(operands, size):
     """Where everything is the same along an averaged axis, one member's sums stand for `size` of them."""
     if "count" not in operands:
         return operands
-    return {**operands, "count": Batched(operands["count"].value / size)}
+    count = operands["count"].value
+    return {**operands, "count": Batched(count / as_number(size, count.dtype))}
 
 
 def _refuse_unbound(averaged):
@@ -218,7 +220,8 @@ def map_batched(axis, function, *operands):
 def sum_batched(operand, size):
     """The sum over a mapped axis of this size, of a value that may be the same for all of it."""
     if operand.dim is None:
-        return Batched(operand.value * jnp.asarray(size, operand.value.dtype))
+        dtype = operand.value.dtype
+        return Batched(operand.value * jnp.asarray(as_number(size, dtype), dtype))
     return Batched(jnp.sum(operand.value, operand.dim))
 
 
@@ -283,7 +286,7 @@ def _define_linear(primitive, function, batch):
     def apply(value, averaged):
         return value if isinstance(value, ad.Zero) else function(value, averaged)
 
-    define_eager_form(primitive)
+    define_evaluation(primitive)
     primitive.def_abstract_eval(value_type)
     register_lowering(primitive, lower)
     fancy_primitive_batchers[primitive] = batch

@@ -31,7 +31,7 @@ from bn_fused.kernels.contract import (
 )
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.jax_internals import ad, zero_tangent
-from bn_fused.kernels.layout import expand, group_shape, sum_rows
+from bn_fused.kernels.layout import as_number, expand, group_shape, sum_rows
 from bn_fused.kernels.padding import guarded, product
 from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
@@ -63,7 +63,7 @@ def _divisor(operands, layout, averaged):
     count = position_count(x, mask, layout, averaged, dtype)
     if mask is not None:
         return jnp.maximum(count, 1)
-    return jnp.full(group_shape(x.shape, layout), count, dtype)
+    return jnp.full(group_shape(x.shape, layout), as_number(count, dtype), dtype)
 
 
 # ---------------------------------------------------------------------------------------- what is computed

@@ -6,10 +6,13 @@ Per channel, mean = pmean(mean(x)) and var = pmean(mean((x - mean) conj(x - mean
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.backends import reference as kernel_reference
 from bn_fused.kernels.contract import accumulation_dtype, widest
+from bn_fused.kernels.jax_internals import axis_size
+from bn_fused.kernels.layout import as_number
 from bn_fused.kernels.padding import guarded
 from bn_fused.named_axes import Averaged, named_sum
 
@@ -57,7 +60,7 @@ def _average(call, mask):
     if mask is None:
         vmaps, devices = split_names(names)
         members = total_size(vmaps) * devices_of(devices, device_groups).size
-        return lambda values: _sum(jnp.mean(values), names, device_groups) / members
+        return lambda values: _sum(jnp.mean(values), names, device_groups) / as_number(members, values.dtype)
 
     def average(values):
         total = _sum(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), names, device_groups)
@@ -67,13 +70,13 @@ def _average(call, mask):
 
 
 def _sum(value, names, device_groups=None):
-    """psum. On a mesh, which is around it in a shard_map too, JAX's own fails for a vmap's name."""
+    """psum. JAX's own fails for a vmap's name on a mesh (around it in a shard_map too), or of a size left open."""
     vmaps, devices = split_names(names)
     if device_groups is not None:
         # JAX's own sum over groups fails under a vmap, and channels are mapped here.
         return _sum_of_part(value, devices_of(devices, device_groups).group, len(device_groups), names)
     on_a_mesh = not (jax.sharding.get_abstract_mesh().empty and jax.typeof(value).sharding.mesh.empty)
-    if vmaps and on_a_mesh:
+    if vmaps and (on_a_mesh or is_symbolic_dim(total_size(vmaps))):
         value, names = named_sum(value, Averaged(vmaps)), devices
     return jax.lax.psum(value, names) if names else value
 
@@ -88,7 +91,7 @@ def _sum_of_part(value, part, parts, names):
 def _average_in_virtual_batch(values, mask, names, size):
     """The mean over the positions that count of the `size` examples in this example's virtual batch."""
     ((name,), _) = split_names(names)
-    batch, batches = jax.lax.axis_index(name) // size, jax.lax.axis_size(name) // size
+    batch, batches = jax.lax.axis_index(name) // size, axis_size(name) // size
     mask = jnp.ones(values.shape, bool) if mask is None else mask
     total = _sum_of_part(jnp.sum(jnp.where(mask, values, jnp.zeros_like(values))), batch, batches, (name,))
     count = _sum_of_part(jnp.sum(mask, dtype=values.dtype), batch, batches, (name,))

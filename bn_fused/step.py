@@ -11,7 +11,7 @@ from bn_fused.arguments import Settings, check_momentum_in, warn_of_few_values, 
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
 from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
-from bn_fused.kernels.layout import CHANNEL, ROW
+from bn_fused.kernels.layout import CHANNEL, ROW, as_number
 from bn_fused.kernels.merging import Devices, merge_moments
 from bn_fused.kernels.registry import is_reference
 from bn_fused.named_axes import NOTHING, Averaged, named_mean, named_sum, position_count
@@ -108,6 +108,7 @@ def train(call, momentum, x, stats, weight, bias, residual, mask):
     warn_of_few_values(settings, positions, examples)
     for value in (stats.mean, stats.zero_frac):
         check_momentum_in(value.dtype, momentum)
+    positions, examples = as_number(positions, state_dtype), as_number(examples, state_dtype)
     warn_of_low_precision(stats.mean.dtype)
     if not isinstance(momentum, float):
         momentum = jnp.asarray(momentum, state_dtype)
@@ -164,7 +165,7 @@ def _fused_step(call, scalars, averaged, devices, x, stats, weight, bias, residu
         )
         return results["y"], results["new_running_mean"], results["new_running_var"]
     local, dtype = moments(spec, averaged, x=x, mask=mask), accumulation_dtype(x.dtype)
-    count = jnp.asarray(position_count(x, mask, spec.layout, averaged, dtype), dtype)
+    count = jnp.asarray(as_number(position_count(x, mask, spec.layout, averaged, dtype), dtype), dtype)
     pivot, *merged, _ = merge_moments(local["pivot"], local["delta"], local["var"], count, devices)
     # The mean is what it is, as pivot + delta, whatever the pivot: all of its gradient is delta's.
     pivot = jax.lax.stop_gradient(pivot)
@@ -274,7 +275,7 @@ def _mean_of_virtual_batches(scalars, vmaps, devices, new, stats):
     """The running statistics as the mean over those virtual batches in which anything counts."""
     averaged = Averaged(vmaps)
     if scalars.nothing_counts is None:
-        size = total_size(vmaps) * devices.size
+        size = as_number(total_size(vmaps) * devices.size, scalars.zero_frac.dtype)
         return tuple(_sum_over(value, averaged, devices) / size for value in new)
     counted = 1 - scalars.nothing_counts.astype(scalars.zero_frac.dtype)
     size = _sum_over(counted, averaged, devices)

@@ -9,13 +9,13 @@ the primitives of `bn_fused`.
 import functools
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 
 from bn_fused.kernels.chips import chip_of
 from bn_fused.kernels.contract import LIKE_X, MASK, OPERATIONS, PER_CHANNEL, PER_GROUP, accumulation_dtype
 from bn_fused.kernels.jax_internals import (
     Primitive,
+    define_evaluation,
     fancy_primitive_batchers,
     is_partitioned,
     lower_plainly,
@@ -96,24 +96,10 @@ def insert_axis(spec, kinds, values, dims, size, role):
     return spec, values, result_dim
 
 
-def define_eager_form(primitive):
-    """Compile a primitive where it is called outside of `jax.jit`: once per parameters and operand types."""
-
-    @functools.cache
-    def jitted(**parameters):
-        return jax.jit(functools.partial(primitive.bind, **parameters))
-
-    @primitive.def_impl
-    def eager(*values, **parameters):
-        # Under jax.disable_jit too: there is nothing else that computes it.
-        with jax.disable_jit(False):
-            return jitted(**parameters)(*values)
-
-
 dispatch_p = Primitive("bn_fused_dispatch")
 dispatch_p.multiple_results = True
 tell_devices(dispatch_p)
-define_eager_form(dispatch_p)
+define_evaluation(dispatch_p)
 
 
 @dispatch_p.def_abstract_eval

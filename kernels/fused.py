@@ -11,7 +11,7 @@ from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
 from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
 from bn_fused.kernels.dispatch import run
-from bn_fused.kernels.layout import CHANNEL, GROUP, ROW
+from bn_fused.kernels.layout import CHANNEL, GROUP, ROW, as_number
 from bn_fused.kernels.registry import check_backend_name, is_reference
 from bn_fused.kernels.target import FLOATING
 
@@ -177,7 +177,7 @@ def _fused_backward(spec, saved, cotangents):
         bias=bias,
         delta=moments[1],
         batch=Coefficients.unpack(coefficients).batch.astype(offset.dtype),
-        count=jnp.full(x.shape[:1], x.shape[1], offset.dtype),
+        count=jnp.full(x.shape[:1], as_number(x.shape[1], offset.dtype), offset.dtype),
         residual=residual,
     )
     dx, sum_dz, sum_dz_xhat, *dresidual = gradients

@@ -5,23 +5,29 @@ that name and not by a failure somewhere inside a transform.
 """
 
 import concurrent.futures
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax._src.checkify import error_checks, nan_error_check  # what checkify looks at in a primitive's results
+from jax._src.core import get_axis_env  # the sizes of the named axes around a traced operation
 from jax._src.dispatch import prim_requires_devices_during_lowering  # primitives whose lowering is told the devices
 from jax.experimental.custom_partitioning import SdyShardingRule, custom_partitioning  # code for a device's part
 from jax.extend.core import Primitive  # a primitive of our own
 from jax.interpreters import ad  # derivative rules: primitive_jvps, primitive_transposes, Zero
 from jax.interpreters.batching import fancy_primitive_batchers  # batching rules that see the axis name
 from jax.interpreters.mlir import lower_fun, register_lowering  # lowering through traced jnp code
+from jax.interpreters.xla import apply_primitive  # compiles and runs one primitive
 
 __all__ = [
     "Primitive",
     "SdyShardingRule",
     "ad",
+    "axis_size",
     "barrier_signal",
     "barrier_wait",
     "custom_partitioning",
+    "define_evaluation",
     "device_axis_names",
     "fancy_primitive_batchers",
     "is_partitioned",
@@ -41,6 +47,24 @@ __all__ = [
 ]
 
 ShapedArray = jax.core.ShapedArray
+
+
+def define_evaluation(primitive):
+    """Have a primitive computed outside of `jax.jit`, and looked at by JAX's debuggers, as JAX's own ones are.
+
+    It is compiled once per parameters and operand types, under `jax.disable_jit` too. `jax.debug_nans` and
+    `jax.debug_infs` name it where its results hold such values; so does `checkify`, of NaN.
+    """
+    primitive.def_impl(functools.partial(apply_primitive, primitive))
+    error_checks[primitive] = functools.partial(nan_error_check, primitive)
+
+
+def axis_size(name):
+    """The size of a named axis, an int, or what `jax.export` has for one that it leaves open. NameError if unbound.
+
+    `jax.lax.axis_size` is for ints.
+    """
+    return get_axis_env().axis_size(name)
 
 
 def device_axis_names():

@@ -10,6 +10,8 @@ Values per channel have shape [*groups, channels], values per group [*groups], w
 import math
 
 import jax.numpy as jnp
+from jax import lax
+from jax.export import is_symbolic_dim
 
 GROUP, ROW, CHANNEL = "g", "r", "c"
 
@@ -34,6 +36,11 @@ def count_rows(shape, layout):
     return math.prod(shape[axis] for axis in axes_of(layout, ROW))
 
 
+def as_number(size, dtype):
+    """A size, for arithmetic with arrays of this dtype: an int as it is, one that `jax.export` leaves open an array."""
+    return jnp.asarray(size).astype(dtype) if is_symbolic_dim(size) else size
+
+
 def expand(value, layout):
     """Give a value per channel [*groups, channels] x's rank, so that it broadcasts against x."""
     source = {CHANNEL: value.ndim - 1}
@@ -53,15 +60,21 @@ def sum_rows(array, layout):
     return jnp.moveaxis(total, channel, -1)
 
 
+OPEN_STRIDE = 15
+
+
 def sample_rows(array, layout):
     """A slice with about sqrt(rows) rows of every group, evenly apart, for a pivot: see the backend `jnp`.
 
     The axes between the first and the last row axis are thinned first, the first one (the examples, which may lie on
-    several devices) last.
+    several devices) last. Where `jax.export` leaves a row axis open, every 15th along the first such axis.
     """
     first, *others = axes_of(layout, ROW) or (None,)
     if first is None:
         return array
+    left_open = next((axis for axis in axes_of(layout, ROW) if is_symbolic_dim(array.shape[axis])), None)
+    if left_open is not None:
+        return lax.slice_in_dim(array, 0, array.shape[left_open], OPEN_STRIDE, left_open)
     remaining = count_rows(array.shape, layout)
     target = math.isqrt(remaining - 1) + 1 if remaining > 1 else 1
     index = [slice(None)] * array.ndim

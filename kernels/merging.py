@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from bn_fused.kernels.jax_internals import axis_size
+
 PACKED_DEVICES = 64  # up to here one all-reduce of every device's moments, beyond it two dependent ones of O(channels)
 
 
@@ -25,7 +27,7 @@ class Devices:
     def size(self):
         """How many they are."""
         if self.device_groups is None:
-            return math.prod(jax.lax.axis_size(name) for name in self.names)
+            return math.prod(axis_size(name) for name in self.names)
         return len(self.device_groups[0])
 
     @property

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
+    define_evaluation,
     fancy_primitive_batchers,
     lower_plainly,
     output_type,
@@ -110,7 +111,7 @@ def _transpose(cotangent, mask, one, other):
     return [None, gradient, None] if linear is one else [None, None, gradient]
 
 
-product_p.def_impl(_compute)
+define_evaluation(product_p)
 product_p.def_abstract_eval(lambda mask, one, other: output_type(one, one.shape, one.dtype, range(one.ndim)))
 register_lowering(
     product_p, lambda context, *values: lower_plainly(lambda *arrays: [_compute(*arrays)], context, *values)

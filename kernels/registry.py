@@ -59,6 +59,13 @@ def check_backend_name(backend):
         raise ValueError(f"backend is {backend!r}; accepted are 'auto', {', '.join(map(repr, backend_names()))}")
 
 
+def _refusal(backend, problem, target):
+    """One sentence: why a backend cannot run a problem on a target. None if it can."""
+    if problem.left_open and not backend.open_sizes:
+        return f"it needs to know all sizes, and the exported program leaves {problem.left_open} open"
+    return backend.refusal(problem, target)
+
+
 def choose(problem, target, requested="auto"):
     """The backend for a problem on a target.
 
@@ -74,7 +81,7 @@ def choose(problem, target, requested="auto"):
         return BackendChoice(backend.name, "x is empty: there is nothing to compute", backend.plan(problem, target))
     if requested != "auto":
         backend = _BACKENDS[requested]
-        refusal = backend.refusal(problem, target)
+        refusal = _refusal(backend, problem, target)
         if refusal is not None:
             raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
         verdict = backend.verdict(problem, target)
@@ -82,7 +89,7 @@ def choose(problem, target, requested="auto"):
         return BackendChoice(requested, reason, backend.plan(problem, target))
     passed_over = []
     for backend in reversed(_BACKENDS.values()):
-        refusal = backend.refusal(problem, target)
+        refusal = _refusal(backend, problem, target)
         if refusal is not None:
             passed_over.append(f"{backend.name} cannot run here: {refusal}")
             continue

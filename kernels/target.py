@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from bn_fused.kernels.chips import Chip
 from bn_fused.kernels.contract import Spec
@@ -37,7 +38,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Problem:
-    """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`."""
+    """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`.
+
+    Groups and rows are what JAX has for a size, as `b*16`, where `jax.export` leaves it open.
+    """
 
     groups: int
     rows: int
@@ -46,6 +50,12 @@ class Problem:
     activation: str | None = None
     residual: bool = False
     mask: bool = False
+
+    @property
+    def left_open(self):
+        """The sizes that `jax.export` leaves open, in words; "" if there are none."""
+        sizes = (("groups", self.groups), ("rows", self.rows))
+        return " and ".join(f"{name} ({size})" for name, size in sizes if is_symbolic_dim(size))
 
 
 def problem_of(spec: Spec, x, present):

@@ -47,6 +47,7 @@ class Backend:
     - `verdict(problem, target)`: whether `auto` takes it there, and why; see `auto`. Asked where nothing is refused.
     - `plan(problem, target)`: a frozen description of tiles and launches, or None.
     - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan given by hand must not run there.
+    - `open_sizes`: whether it takes sizes that `jax.export` leaves open. Where it does not, it is not asked about them.
 
     `problem` and `target` are those of `bn_fused.kernels.target`.
     """
@@ -57,3 +58,4 @@ class Backend:
     verdict: Callable = not_taken
     plan: Callable = no_plan
     plan_refusal: Callable = no_plan_refusal
+    open_sizes: bool = False

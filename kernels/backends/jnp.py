@@ -15,6 +15,8 @@ transpose in any layout.
 The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
 1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
 is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing that counts, it is the mean itself.
+Where `jax.export` leaves n open, k is at least n/15, for a fifteenth of a read more: whatever x is, the mean of k of n
+rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor is 15 at most.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends import Backend, Verdict
@@ -36,7 +39,7 @@ from bn_fused.kernels.contract import (
     sum_with_xhat,
     through_moments,
 )
-from bn_fused.kernels.layout import CHANNEL, ROW, axes_of, count_rows, expand, sample_rows, sum_rows
+from bn_fused.kernels.layout import CHANNEL, ROW, as_number, axes_of, count_rows, expand, sample_rows, sum_rows
 from bn_fused.kernels.padding import guarded, product
 
 
@@ -44,9 +47,9 @@ def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask)."""
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
-        count = count_rows(x.shape, layout)
+        count = as_number(count_rows(x.shape, layout), dtype)
         sample = sample_rows(x, layout).astype(dtype)
-        pivot = sum_rows(sample, layout) / count_rows(sample.shape, layout)
+        pivot = sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
     else:
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
@@ -200,7 +203,8 @@ class Plan:
 def plan(problem, target):
     """Fold on a CPU (4 and 16 parts were slower than 8), two stages on a GPU.
 
-    Neither where XLA partitions the arrays over devices: a part would cross them.
+    Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
+    leaves open.
     """
     del problem
     if target.partitioned:
@@ -236,9 +240,9 @@ def _staged_sum(array, layout):
     if not axes:
         return array
     first, end = axes[0], axes[-1] + 1
-    if end == len(layout) or layout[first:end] != ROW * len(axes):
-        return sum_rows(array, layout)
     rows = math.prod(array.shape[first:end])
+    if end == len(layout) or layout[first:end] != ROW * len(axes) or is_symbolic_dim(rows):
+        return sum_rows(array, layout)
     parts = next(parts for parts in range(math.isqrt(rows), 0, -1) if rows % parts == 0)
     array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
     partial = lax.optimization_barrier(jnp.sum(array, first + 1))
@@ -254,7 +258,8 @@ def _folded_sum(function, arrays, layout, parts):
     row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the number.
     """
     shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
-    axis = next((axis for axis in axes_of(layout, ROW) if shape[axis] >= parts), None)
+    known = (axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis]))
+    axis = next((axis for axis in known if shape[axis] >= parts), None)
     if axis is None:
         return sum_rows(function(*arrays), layout)
 
@@ -298,4 +303,5 @@ BACKEND = Backend(
     },
     verdict=verdict,
     plan=plan,
+    open_sizes=True,
 )

@@ -11,6 +11,7 @@ import pytest
 
 import bn_fused
 from bn_fused.approaches import APPROACHES
+from bn_fused.kernels import Coefficients, fused_batch_norm, layout as layout_module
 
 from support.tolerances import assert_close, assert_same_bits
 
@@ -177,13 +178,144 @@ def test_a_function_with_running_stats_is_exported():
     assert_trees_same_bits(exported(step, *arguments)(*arguments), jax.jit(step)(*arguments))
 
 
-def test_a_step_is_exported_for_any_number_of_examples_at_inference():
-    step, (leaves, x) = step_on_arrays("batch", inference=True)
-    (examples,) = jax.export.symbolic_shape("examples")
-    shape = jax.ShapeDtypeStruct((examples, *x.shape[1:]), x.dtype)
-    call = exported(step, leaves, shape)
-    for count in (1, 5):
-        assert_trees_close(call(leaves, x[:count])[0], jax.jit(step)(leaves, x[:count])[0])
+# --- exported programs that leave sizes open ---------------------------------------------------------------------
+
+
+def layer_call(x, mask, **settings):
+    """y and the new state's arrays of a trained layer."""
+    layer, state = trained("batch", **settings)
+    call = jax.vmap(
+        lambda x, state, mask: layer(x, state, mask=mask), axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None)
+    )
+    y, state = call(x, state, mask)
+    return y, jax.tree.leaves(state)
+
+
+def function_call(x, mask, **settings):
+    """The same of the function, with the channels on axis 1."""
+    mean, var, zero_frac = jnp.asarray([0.1, 0.2, 0.3]), jnp.asarray([0.4, 0.5, 0.6]), jnp.asarray(0.5)
+    stats = bn_fused.RunningStats(mean, var, zero_frac, jnp.asarray(1, jnp.int32))
+    y, stats = bn_fused.batch_norm(
+        x, stats, jnp.asarray([0.5, 1.0, 2.0]), jnp.ones(CHANNELS), channel_axis=1, mask=mask, **settings
+    )
+    return y, tuple(stats)
+
+
+def raw_call(x, mask):
+    """The raw operation's results, of x as rows and channels."""
+    assert mask is None
+    ones, coefficients = jnp.ones(CHANNELS), Coefficients(1.0, 0.0, 0.0, 0.1, 0.1, 0.9)
+    return fused_batch_norm(x, ones, ones, ones, ones, coefficients, eps=1e-5, activation="gelu")
+
+
+def gradient_of(call, **settings):
+    """The gradient of x of a sum that weights every y, as a function of x and mask."""
+
+    def loss(x, mask):
+        return jnp.sum(jnp.sin(call(x, mask, **settings)[0]))
+
+    return jax.grad(loss)
+
+
+def step_of(call, **settings):
+    return lambda x, mask: call(x, mask, **settings)
+
+
+def open_arguments(shape, masked):
+    """x and mask for an export whose shape, as "b, 3, 4", has sizes that are open."""
+    sizes = jax.export.symbolic_shape(shape)
+    mask = jax.ShapeDtypeStruct((sizes[0], *sizes[2:]), jnp.bool_) if masked else None
+    return jax.ShapeDtypeStruct(sizes, jnp.float32), mask
+
+
+def check_open(program, shape, closed_shapes, masked=False):
+    """The exported program gives what the program does, for every one of some shapes."""
+    call = exported(program, *open_arguments(shape, masked))
+    for closed in closed_shapes:
+        rng = np.random.default_rng(sum(closed))
+        x = jnp.asarray(3 + 2 * rng.standard_normal(closed), jnp.float32)
+        mask = jnp.asarray(rng.random((closed[0], *closed[2:])) < 0.6) if masked else None
+        assert_trees_close(call(x, mask), jax.jit(program)(x, mask), n=x.size // CHANNELS)
+
+
+@pytest.mark.parametrize(
+    ("call", "backend"),
+    [(layer_call, "auto"), (function_call, "auto"), (function_call, "reference")],
+    ids=["layer", "function", "function, reference"],
+)
+@pytest.mark.parametrize("of", [step_of, gradient_of], ids=["step", "gradient"])
+@pytest.mark.parametrize("case", ["training", "masked", "inference"])
+def test_a_program_is_exported_for_any_number_of_examples(call, case, of, backend):
+    program = of(call, backend=backend, inference=case == "inference")
+    check_open(program, f"b, {CHANNELS}, 4", [(3, CHANNELS, 4), (40, CHANNELS, 4)], masked=case == "masked")
+
+
+@pytest.mark.parametrize("of", [step_of, gradient_of], ids=["step", "gradient"])
+@pytest.mark.parametrize(
+    ("shape", "closed"),
+    [
+        ("b, 3, h, w", [(5, 3, 3, 7), (33, 3, 2, 1)]),
+        ("8, 3, h, w", [(8, 3, 3, 7), (8, 3, 2, 1)]),
+        ("b, 3", [(5, 3), (33, 3)]),
+        ("2*b, 3, 16", [(10, 3, 16), (66, 3, 16)]),
+    ],
+)
+def test_a_training_program_is_exported_for_any_sizes(shape, closed, of):
+    check_open(of(function_call, approach="ema", activation="silu", momentum=0.9), shape, closed)
+
+
+@pytest.mark.parametrize("of", [step_of, gradient_of], ids=["step", "gradient"])
+def test_the_raw_operation_is_exported_for_any_number_of_rows(of):
+    check_open(of(raw_call), "n, 3", [(3, CHANNELS), (100, CHANNELS)])
+
+
+@pytest.mark.parametrize("of", [step_of, gradient_of], ids=["step", "gradient"])
+def test_an_ensembles_program_is_exported_for_any_number_of_members_and_examples(of):
+    program = jax.vmap(of(function_call))
+    check_open(program, "e, b, 3, 4", [(2, 5, CHANNELS, 4), (3, 20, CHANNELS, 4)])
+
+
+def test_virtual_batches_that_divide_an_open_number_of_examples_are_exported_and_others_are_not():
+    program = step_of(function_call, virtual_batch_size=2)
+    check_open(program, "2*b, 3, 4", [(2, CHANNELS, 4), (6, CHANNELS, 4)])
+    with pytest.raises(ValueError, match="virtual_batch_size is 2; it must divide the batch of b examples"):
+        jax.export.export(jax.jit(program))(*open_arguments("b, 3, 4", masked=False))
+
+
+def test_the_variance_of_an_open_number_of_rows_keeps_its_digits_far_from_zero():
+    call = exported(step_of(function_call), *open_arguments("b, 3, h", masked=False))
+    x = 1e4 + np.random.default_rng(0).standard_normal((64, CHANNELS, 50))
+    x[::15] += 3  # what the pivot is made of
+    x = jnp.asarray(x, jnp.float32)
+    y, _ = call(x, None)
+    exact = np.asarray(x, np.float64)
+    xhat = (exact - exact.mean((0, 2), keepdims=True)) / np.sqrt(exact.var((0, 2), keepdims=True) + 1e-5)
+    weight = np.asarray([0.5, 1.0, 2.0])[:, None]
+    # The variance's rounding counts 15 times: see the backend `jnp`.
+    assert_close(y, xhat * weight + 1, 15 * (1 + abs(xhat)) * weight)
+
+
+@pytest.mark.parametrize("shape", ["n, 3", "n, 3, 4", "2, 3, n"])
+def test_the_pivot_of_open_sizes_is_the_mean_of_a_fifteenth_of_the_rows_at_least(shape):
+    layout = "rcr"[: len(shape.split(","))]
+    sizes = jax.export.symbolic_shape(shape)
+    sample = jax.eval_shape(lambda x: layout_module.sample_rows(x, layout), jax.ShapeDtypeStruct(sizes, jnp.float32))
+    rows, sampled = (layout_module.count_rows(shape, layout) for shape in (sizes, sample.shape))
+    assert 15 * sampled >= rows
+
+
+@pytest.mark.parametrize("platforms", [("cuda", "tpu"), ("cpu", "cuda", "rocm", "tpu")], ids="-".join)
+def test_a_training_step_for_any_number_of_examples_is_exported_for_other_platforms(platforms):
+    program = jax.export.export(jax.jit(gradient_of(layer_call)), platforms=platforms)
+    exported = program(*open_arguments("b, 3, 4", masked=False))
+    assert jax.export.deserialize(exported.serialize()).platforms == platforms
+
+
+@pytest.mark.parametrize(("backend", "platform"), [("pallas_gpu", "cuda"), ("triton", "cuda"), ("pallas_tpu", "tpu")])
+def test_kernels_asked_for_by_name_refuse_sizes_that_are_left_open(backend, platform):
+    program = jax.export.export(jax.jit(step_of(function_call, backend=backend)), platforms=[platform])
+    with pytest.raises(bn_fused.BackendError, match=f"'{backend}' cannot run on {platform}: .* leaves rows .4.b. open"):
+        program(*open_arguments("b, 3, 4", masked=False))
 
 
 # --- Equinox's tools -------------------------------------------------------------------------------------------
@@ -301,3 +433,20 @@ def test_a_layer_is_hashed_and_compared_by_its_static_fields():
     first, second = make("batch")[0], make("ema")[0]
     assert jax.tree.structure(first) == jax.tree.structure(make("batch")[0])
     assert jax.tree.structure(first) != jax.tree.structure(second)
+
+
+def test_a_layer_with_other_settings_takes_over_the_arrays_and_goes_on_with_the_state():
+    def parts(layer):
+        return layer.weight, layer.bias, layer.count_index, layer.state_index, layer.zero_frac_index
+
+    layer, state = trained("batch")
+    settings = {"approach": "ema", "momentum": 0.5, "activation": "relu"}
+    taken_over = eqx.tree_at(parts, bn_fused.BatchNorm(CHANNELS, "batch", **settings), parts(layer))
+    y, after = apply(taken_over, state, data(5))
+
+    mean, var = state.get(layer.state_index)
+    stats = bn_fused.RunningStats(mean, var, state.get(layer.zero_frac_index), state.get(layer.count_index))
+    expected_y, expected = bn_fused.batch_norm(data(5), stats, layer.weight, layer.bias, channel_axis=1, **settings)
+    assert_trees_close(y, expected_y, n=32)
+    assert_trees_close(after.get(layer.state_index), (expected.mean, expected.var), n=32)
+    assert_same_bits(after.get(layer.zero_frac_index), expected.zero_frac)

@@ -319,6 +319,43 @@ def probe_lowering_device(internals):
     assert seen == [(first, None), (second, None), (first, None)]
 
 
+def probe_axis_size(internals):
+    """the size of a named axis of a vmap or of devices, and that of one which jax.export leaves open"""
+    seen = []
+
+    def one(x):
+        seen.append(internals.axis_size("b"))
+        return x
+
+    jax.vmap(one, axis_name="b")(jnp.ones(3))
+    on_devices(lambda split, whole: [seen.append(internals.axis_size("d")), split][1])
+    (open_size,) = jax.export.symbolic_shape("n")
+    shape = jax.ShapeDtypeStruct((open_size,), jnp.float32)
+    jax.export.export(jax.jit(jax.vmap(one, axis_name="b")))(shape)
+    assert seen == [3, 2, open_size]
+    with pytest.raises(NameError):
+        internals.axis_size("b")
+
+
+def probe_define_evaluation(internals):
+    """a primitive is computed eagerly and under jax.disable_jit; jax.debug_nans and checkify name it"""
+    from jax.experimental import checkify
+
+    primitive = internals.Primitive("bn_fused_probe_nan")
+    primitive.def_abstract_eval(lambda x: x)
+    internals.define_evaluation(primitive)
+    internals.register_lowering(primitive, internals.lower_fun(lambda x: x - x, multiple_results=False))
+    infinity = jnp.asarray(jnp.inf)
+    with jax.disable_jit():
+        assert primitive.bind(jnp.ones(())) == 0
+    for call in (primitive.bind, jax.jit(primitive.bind)):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="encountered in bn_fused_probe_nan"):
+            call(infinity)
+        error, _ = checkify.checkify(call, errors=checkify.nan_checks)(infinity)
+        assert "bn_fused_probe_nan" in error.get()
+        assert checkify.checkify(call, errors=checkify.div_checks)(infinity)[0].get() is None
+
+
 def probe_barrier(internals):
     """a Mosaic GPU kernel lowers with our own PTX in it, which takes the address of a counter in global memory"""
     import jax.experimental.pallas as pl
@@ -373,9 +410,11 @@ PROBES = {
     "Primitive": probe_primitive,
     "SdyShardingRule": probe_custom_partitioning,
     "ad": probe_ad,
+    "axis_size": probe_axis_size,
     "barrier_signal": probe_barrier,
     "barrier_wait": probe_barrier,
     "custom_partitioning": probe_custom_partitioning,
+    "define_evaluation": probe_define_evaluation,
     "device_axis_names": probe_device_axis_names,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
     "is_partitioned": probe_is_partitioned,
