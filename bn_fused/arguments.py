@@ -16,7 +16,7 @@ import numpy as np
 
 from bn_fused.approaches import APPROACHES, DEBIAS
 from bn_fused.kernels.activations import ACTIVATIONS
-from bn_fused.kernels.jax_internals import axis_size, device_axis_names, varying_axes
+from bn_fused.kernels.jax_internals import axis_size, device_axis_names, is_traced, varying_axes
 from bn_fused.kernels.registry import check_backend_name
 from bn_fused.kernels.target import FLOATING
 
@@ -73,7 +73,7 @@ def check_integer(name, value):
 
 def known(value):
     """An array's values as numpy; None where they are traced, or lie with other processes."""
-    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+    if is_traced(value) or not getattr(value, "is_fully_addressable", True):
         return None
     return np.asarray(jax.device_get(value))
 

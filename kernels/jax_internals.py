@@ -31,6 +31,7 @@ __all__ = [
     "device_axis_names",
     "fancy_primitive_batchers",
     "is_partitioned",
+    "is_traced",
     "lower_fun",
     "lower_plainly",
     "lowering_device",
@@ -67,6 +68,11 @@ def axis_size(name):
     return get_axis_env().axis_size(name)
 
 
+def is_traced(value):
+    """Whether a value is one that a transform traces, which nobody knows yet."""
+    return isinstance(value, jax.core.Tracer)
+
+
 def device_axis_names():
     """The axis names bound to devices here (shard_map, pmap); every other bound name belongs to a vmap."""
     return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
@@ -100,7 +106,7 @@ def shard_like(value, like, axes):
     if own.spec == spec:
         # An array that a function in a shard_map closes over has another mesh in its type than what is traced there.
         meshes_differ = own.mesh != sharding.mesh and not own.mesh.empty
-        return jnp.copy(value) if meshes_differ and not isinstance(value, jax.core.Tracer) else value
+        return jnp.copy(value) if meshes_differ and not is_traced(value) else value
     return jax.sharding.reshard(value, jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
