@@ -337,6 +337,17 @@ def probe_axis_size(internals):
         internals.axis_size("b")
 
 
+def probe_is_traced(internals):
+    """what a transform traces is told from what is known"""
+    seen = []
+    for transform in (jax.jit, jax.vmap, jax.grad):
+        transform(lambda x: seen.append(internals.is_traced(x)) or jnp.sum(x))(
+            jnp.ones(()) if transform is jax.grad else jnp.ones(2)
+        )
+    assert seen == [True] * 3
+    assert not internals.is_traced(jnp.ones(2)) and not internals.is_traced(np.ones(2)) and not internals.is_traced(0.5)
+
+
 def probe_define_evaluation(internals):
     """a primitive is computed eagerly and under jax.disable_jit; jax.debug_nans and checkify name it"""
     from jax.experimental import checkify
@@ -418,6 +429,7 @@ PROBES = {
     "device_axis_names": probe_device_axis_names,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
     "is_partitioned": probe_is_partitioned,
+    "is_traced": probe_is_traced,
     "lower_fun": probe_lowering,
     "lower_plainly": probe_lower_plainly,
     "lowering_device": probe_lowering_device,
