@@ -83,18 +83,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
     The statistics are computed in float32 (float64 for float64 inputs), whatever the input's dtype; `y` has x's dtype.
 
-    The settings are static: neither `equinox.tree_at` nor `dataclasses.replace` changes one. What does is a new layer
-    with this one's arrays and places in the state:
-
-    !!! example
-
-        ```python
-        def parts(layer):
-            return layer.weight, layer.bias, layer.count_index, layer.state_index, layer.zero_frac_index
-
-        slower = bn_fused.BatchNorm(64, axis_name="batch", approach="batch", momentum=0.999)
-        layer = eqx.tree_at(parts, slower, parts(layer))  # and the state that was trained goes on
-        ```
+    The settings are static: neither `equinox.tree_at` nor `dataclasses.replace` changes one, `bn_fused.with_settings`
+    does, in a layer and in a whole model.
 
     ??? cite
 

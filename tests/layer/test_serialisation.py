@@ -436,13 +436,9 @@ def test_a_layer_is_hashed_and_compared_by_its_static_fields():
 
 
 def test_a_layer_with_other_settings_takes_over_the_arrays_and_goes_on_with_the_state():
-    def parts(layer):
-        return layer.weight, layer.bias, layer.count_index, layer.state_index, layer.zero_frac_index
-
     layer, state = trained("batch")
     settings = {"approach": "ema", "momentum": 0.5, "activation": "relu"}
-    taken_over = eqx.tree_at(parts, bn_fused.BatchNorm(CHANNELS, "batch", **settings), parts(layer))
-    y, after = apply(taken_over, state, data(5))
+    y, after = apply(bn_fused.with_settings(layer, **settings), state, data(5))
 
     mean, var = state.get(layer.state_index)
     stats = bn_fused.RunningStats(mean, var, state.get(layer.zero_frac_index), state.get(layer.count_index))

@@ -1,0 +1,156 @@
+"""Models with `equinox.nn.BatchNorm` and models with `bn_fused.BatchNorm`, made of each other with what was trained."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from bn_fused.kernels.contract import widest
+from bn_fused.layer import BatchNorm
+from bn_fused.models import check_settings, layer_moments, name_of, with_fields
+
+_APPROACHES = {"ema": "ema_compatibility", "batch": "batch"}  # of Equinox's modes
+
+
+def from_equinox(model, state, **settings):
+    """A model with every `equinox.nn.BatchNorm` in it replaced by a `bn_fused.BatchNorm` that was trained as far.
+
+    Inference gives what it gave, to rounding. Mode "ema" becomes approach "ema_compatibility", mode "batch" becomes
+    "batch" with debias "none": training goes on as it would have gone on, and `settings` can say otherwise. (In mode
+    "batch" Equinox's running variance starts at one, and inference divides that start by a small number in the first
+    steps; it is taken over as it is, and fades as it would have.)
+
+    **Arguments:**
+
+    - `model`, `state`: as `equinox.nn.make_with_state` made them, and as they were trained since; an ensemble that
+        `equinox.filter_vmap` made, too.
+    - `settings`: those of `bn_fused.BatchNorm` that shall not be the old layers', as of `bn_fused.with_settings`.
+
+    **Returns:**
+
+    The new model and its state. Other stateful layers keep their state; the old model and state remain valid.
+
+    **Raises:**
+
+    TypeError for another setting, ValueError if there is no layer to replace, and what `bn_fused.BatchNorm` raises.
+    """
+    check_settings(settings)
+    return _converted(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(old, state, settings))
+
+
+def to_equinox(model, state):
+    """A model with every `bn_fused.BatchNorm` in it replaced by an `equinox.nn.BatchNorm` that was trained as far.
+
+    Inference gives what it gave, to rounding. "ema_compatibility" becomes mode "ema", "batch" becomes mode "batch",
+    which keeps the biased variance in the steps to come. Equinox stores the number of steps and not `zero_frac`: it
+    gets the number that fits best, and moments that give the same inference with it.
+
+    **Arguments:**
+
+    - `model`, `state`: as of `from_equinox`.
+
+    **Returns:**
+
+    The new model and its state, as of `from_equinox`.
+
+    **Raises:**
+
+    ValueError if there is no layer to replace, and for what Equinox does not have: the approach "ema", an activation,
+    virtual batches, groups of devices. It names the layer and what to do.
+    """
+    return _converted(model, state, BatchNorm, lambda path, old: _equinoxs(path, old, state))
+
+
+def _converted(model, state, kind, convert):
+    """The model with layers of a kind converted, and a state for it: the old values at places that fit."""
+    if not any(isinstance(node, kind) for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))):
+        raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced")
+
+    def renewed(path, node):
+        if isinstance(node, eqx.nn.StateIndex):
+            return eqx.nn.StateIndex(state.get(node))  # with its value as its start: `make_with_state` collects those
+        return convert(name_of(path), node) if isinstance(node, kind) else node
+
+    def is_leaf(node):
+        return isinstance(node, (kind, eqx.nn.StateIndex))
+
+    return eqx.nn.make_with_state(lambda: jax.tree_util.tree_map_with_path(renewed, model, is_leaf=is_leaf))()
+
+
+def _ours(old, state, settings):
+    if old.mode == "ema":
+        first = state.get(old.ema_first_time_index)
+        mean, var = state.get(old.ema_state_index)
+        zero_frac = jnp.where(first, 1.0, 0.0)
+    else:
+        counter = state.get(old.batch_counter)
+        first = counter == 0
+        mean, var = state.get(old.batch_state_index)
+        zero_frac = old.momentum**counter
+    own = {
+        "axis_name": old.axis_name,
+        "approach": _APPROACHES[old.mode],
+        "debias": "none",
+        "eps": old.eps,
+        "momentum": old.momentum,
+        "inference": old.inference,
+    }
+    dtype = widest(mean.dtype)
+    new = BatchNorm(old.input_size, channelwise_affine=old.channelwise_affine, dtype=dtype, **(own | settings))
+    # Before the first step Equinox holds anything, or ones; here it is zeros.
+    mean, var = (jnp.where(first[..., None], jnp.zeros((), dtype), value.astype(dtype)) for value in (mean, var))
+    return with_fields(
+        new,
+        {
+            "weight": old.weight,
+            "bias": old.bias,
+            "state_index": eqx.nn.StateIndex((mean, var)),
+            "zero_frac_index": eqx.nn.StateIndex(zero_frac.astype(dtype)),
+            "count_index": eqx.nn.StateIndex(jnp.zeros(first.shape, jnp.int32)),
+        },
+    )
+
+
+def _equinoxs(path, old, state):
+    for name in ("activation", "virtual_batch_size", "axis_index_groups"):
+        if getattr(old, name) is not None:
+            raise ValueError(
+                f"{path} has {name} {getattr(old, name)!r}, which equinox.nn.BatchNorm does not have: give "
+                f"bn_fused.with_settings(model, {name}=None) and see to it outside of the layer"
+            )
+    if old.approach not in _APPROACHES.values():
+        raise ValueError(
+            f'{path} has approach {old.approach!r}, which equinox.nn.BatchNorm does not have: "batch" or '
+            '"ema_compatibility", by bn_fused.with_settings, infer with the same statistics and train otherwise'
+        )
+    mean, var = layer_moments(old, state)
+    zero_frac = state.get(old.zero_frac_index)
+    first = zero_frac == 1
+    mode = next(mode for mode, approach in _APPROACHES.items() if approach == old.approach)
+    new = eqx.nn.BatchNorm(
+        old.input_size,
+        old.axis_name,
+        eps=old.eps,
+        channelwise_affine=old.channelwise_affine,
+        momentum=old.momentum,
+        inference=old.inference,
+        dtype=mean.dtype,
+        mode=mode,
+    )
+    fields = {"weight": old.weight, "bias": old.bias}
+    if mode == "ema":
+        fields["ema_first_time_index"] = eqx.nn.StateIndex(first)
+        fields["ema_state_index"] = eqx.nn.StateIndex((mean, var))
+    else:
+        counter = _steps(zero_frac, old.momentum)
+        share = jnp.where(first, 1, 1 - old.momentum**counter)[..., None]  # what Equinox divides by
+        fields["batch_counter"] = eqx.nn.StateIndex(counter)
+        fields["batch_state_index"] = eqx.nn.StateIndex((mean * share, var * share))
+    return with_fields(new, fields)
+
+
+def _steps(zero_frac, momentum):
+    """The number of steps after which about this share of the start is left: 0 for all of it alone."""
+    # Where it is less than the rounding of 1 the start is gone, and more steps change nothing.
+    smallest = jnp.finfo(zero_frac.dtype).eps / 4
+    kept = jnp.log(jnp.maximum(zero_frac, smallest)) / jnp.log(jnp.asarray(max(momentum, 1e-30), zero_frac.dtype))
+    return jnp.where(zero_frac == 1, 0, jnp.maximum(jnp.round(kept), 1)).astype(int)
