@@ -38,6 +38,7 @@ class Network(eqx.Module):
         return self.last(jnp.mean(x, (1, 2))), state
 
 
+@eqx.filter_jit
 def over_batch(model, x, state, name="batch"):
     return jax.vmap(model, axis_name=name, in_axes=(0, None), out_axes=(0, None))(x, state)
 
