@@ -86,7 +86,9 @@ def as_momentum(value):
     accepted = "a number from 0 (the last batch alone) to 1, without 1"
     if isinstance(value, (jax.Array, np.ndarray)):
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"momentum is {value.dtype}{list(value.shape)}; accepted is {accepted}, or an array of it")
+            raise TypeError(
+                f"momentum is {value.dtype}{list(value.shape)}; accepted is {accepted}, or a floating scalar"
+            )
         number = known(value)
     else:
         check_real("momentum", value)
@@ -223,53 +225,55 @@ def check_input(x, channels, axis, expected, inference):
     if x.shape[axis] != channels:
         raise ValueError(f"x has shape {x.shape}, with {x.shape[axis]} channels on axis {axis}; {expected}")
     if 0 in x.shape and not inference:
-        raise ValueError(f"x has shape {x.shape}: an axis is empty and there is nothing to average over")
+        raise ValueError(
+            f"x has shape {x.shape}: an axis is empty and there is nothing to average over. A padded batch whose mask "
+            "is False everywhere leaves the statistics as they are"
+        )
 
 
-def as_stats(stats):
-    """A `RunningStats` of JAX arrays. TypeError or ValueError unless its fields fit each other.
+def as_stats(stats, holder="stats"):
+    """A `RunningStats` of JAX arrays. TypeError or ValueError, which name the holder, unless its fields fit each other.
 
     That is: mean and var have shape [channels] and one floating dtype, which may have 16 bits; zero_frac is a floating
     scalar, count a scalar integer.
     """
     for name, value in stats._asdict().items():
-        check_array(f"stats.{name}", value)
+        check_array(f"{holder}.{name}", value)
     stats = jax.tree.map(jnp.asarray, stats)
     mean, var = stats.mean, stats.var
     if mean.ndim != 1:
         raise ValueError(
-            f"stats.mean has shape {mean.shape}; accepted is [channels], one value for each (of what pmap has stacked, "
-            "the first: value[0])"
+            f"{holder}.mean has shape {mean.shape}; accepted is [channels], one value for each (of what pmap has "
+            "stacked, the first: value[0])"
         )
     if (mean.shape, mean.dtype) != (var.shape, var.dtype):
         raise ValueError(
-            f"stats.mean is {mean.dtype}{list(mean.shape)} and stats.var is {var.dtype}{list(var.shape)}; accepted are "
-            "two of the same shape and dtype"
+            f"{holder}.mean is {mean.dtype}{list(mean.shape)} and {holder}.var is {var.dtype}{list(var.shape)}; "
+            "accepted are two of the same shape and dtype"
         )
-    check_floating("stats.mean", mean)
-    for name, value, kind in (("zero_frac", stats.zero_frac, jnp.floating), ("count", stats.count, jnp.integer)):
+    check_floating(f"{holder}.mean", mean)
+    integer = "an integer scalar (the average of several states keeps the count of one)"
+    for name, kind, accepted in (("zero_frac", jnp.floating, "a floating scalar"), ("count", jnp.integer, integer)):
+        value = getattr(stats, name)
         if value.shape != () or not jnp.issubdtype(value.dtype, kind):
-            raise ValueError(
-                f"stats.{name} is {value.dtype}{list(value.shape)}; accepted is a scalar, "
-                f"{'floating' if kind is jnp.floating else 'an integer'}"
-            )
+            raise ValueError(f"{holder}.{name} is {value.dtype}{list(value.shape)}; accepted is {accepted}")
     return stats
 
 
-def check_zero_start(name, stats):
+def check_zero_start(holder, stats):
     """ValueError where zero_frac says that the statistics are their zero start alone, and they are not zero.
 
-    Where the values are known, that is. `name` is what holds them.
+    Where the values are known, that is. `holder` is what the message calls them.
     """
     if known(stats.zero_frac) != 1:
         return
     for field, value in (("mean", known(stats.mean)), ("var", known(stats.var))):
         if value is not None and (value != 0).any():
             raise ValueError(
-                f"{name} has zero_frac 1, by which nothing was trained yet, and a {field} that is not zero, which "
+                f"{holder} has zero_frac 1, by which nothing was trained yet, and a {field} that is not zero, which "
                 "would be ignored: statistics from elsewhere are bn_fused.RunningStats.of(mean, var), whose zero_frac "
-                "is 0; the average of several states has the average of their zero_frac, in a type that does not round "
-                "it to 1"
+                "is 0 (a layer takes them by `layer.set_stats(state, stats)`); the average of several states has the "
+                "average of their zero_frac, in a type that does not round it to 1"
             )
 
 
@@ -349,9 +353,10 @@ def as_mask(mask, x, axis):
     except ValueError:
         fits = False
     if not fits:
+        of_examples = ", as mask[:, None, None] of whole examples is" if mask.shape == positions[:1] else ""
         raise ValueError(
             f"mask has shape {mask.shape}; it must be x's shape without the channel axis, {positions}, or "
-            "broadcastable to it"
+            f"broadcastable to it{of_examples}"
         )
     missing = (1,) * (len(positions) - mask.ndim)
     mask = jnp.broadcast_to(jnp.reshape(mask, (*missing, *mask.shape)), positions)

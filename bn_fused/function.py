@@ -44,8 +44,8 @@ def batch_norm(
     - `weight`, `bias`: shape [C], or None for 1 and 0.
     - `approach`: "batch", "ema" or "ema_compatibility".
     - `momentum`: weight of the old running statistics in the new: a number from 0 (the last batch alone) to 1, without
-        1, or a scalar array, which may be traced (a schedule). k/(k+1) in step k, from 0, gives the plain average over
-        batches.
+        1 (PyTorch's is 1 minus this one), or a scalar array. That may be traced (a schedule): then nobody checks it.
+        k/(k+1) in step k, from 0, gives the plain average over batches.
     - `eps`: added to the variance, above 0.
     - `warmup_period`: steps over which the approach "ema" moves from batch to running statistics.
     - `channel_axis`: the axis of the channels, any but 0.
@@ -57,7 +57,8 @@ def batch_norm(
     - `activation`: None, "relu", "silu", "gelu" or "leaky_relu", in the same pass.
     - `residual`: None, or x's shape and dtype; added before the activation.
     - `mask`: None, or bool of x's shape without the channel axis or broadcastable to it: which positions count in the
-        statistics. Of whole examples [n], it is `mask[:, None, None]` for images. What padding holds in x and residual,
+        statistics. Of whole examples [n], it is `mask[:, None, None]` for images ([n] alone is taken for the last axis
+        of positions if it has that size). What padding holds in x and residual,
         NaN too, reaches no gradient where y's is zero there, at inference as in training; see the layer.
     - `debias`: "samples", "axis" or "none".
     - `virtual_batch_size`: None, or a divisor of the number of examples: that many consecutive examples share their
@@ -88,7 +89,7 @@ def batch_norm(
     given, stats = stats, arguments.as_stats(stats)
     arguments.check_zero_start("stats", stats)
     channels = stats.mean.shape[0]
-    arguments.check_input(x, channels, channel_axis, f"stats has {channels}", inference)
+    arguments.check_input(x, channels, channel_axis, f"stats has {channels}, channel_axis is {channel_axis}", inference)
     weight = arguments.as_parameter("weight", weight, stats.mean.shape)
     bias = arguments.as_parameter("bias", bias, stats.mean.shape)
     residual = arguments.as_residual(residual, x)

@@ -83,6 +83,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
     The statistics are computed in float32 (float64 for float64 inputs), whatever the input's dtype; `y` has x's dtype.
 
+    `get_stats(state)` and `set_stats(state, stats)` read and write what the state holds of the layer. The average of
+    several states (a teacher) is that of their floating arrays, with the counters of one; see `RunningStats`.
+
     The settings are static: neither `equinox.tree_at` nor `dataclasses.replace` changes one, `bn_fused.with_settings`
     does, in a layer and in a whole model.
 
@@ -153,7 +156,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `eps`: added to the variance; above 0.
         - `channelwise_affine`: whether there are a weight and a bias per channel.
         - `momentum`: weight of the old running statistics in the new: a number from 0 (the last batch alone) to 1,
-            without 1. `bn_fused.batch_norm` takes a traced one too.
+            without 1; PyTorch's is 1 minus this one. `bn_fused.batch_norm` takes a traced one (a schedule) too.
         - `warmup_period`: steps over which "ema" moves from batch to running statistics; 1 or more.
         - `inference`: normalise with the running statistics and leave them as they are. `equinox.nn.inference_mode`
             toggles it.
@@ -270,17 +273,19 @@ class BatchNorm(eqx.nn.StatefulLayer):
             self.backend,
         )
         call = Call(settings, 0, arguments.as_axis_names(self.axis_name), self.axis_index_groups)
-        stats = self._stats(state)
+        stats = self.get_stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
         old = stats
         y, stats = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
         arguments.check_same_on_devices(stats, old)
-        state = state.set(self.state_index, (stats.mean, stats.var))
-        state = state.set(self.zero_frac_index, stats.zero_frac)
-        return y, state.set(self.count_index, stats.count)
+        return y, self._store(state, stats)
 
-    def _stats(self, state):
+    def get_stats(self, state: eqx.nn.State) -> RunningStats:
+        """The layer's running statistics in a state; their `moments()` are what inference normalises with.
+
+        ValueError or TypeError for a state that does not hold them.
+        """
         if not isinstance(state, eqx.nn.State):
             raise TypeError(
                 f"state is {state!r}; accepted is the equinox.nn.State that equinox.nn.make_with_state gives with the "
@@ -289,7 +294,6 @@ class BatchNorm(eqx.nn.StatefulLayer):
         try:
             mean, var = state.get(self.state_index)
             stats = RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
-            stats = jax.tree.map(jnp.asarray, stats)
         except KeyError:
             raise ValueError(
                 "state holds nothing of this layer; make both together: layer, state = "
@@ -300,8 +304,30 @@ class BatchNorm(eqx.nn.StatefulLayer):
                 f"state holds running statistics of shapes {mean.shape} and {var.shape}, those of another layer; "
                 f"accepted are {(self.input_size,)}, as input_size is {self.input_size}"
             )
+        stats = arguments.as_stats(stats, "state")
         arguments.check_zero_start("state", stats)
         return stats
+
+    def set_stats(self, state: eqx.nn.State, stats: RunningStats) -> eqx.nn.State:
+        """A state that holds these running statistics for the layer, in its own dtype.
+
+        `RunningStats.of(mean, var)` are those of another library. ValueError or TypeError unless they fit the layer.
+        """
+        if not isinstance(stats, RunningStats):
+            raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
+        stats = arguments.as_stats(stats)
+        if stats.mean.shape != (self.input_size,):
+            raise ValueError(f"stats has {stats.mean.shape[0]} channels; input_size is {self.input_size}")
+        arguments.check_zero_start("stats", stats)
+        return self._store(state, stats)
+
+    def _store(self, state, stats):
+        places = (self.state_index, self.zero_frac_index, self.count_index)
+        for place, new in zip(places, ((stats.mean, stats.var), stats.zero_frac, stats.count), strict=True):
+            state = state.set(
+                place, jax.tree.map(lambda value, old: value.astype(jnp.asarray(old).dtype), new, state.get(place))
+            )
+        return state
 
 
 def _approach_and_debias(approach, mode, debias):

@@ -27,6 +27,10 @@ class RunningStats(NamedTuple):
     - `zero_frac`: shape [], their dtype, starts at 1: the share of those averages that is still their zero start.
     - `count`: shape [], int32, starts at 0: the steps of the warm-up of the approach "ema".
 
+    Statistics that are not zero under a zero_frac of 1 (an `init(...)` whose mean was replaced) are an error where
+    their values are known; under `jit` nobody knows, and they count as never trained. Those from elsewhere come by
+    `of`.
+
     The average of several states (a teacher, stochastic weight averaging) is that of all their floating fields,
     `zero_frac` among them. Where that stays close to 1 its rounding shows: a teacher that keeps .9999 of itself in each
     step is off by up to 2 % of the moments in its first steps and .1 % after a hundred, at .999 by a tenth of both.

@@ -111,3 +111,35 @@ def test_a_state_cast_to_16_bits_is_refused_in_training_where_it_would_stay_at_i
             _, stats = bn_fused.batch_norm(x, stats, momentum=momentum)
     assert stats.zero_frac.dtype == jnp.bfloat16 and 0.9 < stats.zero_frac < 1
     np.testing.assert_allclose(stats.moments()[0], x.mean(0), rtol=0.3)
+
+
+def test_a_layer_takes_statistics_from_elsewhere_and_gives_its_own():
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(3, "batch", "batch")
+    x, stats = data(), RunningStats.of(MEAN.astype(np.float64), VAR.astype(np.float64))
+    state = layer.set_stats(state, stats)
+    y, state = over_batch(layer, x, state)
+    _, wanted = bn_fused.batch_norm(x, stats)
+    for one, other in zip(layer.get_stats(state), wanted, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_statistics_that_do_not_fit_a_layer_are_named():
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(3, "batch", "batch")
+    with pytest.raises(ValueError, match="stats has 2 channels; input_size is 3"):
+        layer.set_stats(state, RunningStats.of(MEAN[:2], np.abs(VAR[:2])))
+    with pytest.raises(TypeError, match="accepted is a bn_fused.RunningStats"):
+        layer.set_stats(state, (MEAN, VAR))
+    with pytest.raises(ValueError, match="stats has zero_frac 1"):
+        layer.set_stats(state, RunningStats.init(3)._replace(var=jnp.asarray(VAR)))
+    over_batch(layer, data(), state)
+
+
+def test_an_averaged_count_is_named_with_what_to_do():
+    """A teacher made by averaging every leaf, the counter too."""
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(3, "batch", "ema")
+    _, student = over_batch(layer, data(), jax.tree.map(jnp.copy, state))
+    with jax.numpy_dtype_promotion("standard"):
+        teacher = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, state, student)
+    with pytest.raises(ValueError, match="state.count is float32.*integer.*keeps the count of one"):
+        over_batch(layer, data(), teacher)
