@@ -193,8 +193,11 @@ def check_quiet(run, *arguments):
 
 @pytest.mark.parametrize(
     ("call", "backend"),
-    [(function, "auto"), (layer, "auto"), (function, "reference")],
-    ids=["function", "layer", "function, reference"],
+    [
+        pytest.param(function, "auto", id="function"),
+        pytest.param(layer, "auto", id="layer", marks=pytest.mark.slow),
+        pytest.param(function, "reference", id="function, reference", marks=pytest.mark.slow),
+    ],
 )
 @training_and_inference
 @pytest.mark.parametrize("kind", [FRESH, TRAINED])
@@ -206,10 +209,9 @@ def test_debuggers_are_quiet_where_all_is_well(call, backend, inference, kind, a
         check_quiet(gradient(run), healthy(), x, statistics(kind), mask)
 
 
-@both_calls
 @training_and_inference
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_debuggers_are_quiet_about_healthy_activations(call, inference, activation):
-    run = functools.partial(call, activation=activation, inference=inference)
+def test_debuggers_are_quiet_about_healthy_activations(inference, activation):
+    run = functools.partial(layer, activation=activation, inference=inference)
     check_quiet(run, healthy(), statistics())
     check_quiet(gradient(run), healthy(), healthy(), statistics())
