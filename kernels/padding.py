@@ -84,6 +84,8 @@ def _compute(mask, one, other):
 
 
 def _batch(axis, values, dims):
+    if all(dim is None for dim in dims):
+        return product(*values), None
     mask, *factors = (
         jnp.expand_dims(value, 0) if dim is None else jnp.moveaxis(value, dim, 0)
         for value, dim in zip(values, dims, strict=True)
