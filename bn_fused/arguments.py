@@ -60,8 +60,9 @@ def check_one_of(name, value, accepted):
 
 
 def check_real(name, value):
-    """TypeError unless the value is a real number known while tracing."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    """TypeError unless the value is a real number known while tracing; NumPy's of a 16-bit type is one."""
+    of_numpy = isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
+    if isinstance(value, bool) or not (of_numpy or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
 
 

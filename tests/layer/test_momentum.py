@@ -81,6 +81,13 @@ def test_members_of_a_vmap_have_momenta_of_their_own():
     np.testing.assert_allclose(stats.mean, np.outer(1 - momenta, x.mean(0)), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_a_momentum_may_be_a_scalar_of_numpys_of_any_floating_type(dtype):
+    momentum = jnp.dtype(dtype).type(0.75)
+    _, stats = bn_fused.batch_norm(batches(1)[0], RunningStats.init(CHANNELS), momentum=momentum)
+    assert stats.zero_frac == 0.75 == bn_fused.BatchNorm(CHANNELS, "batch", "batch", momentum=momentum).momentum
+
+
 @pytest.mark.parametrize(
     ("momentum", "error"),
     [
