@@ -32,7 +32,7 @@ def test_pytest_benchmark_does_not_end_the_run_with_its_warning(tmp_path):
         )
 
     done = collect()
-    assert done.returncode == 0, done.stdout + done.stderr
-    # The plugin would be loaded, and its warning an error, but for the setting.
+    assert done.returncode == 0 and "automatically disabled" not in done.stdout + done.stderr
+    # But for the setting the plugin would be loaded, whose warning some versions of pytest make an error.
     done = collect("-p", "benchmark")
-    assert done.returncode != 0 and "automatically disabled" in done.stdout + done.stderr
+    assert "automatically disabled" in done.stdout + done.stderr
