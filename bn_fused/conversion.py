@@ -5,10 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from bn_fused.kernels.contract import widest
-from bn_fused.layer import BatchNorm
+from bn_fused.layer import MODES, BatchNorm
 from bn_fused.models import check_settings, layer_moments, name_of, with_fields
-
-_APPROACHES = {"ema": "ema_compatibility", "batch": "batch"}  # of Equinox's modes
 
 
 def from_equinox(model, state, **settings):
@@ -88,7 +86,7 @@ def _ours(old, state, settings):
         zero_frac = old.momentum**counter
     own = {
         "axis_name": old.axis_name,
-        "approach": _APPROACHES[old.mode],
+        "approach": MODES[old.mode],
         "debias": "none",
         "eps": old.eps,
         "momentum": old.momentum,
@@ -117,7 +115,7 @@ def _equinoxs(path, old, state):
                 f"{path} has {name} {getattr(old, name)!r}, which equinox.nn.BatchNorm does not have: give "
                 f"bn_fused.with_settings(model, {name}=None) and see to it outside of the layer"
             )
-    if old.approach not in _APPROACHES.values():
+    if old.approach not in MODES.values():
         raise ValueError(
             f'{path} has approach {old.approach!r}, which equinox.nn.BatchNorm does not have: "batch" or '
             '"ema_compatibility", by bn_fused.with_settings, infer with the same statistics and train otherwise'
@@ -125,7 +123,7 @@ def _equinoxs(path, old, state):
     mean, var = layer_moments(old, state)
     zero_frac = state.get(old.zero_frac_index)
     first = zero_frac == 1
-    mode = next(mode for mode, approach in _APPROACHES.items() if approach == old.approach)
+    mode = next(mode for mode, approach in MODES.items() if approach == old.approach)
     new = eqx.nn.BatchNorm(
         old.input_size,
         old.axis_name,

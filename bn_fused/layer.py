@@ -12,7 +12,7 @@ from bn_fused.approaches import APPROACHES
 from bn_fused.running_stats import RunningStats
 from bn_fused.step import Call, infer, train
 
-_MODES = {"ema": "ema_compatibility", "batch": "batch"}
+MODES = {"ema": "ema_compatibility", "batch": "batch"}  # of equinox.nn.BatchNorm, and the approach that each is
 
 
 class _NotGiven(str):
@@ -335,8 +335,8 @@ def _approach_and_debias(approach, mode, debias):
     if mode is not None:
         if approach is not None:
             raise ValueError(f"mode is {mode!r} and approach is {approach!r}: give one of them")
-        arguments.check_one_of("mode", mode, _MODES)
-        approach = _MODES[mode]
+        arguments.check_one_of("mode", mode, MODES)
+        approach = MODES[mode]
         debias = "none" if debias is _DEBIAS else debias
     if not isinstance(approach, (str, type(None))):
         raise TypeError(

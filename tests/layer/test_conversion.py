@@ -8,6 +8,7 @@ import pytest
 
 import bn_fused
 
+from support.over_batch import over_batch
 from support.tolerances import tol
 
 CHANNELS = 4
@@ -40,9 +41,7 @@ def make(make_norm, seed=0):
     return eqx.nn.make_with_state(Residual)(make_norm, jax.random.key(seed))
 
 
-@eqx.filter_jit
-def over_batch(model, x, state):
-    return jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
+over_batch = eqx.filter_jit(over_batch)
 
 
 def data(seed):

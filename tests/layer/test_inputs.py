@@ -9,6 +9,8 @@ import pytest
 import bn_fused
 from bn_fused import RunningStats
 
+from support.over_batch import over_batch
+
 CHANNELS = 3
 
 
@@ -66,10 +68,6 @@ def test_the_layer_takes_float64_numpy_arrays_and_state():
 
 def make(**settings):
     return eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch", **settings)
-
-
-def over_batch(layer, x, state):
-    return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
 
 
 @pytest.mark.parametrize("shape", [(0, CHANNELS), (0, CHANNELS, 4), (5, CHANNELS, 0)])

@@ -8,6 +8,7 @@ import pytest
 
 import bn_fused
 
+from support.over_batch import over_batch
 from support.tolerances import tol
 
 
@@ -38,9 +39,7 @@ class Network(eqx.Module):
         return self.last(jnp.mean(x, (1, 2))), state
 
 
-@eqx.filter_jit
-def over_batch(model, x, state, name="batch"):
-    return jax.vmap(model, axis_name=name, in_axes=(0, None), out_axes=(0, None))(x, state)
+over_batch = eqx.filter_jit(over_batch)
 
 
 def data(seed=0, shape=(16, 3, 5, 5)):

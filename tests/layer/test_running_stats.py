@@ -9,11 +9,9 @@ import pytest
 import bn_fused
 from bn_fused import RunningStats
 
+from support.over_batch import over_batch
+
 MEAN, VAR = np.float32([1.0, -2.0, 30.0]), np.float32([4.0, 0.25, 9.0])
-
-
-def over_batch(layer, x, state):
-    return jax.vmap(layer, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(x, state)
 
 
 def data(shape=(64, 3)):
