@@ -13,7 +13,6 @@ JAX's own, of the same jnp code, so every order exists.
 import jax
 import jax.numpy as jnp
 
-from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.contract import (
     LIKE_X,
@@ -24,6 +23,7 @@ from bn_fused.kernels.contract import (
     Coefficients,
     accumulation_dtype,
     blend,
+    kept_for_derivative,
     moments_cotangents,
     reciprocal_std,
     scaled,
@@ -32,10 +32,12 @@ from bn_fused.kernels.contract import (
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.jax_internals import ad, zero_tangent
 from bn_fused.kernels.layout import as_number, expand, group_shape, sum_rows
-from bn_fused.kernels.padding import guarded, product
+from bn_fused.kernels.padding import product
 from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
+# What a normalisation's tangent and backward are computed of: y or nothing in the residual's place, where that will do.
+_NORMALISED = {name: kind for name, kind in OPERATIONS["normalise_backward"].operands.items() if name != "dy"}
 _TANGENTS = {
     "tx": LIKE_X,
     "tweight": PER_CHANNEL,
@@ -53,7 +55,7 @@ _GRADIENTS = {
     "dresidual": LIKE_X,
 }
 _MOMENTS = {"x": LIKE_X, "pivot": PER_CHANNEL, "delta": PER_CHANNEL, "count": PER_GROUP, "mask": MASK}
-_STEP = {**_NORMALISATION, **_MOMENTS, "batch": PER_GROUP}
+_STEP = {**_NORMALISED, **_MOMENTS, "batch": PER_GROUP}
 
 
 def _divisor(operands, layout, averaged):
@@ -157,8 +159,8 @@ def _normalise_tangent(spec, averaged, operands):
     )
     dtype = pivot.dtype
     weight = weight.astype(dtype)
-    residual, mask = operands.get("residual"), operands.get("mask")
-    d, z = jnp_backend.before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    residual, y, mask = (operands.get(name) for name in ("residual", "y", "mask"))
+    d = jnp_backend.deviation(x, pivot, spec)
     centred = d - expand(offset, layout)
     tz = jnp.zeros_like(d)
     if "tx" in operands:
@@ -176,7 +178,8 @@ def _normalise_tangent(spec, averaged, operands):
     if "tresidual" in operands:
         tz = tz + operands["tresidual"].astype(dtype)
     if spec.activation is not None:
-        tz = product(mask, tz, guarded(ACTIVATIONS[spec.activation].derivative, mask)(z))
+        normalisation = offset, rstd, weight, bias, residual, y, mask, spec
+        tz = product(mask, tz, jnp_backend.activation_derivative(d, *normalisation))
     return {"ty": tz.astype(x.dtype)}
 
 
@@ -213,8 +216,14 @@ def _forward_apart(axis, spec, averaged, operands):
             "norm_var": new.norm_var,
         },
     )
-    state = {"new_running_mean": new.new_running_mean, "new_running_var": new.new_running_var}
-    return {**normalised, **results, **state}
+    return {
+        **normalised,
+        **results,
+        "offset": new.offset,
+        "rstd": map_batched(axis, lambda norm_var: reciprocal_std(norm_var, spec.eps), new.norm_var),
+        "new_running_mean": new.new_running_mean,
+        "new_running_var": new.new_running_var,
+    }
 
 
 def _moments_tangent_apart(axis, spec, averaged, operands):
@@ -314,7 +323,7 @@ normalise = define(
     rowwise=True,
 )
 normalise_tangent = define(
-    "normalise_tangent", {**_TANGENTS, **_NORMALISATION}, {"ty": LIKE_X}, _normalise_tangent, rowwise=True
+    "normalise_tangent", {**_TANGENTS, **_NORMALISED}, {"ty": LIKE_X}, _normalise_tangent, rowwise=True
 )
 normalise_backward = define(
     "normalise_backward", OPERATIONS["normalise_backward"].operands, _GRADIENTS, _normalise_backward
@@ -346,34 +355,29 @@ def _normalisation_tangents(tangents, toffset, tnorm_var):
     return {**renamed, "toffset": toffset, "tnorm_var": tnorm_var}
 
 
-def _saved_residual(operands, spec):
-    """Without an activation nothing but the sum depends on the residual: it is not saved."""
-    return operands.get("residual") if spec.activation is not None else None
-
-
 def _forward_jvp(values, tangents, *, names, spec, averaged):
     operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
     results = forward(spec, averaged, **operands)
-    pivot, delta, var = results["pivot"], results["delta"], results["var"]
+    pivot, delta, var, rstd = (results[name] for name in ("pivot", "delta", "var", "rstd"))
     state = {name: operands[name] for name in ("running_mean", "running_var", "coefficients")}
 
     # What the statistics' tangents are apart from those of the batch's moments, and then with them.
     def of_state(**state):
         return blend(pivot, delta, var, **state)
 
-    new, from_state = _jvp_in(of_state, state, tangents)
+    _, from_state = _jvp_in(of_state, state, tangents)
     step = {
         "x": operands["x"],
         "pivot": pivot,
         "delta": delta,
-        "offset": new.offset,
-        "rstd": reciprocal_std(new.norm_var, spec.eps),
+        "offset": results["offset"],
+        "rstd": rstd,
         "weight": operands["weight"],
         "bias": operands["bias"],
         "batch": Coefficients.unpack(operands["coefficients"]).batch.astype(pivot.dtype),
         "count": _divisor(operands, spec.layout, averaged),
-        "residual": _saved_residual(operands, spec),
         "mask": operands.get("mask"),
+        **kept_for_derivative(spec, operands.get("residual"), results["y"]),
     }
     linear = _normalisation_tangents(tangents, from_state.offset, from_state.norm_var)
     result_tangents = tangent(spec, averaged, **linear, **step)
@@ -384,6 +388,8 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
         "pivot": zero_tangent(pivot),
         "delta": tmean,
         "var": tvar,
+        "offset": from_state.offset + from_moments.offset,
+        "rstd": -rstd * rstd * rstd / 2 * (from_state.norm_var + from_moments.norm_var),
         "new_running_mean": from_state.new_running_mean + from_moments.new_running_mean,
         "new_running_var": from_state.new_running_var + from_moments.new_running_var,
     }
@@ -412,8 +418,8 @@ def _normalise_jvp(values, tangents, *, names, spec, averaged):
         **_normalisation_tangents(tangents, sum(centre[1:], *centre[:1]) if centre else None, tangents.get("norm_var")),
         **saved,
         rstd=reciprocal_std(operands["norm_var"], spec.eps),
-        residual=_saved_residual(operands, spec),
         mask=operands.get("mask"),
+        **kept_for_derivative(spec, operands.get("residual"), y),
     )["ty"]
     return [y], [ty]
 

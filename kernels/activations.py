@@ -20,12 +20,14 @@ class Activation(NamedTuple):
     - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX.
     - `function`, `derivative`: what kernels compute, both of the value before the activation.
     - `transcendental`: they have an exponential or a tanh in them, which takes many operations.
+    - `by_sign`: the derivative depends on the sign alone, which the function keeps: it can be computed of the result.
     """
 
     definition: Callable
     function: Callable
     derivative: Callable
     transcendental: bool
+    by_sign: bool = False
 
 
 def _silu_derivative(x):
@@ -52,6 +54,7 @@ ACTIVATIONS = {
         function=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
         derivative=lambda x: (x > 0).astype(x.dtype),
         transcendental=False,
+        by_sign=True,
     ),
     "silu": Activation(
         definition=jax.nn.silu,
@@ -70,6 +73,7 @@ ACTIVATIONS = {
         function=lambda x: jnp.where(x >= 0, x, LEAKY_RELU_SLOPE * x),
         derivative=lambda x: jnp.where(x >= 0, jnp.ones_like(x), jnp.full_like(x, LEAKY_RELU_SLOPE)),
         transcendental=False,
+        by_sign=True,
     ),
 }
 
@@ -82,3 +86,12 @@ def activate(x, name):
 def is_transcendental(name):
     """Whether the activation of this name takes many operations; None does not."""
     return name is not None and ACTIVATIONS[name].transcendental
+
+
+def derivative_from_result(name, dtype):
+    """Whether the derivative can be computed of the result in this dtype, in place of the value before the activation.
+
+    Not in float16: what is small but not zero before (below 6e-8 after relu) is rounded to zero there, and has lost its
+    sign. The others have the range of float32, in which the value before is computed.
+    """
+    return name is not None and ACTIVATIONS[name].by_sign and jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp

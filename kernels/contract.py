@@ -19,6 +19,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bn_fused.kernels.activations import derivative_from_result
+
 # The kinds an operand or result can have.
 LIKE_X = "x"  # x's shape and dtype
 MASK = "mask"  # x's shape with one channel, bool
@@ -67,14 +69,33 @@ class Spec:
     plan: object = None
 
 
+def kept_for_derivative(spec, residual, y):
+    """What a backward needs beside x for the activation's derivative, as operands by name: y, the residual, or nothing.
+
+    Without a residual x tells what the activation got, and without an activation nothing depends on it. y is kept by
+    the operation that follows anyway, the residual often by none.
+    """
+    if residual is None or spec.activation is None:
+        return {}
+    return {"y": y} if derivative_from_result(spec.activation, y.dtype) else {"residual": residual}
+
+
+def has_residual(present):
+    """Whether an operation with these operands has a residual, whose gradient is a result of a backward.
+
+    Where there is no activation that gradient is dy: none of `kept_for_derivative` is an operand, and it is no result.
+    """
+    return "residual" in present or "y" in present
+
+
 def present_results(results, present):
-    """The results a call has, {name: kind}, given the names of its operands: dresidual is there with a residual."""
-    return {name: kind for name, kind in results.items() if name != "dresidual" or "residual" in present}
+    """The results a call has, {name: kind}, given the names of its operands."""
+    return {name: kind for name, kind in results.items() if name != "dresidual" or has_residual(present)}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation's operands and results, {name: kind}. A residual and a mask may be left out."""
+    """An operation's operands and results, {name: kind}. A residual, y and a mask may be left out."""
 
     name: str
     operands: dict
@@ -97,6 +118,8 @@ _NORMALISATION = {
     # NaN in them gets into the sums of the backward.
     "mask": MASK,
 }
+# Its backward has in the residual's place what `kept_for_derivative` says.
+_NORMALISED = {**_NORMALISATION, "y": LIKE_X}
 _SUMS = {"dx": LIKE_X, "sum_dz": PER_CHANNEL, "sum_dz_xhat": PER_CHANNEL, "dresidual": LIKE_X}
 
 # dz is the cotangent before the activation, dz = dy * activation'(z); xhat = (x - norm_mean) * rstd.
@@ -121,6 +144,8 @@ OPERATIONS = {
                 "pivot": PER_CHANNEL,
                 "delta": PER_CHANNEL,
                 "var": PER_CHANNEL,
+                "offset": PER_CHANNEL,
+                "rstd": PER_CHANNEL,
                 "new_running_mean": PER_CHANNEL,
                 "new_running_var": PER_CHANNEL,
             },
@@ -133,7 +158,7 @@ OPERATIONS = {
                 "dy": LIKE_X,
                 "dmean": PER_CHANNEL,
                 "dvar": PER_CHANNEL,
-                **_NORMALISATION,
+                **_NORMALISED,
                 "delta": PER_CHANNEL,
                 "batch": PER_GROUP,
                 "count": PER_GROUP,
@@ -161,7 +186,7 @@ OPERATIONS = {
             {"dx": LIKE_X},
         ),
         Operation("normalise", _NORMALISATION, {"y": LIKE_X}),
-        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISATION}, _SUMS),
+        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISED}, _SUMS),
     )
 }
 

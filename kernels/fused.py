@@ -9,7 +9,16 @@ import jax.numpy as jnp
 
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import reference
-from bn_fused.kernels.contract import Blend, Coefficients, Spec, blend, reciprocal_std, statistics_cotangents, widest
+from bn_fused.kernels.contract import (
+    OPERATIONS,
+    Blend,
+    Coefficients,
+    Spec,
+    blend,
+    kept_for_derivative,
+    statistics_cotangents,
+    widest,
+)
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.layout import CHANNEL, GROUP, ROW, as_number
 from bn_fused.kernels.registry import check_backend_name, is_reference
@@ -119,8 +128,13 @@ def _check_arguments(x, weight, bias, running_mean, running_var, residual, activ
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
-    return run(
+def _fused(spec, *operands):
+    return _results(_run_forward(spec, *operands))
+
+
+def _run_forward(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
+    """The results of `forward` by name."""
+    results = run(
         "forward",
         spec,
         x=x,
@@ -131,57 +145,54 @@ def _fused(spec, x, weight, bias, running_mean, running_var, coefficients, resid
         coefficients=coefficients,
         residual=residual,
     )
+    return dict(zip(OPERATIONS["forward"].results, results, strict=True))
+
+
+def _results(forward):
+    """Those of them that `fused_batch_norm` is made of, and differentiated in."""
+    return tuple(forward[name] for name in ("y", "pivot", "delta", "var", "new_running_mean", "new_running_var"))
 
 
 def _fused_forward(spec, x, weight, bias, running_mean, running_var, coefficients, residual):
-    results = _fused(spec, x, weight, bias, running_mean, running_var, coefficients, residual)
-    moments = results[1:4]
-    # Without an activation the residual's gradient is dy: nothing of it is saved.
-    saved_residual = residual if spec.activation is not None else None
-    return results, (
-        x,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        coefficients,
-        saved_residual,
-        residual is not None,
-        moments,
-    )
+    state = running_mean, running_var, coefficients
+    forward = _run_forward(spec, x, weight, bias, *state, residual)
+    moments = tuple(forward[name] for name in ("pivot", "delta", "var"))
+    normalisation = {
+        "x": x,
+        "weight": weight,
+        "bias": bias,
+        "offset": forward["offset"],
+        "rstd": forward["rstd"],
+        **kept_for_derivative(spec, residual, forward["y"]),
+    }
+    return _results(forward), (normalisation, moments, state, residual is not None)
 
 
 def _fused_backward(spec, saved, cotangents):
-    x, weight, bias, running_mean, running_var, coefficients, residual, has_residual, moments = saved
+    normalisation, (pivot, delta, var), state, has_residual = saved
     dy, _, dmean, dvar, dnew_mean, dnew_var = cotangents
 
     # Per channel, everything is the derivative of these O(channels) formulas; only x's part needs the kernel.
-    def per_channel(delta, var, running_mean, running_var, coefficients):
-        return blend(moments[0], delta, var, running_mean, running_var, coefficients)
+    def per_channel(delta, var, *state):
+        return blend(pivot, delta, var, *state)
 
-    new, pullback = jax.vjp(per_channel, moments[1], moments[2], running_mean, running_var, coefficients)
-    offset, rstd = new.offset, reciprocal_std(new.norm_var, spec.eps)
-    zeros = jnp.zeros_like(offset)
+    _, pullback = jax.vjp(per_channel, delta, var, *state)
+    zeros = jnp.zeros_like(delta)
     into_mean, into_var, *_ = pullback(Blend(zeros, zeros, dnew_mean, dnew_var))
-    gradients = run(
+    x, weight, bias = (normalisation[name] for name in ("x", "weight", "bias"))
+    dx, sum_dz, sum_dz_xhat, *dresidual = run(
         "backward",
         spec,
         dy=dy,
         dmean=dmean + into_mean,
         dvar=dvar + into_var,
-        x=x,
-        pivot=moments[0],
-        offset=offset,
-        rstd=rstd,
-        weight=weight,
-        bias=bias,
-        delta=moments[1],
-        batch=Coefficients.unpack(coefficients).batch.astype(offset.dtype),
-        count=jnp.full(x.shape[:1], as_number(x.shape[1], offset.dtype), offset.dtype),
-        residual=residual,
+        **normalisation,
+        pivot=pivot,
+        delta=delta,
+        batch=Coefficients.unpack(state[-1]).batch.astype(delta.dtype),
+        count=jnp.full(x.shape[:1], as_number(x.shape[1], delta.dtype), delta.dtype),
     )
-    dx, sum_dz, sum_dz_xhat, *dresidual = gradients
-    doffset, dnorm_var = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
+    doffset, dnorm_var = statistics_cotangents(weight, normalisation["rstd"], sum_dz, sum_dz_xhat)
     _, _, *dstate = pullback(Blend(doffset, dnorm_var, dnew_mean, dnew_var))
     if has_residual and not dresidual:
         dresidual = [dy]

@@ -176,9 +176,10 @@ def _moments(run, spec, operands, rows):
 def _forward(run, spec, operands, rows):
     pivot, delta, var = _moments(run, spec, operands, rows)
     new = blend(pivot, delta, var, *(operands[name] for name in ("running_mean", "running_var", "coefficients")))
-    statistics = {"pivot": pivot, "offset": new.offset, "rstd": reciprocal_std(new.norm_var, spec.eps)}
+    offset, rstd = new.offset, reciprocal_std(new.norm_var, spec.eps)
+    statistics = {"pivot": pivot, "offset": offset, "rstd": rstd}
     (y,) = run("normalise", spec, **_only("normalise", operands | statistics))
-    return y, pivot, delta, var, new.new_running_mean, new.new_running_var
+    return y, pivot, delta, var, offset, rstd, new.new_running_mean, new.new_running_var
 
 
 def _normalise_backward(run, spec, operands, rows):

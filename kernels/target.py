@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.export import is_symbolic_dim
 
 from bn_fused.kernels.chips import Chip
-from bn_fused.kernels.contract import Spec
+from bn_fused.kernels.contract import Spec, has_residual
 from bn_fused.kernels.layout import CHANNEL, count_rows, group_shape
 
 FLOATING = ("float32", "bfloat16", "float16", "float64")
@@ -66,6 +66,6 @@ def problem_of(spec: Spec, x, present):
         channels=x.shape[spec.layout.index(CHANNEL)],
         dtype=jnp.dtype(x.dtype).name,
         activation=spec.activation,
-        residual="residual" in present,
+        residual=has_residual(present),
         mask="mask" in present,
     )

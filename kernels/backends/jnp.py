@@ -7,10 +7,10 @@ larger than the standard deviation:
     y     = activation(d * scale + shift + residual)
     dx    = dz * scale + d * slope + level
 
-with scale, shift, slope and level per channel. Traffic in passes over x where XLA fuses the elementwise work into
-the reductions (GPU, any layout): forward 2 reads and 1 write, backward 4 reads and 1 write; with a mask one more read
-in the forward. How the sums are written decides whether XLA does so, see `Plan`. x is worked on where it lies: no
-transpose in any layout.
+with scale, shift, slope and level per channel. Traffic in passes over x where XLA fuses the elementwise work into the
+reductions (GPU, any layout): forward 2 reads and 1 write, one read more with a residual and one with a mask; backward 4
+reads and 1 write, with residual and activation 5 and 2. How the sums are written decides whether XLA does so, see
+`Plan`. x is worked on where it lies: no transpose in any layout.
 
 The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
 1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
@@ -82,7 +82,8 @@ def _variance(mean_square, delta):
 def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
     del mask
-    _, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, None, spec)
+    d = deviation(x, pivot, spec)
+    z = before_activation(d, offset, rstd, weight, bias, residual, None, spec)
     return activate(z, spec.activation).astype(x.dtype)
 
 
@@ -92,7 +93,7 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     new = blend(pivot, delta, var, running_mean, running_var, coefficients)
     rstd = reciprocal_std(new.norm_var, spec.eps)
     y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec)
-    return y, pivot, delta, var, new.new_running_mean, new.new_running_var
+    return y, pivot, delta, var, new.offset, rstd, new.new_running_mean, new.new_running_var
 
 
 def backward(
@@ -109,61 +110,82 @@ def backward(
     batch,
     count,
     residual=None,
+    y=None,
     mask=None,
     *,
     spec,
     total=lambda value: value,
 ):
-    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual.
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where the derivative needs residual or y.
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    normalisation = offset, rstd, weight, bias, residual, y, mask, spec
+    d = deviation(x, pivot, spec)
+    dz = _times_derivative(dy, d, *normalisation)
     sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, mask, spec)
     from_normalisation = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     dmean, dvar = map(total, moments_cotangents(dmean, dvar, *from_normalisation, batch))
-    if _stages(spec) and spec.activation is not None and residual is None:
-        # Left to itself, XLA:GPU writes dz to memory for its next use; it is cheaper to compute it from x and dy again.
-        # With a residual dz is a result, and written anyway.
-        x, dy, dmean, dvar = lax.optimization_barrier((x, dy, dmean, dvar))
-        d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    dresidual = _dresidual(dz, residual, y, x.dtype)
+    if _stages(spec) and spec.activation is not None:
+        # Left to itself, XLA:GPU writes dz to memory for its next use, in float32. It is cheaper to compute it from x
+        # and dy again; and where it is a result, and so written anyway, to read that.
+        if dresidual:
+            x, dz, dmean, dvar = lax.optimization_barrier((x, *dresidual, dmean, dvar))
+            d, dz, dresidual = deviation(x, pivot, spec), dz.astype(d.dtype), (dz,)
+        else:
+            x, dy, dmean, dvar = lax.optimization_barrier((x, dy, dmean, dvar))
+            d = deviation(x, pivot, spec)
+            dz = _times_derivative(dy, d, *normalisation)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
     dx = dx + _through_moments(d, dmean, dvar, delta, count, mask, spec.layout)
-    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+    return dx.astype(x.dtype), sum_dz, sum_dz_xhat, *dresidual
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     """Gradient of `moments` with respect to x."""
-    d = x.astype(pivot.dtype) - expand(pivot, spec.layout)
+    d = deviation(x, pivot, spec)
     return (_through_moments(d, dmean, dvar, delta, count, mask, spec.layout).astype(x.dtype),)
 
 
-def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, y=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`."""
-    d, dz = _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+    d = deviation(x, pivot, spec)
+    dz = _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec)
     sum_dz, sum_dz_xhat = _sums(d, dz, offset, rstd, mask, spec)
     dx = dz * expand(rstd * weight.astype(rstd.dtype), spec.layout)
-    return _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, x.dtype)
+    return dx.astype(x.dtype), sum_dz, sum_dz_xhat, *_dresidual(dz, residual, y, x.dtype)
 
 
-def before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec):
-    """d = x - pivot, and z = (d - offset) * rstd * weight + bias + residual, in the accumulation dtype."""
-    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+def deviation(x, pivot, spec):
+    """d = x - pivot, in the accumulation dtype."""
+    return x.astype(accumulation_dtype(x.dtype)) - expand(pivot, spec.layout)
+
+
+def before_activation(d, offset, rstd, weight, bias, residual, mask, spec):
+    """z = (d - offset) * rstd * weight + bias + residual."""
     scale, shift = scale_and_shift(offset, rstd, weight, bias)
-    d = x.astype(dtype) - expand(pivot, layout)
-    z = guarded(jnp.multiply, mask)(d, expand(scale, layout)) + expand(shift, layout)
-    return d, z if residual is None else z + residual.astype(dtype)
+    z = guarded(jnp.multiply, mask)(d, expand(scale, spec.layout)) + expand(shift, spec.layout)
+    return z if residual is None else z + residual.astype(d.dtype)
 
 
-def _before_activation_gradient(dy, x, pivot, offset, rstd, weight, bias, residual, mask, spec):
-    """d = x - pivot, and dz = dy * activation'(z)."""
-    d, z = before_activation(x, pivot, offset, rstd, weight, bias, residual, mask, spec)
+def activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec):
+    """activation'(z): computed of y, where it is kept for that (see `contract.kept_for_derivative`)."""
+    if y is None:
+        argument = before_activation(d, offset, rstd, weight, bias, residual, mask, spec)
+    else:
+        argument = y.astype(d.dtype)
+    return guarded(ACTIVATIONS[spec.activation].derivative, mask)(argument)
+
+
+def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec):
+    """dz = dy * activation'(z)."""
     dz = dy.astype(d.dtype)
-    if spec.activation is not None:
-        dz = product(mask, dz, guarded(ACTIVATIONS[spec.activation].derivative, mask)(z))
-        # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
-        dz = _written_out(dz) if _folds(spec) else dz
-    return d, dz
+    if spec.activation is None:
+        return dz
+    dz = product(mask, dz, activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec))
+    # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
+    return _written_out(dz) if _folds(spec) else dz
 
 
 def _sums(d, dz, offset, rstd, mask, spec):
@@ -183,9 +205,9 @@ def _through_moments(d, dmean, dvar, delta, count, mask, layout):
     return gradient if mask is None else jnp.where(mask, gradient, jnp.zeros_like(gradient))
 
 
-def _gradients(dx, sum_dz, sum_dz_xhat, dz, residual, dtype):
-    gradients = (dx.astype(dtype), sum_dz, sum_dz_xhat)
-    return gradients if residual is None else (*gradients, dz.astype(dtype))
+def _dresidual(dz, residual, y, dtype):
+    """The residual's gradient as a tuple of one, or none where it is no result: see `contract.has_residual`."""
+    return () if residual is None and y is None else (dz.astype(dtype),)
 
 
 @dataclass(frozen=True)

@@ -34,17 +34,13 @@ def compute_all(compute, spec, operands, rows, operations):
             results[f"{operation}.{name}.dtype"] = str(value.dtype)
         return found
 
-    _, pivot, delta, var, _, _ = run("forward", operands)
+    done = dict(zip(contract.OPERATIONS["forward"].results, run("forward", operands), strict=True))
     coefficients = operands["coefficients"]
-    new = contract.blend(pivot, delta, var, operands["running_mean"], operands["running_var"], coefficients)
-    statistics = {
-        "pivot": pivot,
-        "delta": delta,
-        "offset": new.offset,
-        "rstd": contract.reciprocal_std(new.norm_var, spec.eps),
-        "batch": coefficients[..., 0],
-        "count": jnp.full(coefficients.shape[:-1], rows, jnp.float32),
-    }
+    statistics = {name: done[name] for name in ("pivot", "delta", "offset", "rstd")}
+    statistics["batch"] = coefficients[..., 0]
+    statistics["count"] = jnp.full(coefficients.shape[:-1], rows, jnp.float32)
+    residual = operands.get("residual")
+    kept = {"residual": None, **contract.kept_for_derivative(spec, residual, done["y"])}
     for operation in operations:
-        run(operation, operands | statistics)
+        run(operation, operands | statistics | (kept if "dy" in contract.OPERATIONS[operation].operands else {}))
     return results

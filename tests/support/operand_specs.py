@@ -2,10 +2,10 @@
 
 import jax
 
-from bn_fused.kernels.contract import OPERATIONS
+from bn_fused.kernels.contract import OPERATIONS, Spec, kept_for_derivative
 
 
-def operand_specs(operation, groups, rows, channels, dtype, residual):
+def operand_specs(operation, groups, rows, channels, dtype, residual, activation):
     """{name: `jax.ShapeDtypeStruct`} for x [groups, rows, channels]: without a mask, with a residual or without."""
     kinds = {
         "x": jax.ShapeDtypeStruct((groups, rows, channels), dtype),
@@ -13,5 +13,8 @@ def operand_specs(operation, groups, rows, channels, dtype, residual):
         "group": jax.ShapeDtypeStruct((groups,), "float32"),
         "coefficients": jax.ShapeDtypeStruct((groups, 6), "float32"),
     }
-    left_out = ("mask",) if residual else ("mask", "residual")
-    return {name: kinds[kind] for name, kind in OPERATIONS[operation].operands.items() if name not in left_out}
+    specs = {name: kinds[kind] for name, kind in OPERATIONS[operation].operands.items()}
+    added = {"residual": kinds["x"]} if residual else {}
+    if "y" in specs:
+        added = kept_for_derivative(Spec("grc", activation=activation), added.get("residual"), kinds["x"])
+    return {name: spec for name, spec in specs.items() if name not in ("residual", "y", "mask")} | added

@@ -72,7 +72,7 @@ def step(chip, shape, dtype, activation, residual):
 def half(chip, operation):
     """One operation, with relu."""
     spec = kernels.Spec("grc", activation="relu", backend="pallas_tpu")
-    operands = operand_specs(operation, 2, 65536, 256, "float32", residual=False)
+    operands = operand_specs(operation, 2, 65536, 256, "float32", residual=False, activation="relu")
     compiled = deviceless.compile_for(chip, lambda operands: run(operation, spec, **operands), operands)
     return figures(compiled, operands["x"].size, 4 * operands["x"].size)
 

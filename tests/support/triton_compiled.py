@@ -61,7 +61,7 @@ def launches(case, architecture, operations):
 
     triton_backend.launch = record
     for operation in operations:
-        operands = operand_specs(operation, groups, rows, channels, dtype, residual)
+        operands = operand_specs(operation, groups, rows, channels, dtype, residual, activation)
         spec = Spec("grc", 1e-5, activation, "triton", plan)
         function = getattr(triton_backend, operation)
         jax.eval_shape(lambda values, function=function, spec=spec: function(**values, spec=spec), operands)

@@ -97,7 +97,7 @@ def launches_in(lowered, elements):
 
 def lowered_operation(chip, name, groups, rows, channels, dtype, activation, residual):
     """The launches of an operation and what its plan says of them."""
-    operands = operand_specs(name, groups, rows, channels, dtype, residual)
+    operands = operand_specs(name, groups, rows, channels, dtype, residual, activation)
     spec = Spec("grc", 1e-5, activation, "triton")
     device = types.SimpleNamespace(
         platform="gpu", device_kind=chip.device_kind, compute_capability=chip.architecture, core_count=chip.cores

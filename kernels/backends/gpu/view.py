@@ -43,13 +43,10 @@ class View:
         """A value per group as float32 [groups]."""
         return jnp.reshape(value.astype(jnp.float32), (self.groups,))
 
-    def gradient_arrays(self, dy, x, residual, activation):
-        """What a backward reads: without an activation, its derivative and so the residual do not matter."""
-        arrays = (dy, x) if residual is None or activation is None else (dy, x, residual)
-        return [self.as_rows(array) for array in arrays]
+    def gradient_arrays(self, dy, x, residual, y):
+        """What a backward reads: dy, x, and what else the activation's derivative needs, residual or y."""
+        return [self.as_rows(array) for array in (dy, x, residual, y) if array is not None]
 
-    def gradients(self, results, sums, dy, residual):
-        """The results of a backward: dx (and dresidual, or dy in its place) and the two sums per channel."""
-        dx, *dresidual = (self.like_x(result) for result in results)
-        gradients = (dx, *(self.unchannel(value) for value in sums))
-        return gradients if residual is None else (*gradients, *(dresidual or (dy,)))
+    def gradients(self, dx, dresidual, sums):
+        """The results of a backward; `dresidual` is a list of one, or empty."""
+        return self.like_x(dx), *(self.unchannel(value) for value in sums), *map(self.like_x, dresidual)
