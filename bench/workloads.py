@@ -71,8 +71,8 @@ class Workload(Arranged):
         """Passes over arrays of x's size that no implementation can save.
 
         - fwd reads x (and the residual) and writes y.
-        - bwd reads x and dy and writes dx. With residual and activation it also reads the residual, because the
-          activation's derivative depends on it, and writes the residual's gradient, which is dy without an activation.
+        - bwd reads x and dy and writes dx. With residual and activation it also reads the residual or y, on which the
+          activation's derivative depends, and writes the residual's gradient, which is dy without an activation.
         - fwd+bwd is the sum: the backward cannot begin before the loss has been computed from y.
         """
         forward = 2 + self.residual

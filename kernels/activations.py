@@ -20,14 +20,15 @@ class Activation(NamedTuple):
     - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX.
     - `function`, `derivative`: what kernels compute, both of the value before the activation.
     - `transcendental`: they have an exponential or a tanh in them, which takes many operations.
-    - `by_sign`: the derivative depends on the sign alone, which the function keeps: it can be computed of the result.
+    - `steps`: where the derivative is 1 above zero, its values (below zero, at zero), else None. It depends on the sign
+      alone then, which the function keeps, and can be computed of the result.
     """
 
     definition: Callable
     function: Callable
     derivative: Callable
     transcendental: bool
-    by_sign: bool = False
+    steps: tuple[float, float] | None = None
 
 
 def _silu_derivative(x):
@@ -54,7 +55,7 @@ ACTIVATIONS = {
         function=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
         derivative=lambda x: (x > 0).astype(x.dtype),
         transcendental=False,
-        by_sign=True,
+        steps=(0.0, 0.0),
     ),
     "silu": Activation(
         definition=jax.nn.silu,
@@ -73,7 +74,7 @@ ACTIVATIONS = {
         function=lambda x: jnp.where(x >= 0, x, LEAKY_RELU_SLOPE * x),
         derivative=lambda x: jnp.where(x >= 0, jnp.ones_like(x), jnp.full_like(x, LEAKY_RELU_SLOPE)),
         transcendental=False,
-        by_sign=True,
+        steps=(LEAKY_RELU_SLOPE, 1.0),
     ),
 }
 
@@ -94,4 +95,8 @@ def derivative_from_result(name, dtype):
     Not in float16: what is small but not zero before (below 6e-8 after relu) is rounded to zero there, and has lost its
     sign. The others have the range of float32, in which the value before is computed.
     """
-    return name is not None and ACTIVATIONS[name].by_sign and jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp
+    return (
+        name is not None
+        and ACTIVATIONS[name].steps is not None
+        and jnp.finfo(dtype).minexp <= jnp.finfo(jnp.float32).minexp
+    )

@@ -109,15 +109,16 @@ def ideal(setting: Setting, pass_name: str) -> dict[str, Passes]:
     """The fewest passes of the norm itself: "streaming" from memory, and "resident" where x stays on the chip.
 
     Streaming reads x for the statistics and again to normalise; its backward reads x and dy for the sums and again
-    for dx. Resident reads everything once. A residual is read by the forward; with an activation its value decides
-    the derivative, so the backward reads it as often as x, and writes its gradient (without one that is dy itself).
+    for dx. Resident reads everything once. A residual is read by the forward; with an activation its value or y decides
+    the derivative: the backward reads that for the sums, and writes the residual's gradient (without one that is dy
+    itself), which it reads in dy's place for dx.
     """
     residual = 1 if setting.residual else 0
     through_activation = residual if setting.compiled.activation is not None else 0
     passes = {
         "fwd": {"streaming": (2 + residual, 1), "resident": (1 + residual, 1)},
         "bwd": {
-            "streaming": (4 + 2 * through_activation, 1 + through_activation),
+            "streaming": (4 + through_activation, 1 + through_activation),
             "resident": (2 + through_activation, 1 + through_activation),
         },
     }

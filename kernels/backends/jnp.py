@@ -83,6 +83,7 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
     del mask
     d = deviation(x, pivot, spec)
+    residual = _as_stored(residual) if _stages(spec) else residual
     z = before_activation(d, offset, rstd, weight, bias, residual, None, spec)
     return activate(z, spec.activation).astype(x.dtype)
 
@@ -120,6 +121,9 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
+    if _stages(spec) and spec.activation is not None:
+        # XLA would find that the forward computes the same, let it write what the derivative needs, and keep that too.
+        x, residual, y = lax.optimization_barrier((x, residual, y))
     normalisation = offset, rstd, weight, bias, residual, y, mask, spec
     d = deviation(x, pivot, spec)
     dz = _times_derivative(dy, d, *normalisation)
@@ -175,7 +179,10 @@ def activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec
         argument = before_activation(d, offset, rstd, weight, bias, residual, mask, spec)
     else:
         argument = y.astype(d.dtype)
-    return guarded(ACTIVATIONS[spec.activation].derivative, mask)(argument)
+    activation = ACTIVATIONS[spec.activation]
+    if _stages(spec) and activation.steps is not None:
+        return _of_bits(argument, *activation.steps)
+    return guarded(activation.derivative, mask)(argument)
 
 
 def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec):
@@ -186,6 +193,28 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     dz = product(mask, dz, activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec))
     # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
     return _written_out(dz) if _folds(spec) else dz
+
+
+def _of_bits(argument, below, at_zero):
+    """The derivative that is 1 above zero and has these values elsewhere (the second 0 or 1), for XLA:GPU.
+
+    Without a comparison: XLA would write its result, which is small, and read it again for each of the sums.
+    """
+    integer = jnp.dtype(f"int{8 * argument.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(argument, integer) + integer.type(at_zero)
+    return jnp.maximum(lax.clamp(integer.type(0), bits, integer.type(1)).astype(argument.dtype), below)
+
+
+def _as_stored(array):
+    """bfloat16 as float32 by its bits, for XLA:GPU; other arrays as they are.
+
+    For an ordinary conversion XLA takes the float32 value that was rounded, and the operation before has to write that
+    beside its result in bfloat16.
+    """
+    if array is None or array.dtype != jnp.bfloat16:
+        return array
+    bits = lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32) << jnp.uint32(16)
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _sums(d, dz, offset, rstd, mask, spec):
@@ -265,7 +294,9 @@ def _staged_sum(array, layout):
     rows = math.prod(array.shape[first:end])
     if end == len(layout) or layout[first:end] != ROW * len(axes) or is_symbolic_dim(rows):
         return sum_rows(array, layout)
-    parts = next(parts for parts in range(math.isqrt(rows), 0, -1) if rows % parts == 0)
+    small = next(parts for parts in range(math.isqrt(rows), 0, -1) if rows % parts == 0)
+    # About as many parts as rows in each, but rather more: of longer ones XLA writes the terms to memory first.
+    parts = rows // small if rows < 2 * small**2 else small
     array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
     partial = lax.optimization_barrier(jnp.sum(array, first + 1))
     return sum_rows(partial, layout[:first] + ROW + layout[end:])
