@@ -79,6 +79,9 @@ def test_passes_follow_from_what_stays_on_the_chip():
         blocks = -(-100352 // kernel.block_rows)
         assert 0 < kernel.resident < blocks
         assert kernel.reads == pytest.approx(once + again * (1 - kernel.resident / blocks))
+    # 51 MB for 128 channels: two such arrays fit on a v5e, three do not.
+    images = pallas_tpu.plan(Problem(1, 200704, 256, "bfloat16", "relu", residual=True), V5E)
+    assert images.kind("backward") == "resident" and images.passes("backward") == (3, 2)
 
 
 def test_a_small_problem_asks_for_little_memory():
