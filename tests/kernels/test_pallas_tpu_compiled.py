@@ -20,6 +20,8 @@ CHIP_NAMES = [chip.name for chip in CHIPS.values() if chip.platform == "tpu"]
 CASES = {
     "resident": ((16384, 512), "float32", "relu", False),
     "large": ((262144, 256), "bfloat16", None, False),
+    "large, of y": ((262144, 256), "bfloat16", "relu", True),
+    "large, of the residual": ((131072, 256), "float32", "gelu", True),
     "wide": ((512, 4096), "float32", "gelu", True),
     "ragged": ((3, 77, 130), "bfloat16", "silu", True),
 }
@@ -73,11 +75,15 @@ def test_virtual_batches_are_one_launch_each_way_too(compiled):
     assert compiled[1]["virtual batches"]["launches"] == ["bn_fused_backward", "bn_fused_forward"]
 
 
-def test_nothing_of_xs_size_is_around_the_kernels(compiled):
-    figures = compiled[1]["large"]
+# The operands and results of the two kernels: x and y, x, dy and dx; with a residual, that and y or it again, and its
+# gradient.
+@pytest.mark.parametrize(
+    ("case", "passes"), [("large", (3, 2)), ("large, of y", (5, 3)), ("large, of the residual", (5, 3))]
+)
+def test_nothing_of_xs_size_is_around_the_kernels(compiled, case, passes):
+    figures = compiled[1][case]
     assert figures["copies"] == []
-    # The operands and results of the two kernels: x and y, x, dy and dx.
-    assert (figures["reads"], figures["writes"]) == (3, 2), figures["details"]
+    assert (figures["reads"], figures["writes"]) == passes, figures["details"]
 
 
 def test_a_convolutions_result_is_taken_as_it_lies(compiled):

@@ -208,10 +208,11 @@ def _normalise_block(walk, rows, x, y, residual, pivot, scale, shift, activation
 
 
 def _pre_activation_cotangent(refs, chunk, pivot, scale, shift, activation):
-    """d = x - pivot, and dz = dy * activation'(z)."""
+    """d = x - pivot, and dz = dy * activation'(z), of which y tells where it is kept for that."""
     d, dz = _float(refs.x, chunk) - pivot, _float(refs.dy, chunk)
     if activation is not None:
-        z = _before_activation(d, scale, shift, refs.residual, chunk)
+        kept = refs.y is not None
+        z = _float(refs.y, chunk) if kept else _before_activation(d, scale, shift, refs.residual, chunk)
         dz = dz * ACTIVATIONS[activation].derivative(z)
     return d, dz
 
@@ -236,14 +237,15 @@ def _forward(refs, walk, phase, *, eps, activation):
             offset, rstd, refs.weight[...], refs.bias[...]
         )
         refs.pivot[...], refs.delta[...], refs.var[...] = pivot, delta, var
+        refs.offset[...], refs.rstd[...] = offset, rstd
         refs.new_running_mean[...], refs.new_running_var[...] = new_mean, new_var
 
     def normalise(rows, in_vmem):
-        x = refs.slab.at[walk.index] if in_vmem else refs.x
+        x = refs.x_slab.at[walk.index] if in_vmem else refs.x
         per_channel = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT))
         _normalise_block(walk, rows, x, refs.y, refs.residual, *per_channel, activation)
 
-    pl.when(phase == 0)(lambda: _statistics_phase(walk, refs.x, refs.slab, stats, finish))
+    pl.when(phase == 0)(lambda: _statistics_phase(walk, refs.x, refs.x_slab, stats, finish))
     pl.when(phase == 1)(lambda: walk.blocks(normalise))
 
 
@@ -263,18 +265,22 @@ def _normalise(refs, walk, phase, *, activation, **_):
     )
 
 
-def _sum_block(walk, rows, refs, slabs, activation, dx=None):
-    """Add a block's sum of dz and of dz * d to the scratch; keep its arrays in the slabs, or write dx = dz * scale."""
+def _sum_block(walk, rows, refs, activation, to):
+    """Add a block's sum of dz and of dz * d to the scratch.
+
+    `to`: references to write x, dy, dz or dx = dz * scale to, by these names.
+    """
     pivot, scale, shift = (_row(refs.stats, row) for row in (PIVOT, SCALE, SHIFT))
 
     def add(chunk, valid, sums):
-        for name, slab in slabs.items():
-            slab[chunk, :] = getattr(refs, name)[chunk, :]
+        for name in ("x", "dy"):
+            if name in to:
+                to[name][chunk, :] = getattr(refs, name)[chunk, :]
         d, dz = _pre_activation_cotangent(refs, chunk, pivot, scale, shift, activation)
-        if dx is not None:
-            dx[chunk, :] = (dz * scale).astype(dx.dtype)
-            if refs.dresidual is not None:
-                refs.dresidual[chunk, :] = dz.astype(dx.dtype)
+        if "dx" in to:
+            to["dx"][chunk, :] = (dz * scale).astype(to["dx"].dtype)
+        if "dz" in to:
+            to["dz"][chunk, :] = dz.astype(to["dz"].dtype)
         d, dz = _where_valid(d, valid, d, dz)
         return sums[0] + _partial_sums(dz), sums[1] + _partial_sums(dz * d)
 
@@ -302,10 +308,7 @@ def _write_sums(refs):
 
 def _backward(refs, walk, phase, *, activation, **_):
     stats = refs.stats
-    saved = [name for name in ("x", "dy", "residual") if getattr(refs, f"{name}_slab") is not None]
-
-    def slabs(in_vmem):
-        return {name: getattr(refs, f"{name}_slab").at[walk.index] for name in saved} if in_vmem else {}
+    dz_is_a_result = refs.dresidual is not None
 
     def finish():
         sum_dz, sum_dz_xhat = _write_sums(refs)
@@ -316,19 +319,28 @@ def _backward(refs, walk, phase, *, activation, **_):
         slope, level = through_moments(dmean, dvar, refs.delta[...], refs.count[0, 0, 0])
         stats[pl.ds(SLOPE, 1), :], stats[pl.ds(LEVEL, 1), :] = slope, level
 
+    def slabs():
+        """What stays of a block; dz is rounded as its result is."""
+        x, cotangent = refs.x_slab.at[walk.index], refs.dy_slab.at[walk.index]
+        return {"x": x, "dz" if dz_is_a_result else "dy": cotangent}
+
     def sums():
         pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-        walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, slabs(in_vmem), activation))
+        walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, activation, slabs() if in_vmem else {}))
         pl.when(walk.index == walk.count - 1)(finish)
 
     def gradient(rows, in_vmem):
-        sources = SimpleNamespace(**{**vars(refs), **slabs(in_vmem)})
+        sources, of_dy = refs, activation
+        if in_vmem:
+            x, cotangent = slabs().values()
+            sources = SimpleNamespace(x=x, dy=cotangent, residual=None, y=None)
+            of_dy = None if dz_is_a_result else activation
         pivot, scale, shift, slope, level = (_row(stats, row) for row in (PIVOT, SCALE, SHIFT, SLOPE, LEVEL))
 
         def write(chunk, valid, carry):
-            d, dz = _pre_activation_cotangent(sources, chunk, pivot, scale, shift, activation)
+            d, dz = _pre_activation_cotangent(sources, chunk, pivot, scale, shift, of_dy)
             refs.dx[chunk, :] = (dz * scale + (d * slope + level)).astype(refs.dx.dtype)
-            if refs.dresidual is not None:
+            if dz_is_a_result:
                 refs.dresidual[chunk, :] = dz.astype(refs.dresidual.dtype)
             return carry
 
@@ -340,7 +352,8 @@ def _backward(refs, walk, phase, *, activation, **_):
 
 def _normalise_backward(refs, walk, phase, *, activation, **_):
     pl.when(walk.index == 0)(lambda: _begin_sums(refs))
-    walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, {}, activation, refs.dx))
+    to = {"dx": refs.dx} | ({} if refs.dresidual is None else {"dz": refs.dresidual})
+    walk.blocks(lambda rows, in_vmem: _sum_block(walk, rows, refs, activation, to))
 
     @pl.when(walk.index == walk.count - 1)
     def _():
@@ -358,10 +371,11 @@ def _moments_backward(refs, walk, phase, **_):
     walk.blocks(lambda rows, in_vmem: walk.chunks(rows, write))
 
 
-# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays saved in VMEM between the two.
+# name: kernel, whether it has two phases, arrays read in the second phase alone, arrays saved in VMEM between the two
+# (in dy's place dz, where that is a result).
 KERNELS = {
     "forward": (_forward, True, ("residual",), ("x",)),
-    "backward": (_backward, True, (), ("x", "dy", "residual")),
+    "backward": (_backward, True, (), ("x", "dy")),
     "moments": (_moments, False, (), ()),
     "moments_backward": (_moments_backward, False, (), ()),
     "normalise": (_normalise, False, (), ()),
@@ -382,7 +396,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
     float32) or SCALARS ([groups, 1, n], float32). `results`: {name: kind}; large ones have x's dtype. Returns
     {name: array}.
     """
-    kernel, two_phases, read_for_results, savable = KERNELS[name]
+    kernel, two_phases, read_for_results, saved = KERNELS[name]
     large = next(array for kind, array in operands.values() if kind == LARGE)
     groups, rows, channels = large.shape
     block_rows, block_channels, resident = plan.block_rows, plan.block_channels, plan.resident
@@ -398,7 +412,7 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         def place(index, phase, row):
             if two_phases and name in read_for_results:
                 row = jnp.where(phase == 1, row, 0)
-            elif two_phases and name in savable and resident:
+            elif two_phases and resident:
                 # What is in VMEM is not read again: the window stays on the first phase's last block.
                 row = jnp.where((phase == 1) & (row < resident), row_blocks - 1, row)
             group, channel = column(index)
@@ -439,15 +453,14 @@ def call(name, operands, results, plan, *, eps=None, activation=None, interpret=
         for name, kind in results.items()
     }
     out_specs = [spec(kind, None, write if kind == LARGE else per_channel) for name, kind in results.items()]
-    saved = [name for name in savable if name in operands] if resident else []
-    scratch = {f"{name}_slab": pltpu.VMEM((resident, block_rows, block_channels), large.dtype) for name in saved}
+    slab = pltpu.VMEM((resident, block_rows, block_channels), large.dtype)
+    scratch = {f"{name}_slab": slab for name in saved if resident}
     scratch["stats"] = pltpu.VMEM((SUBLANES, block_channels), jnp.float32)
     names = (*operands, *results, *scratch)
-    absent = dict.fromkeys(("residual", "dresidual", "x_slab", "dy_slab", "residual_slab"))
+    absent = dict.fromkeys(("residual", "y", "dresidual", "x_slab", "dy_slab"))
 
     def body(*references):
         refs = SimpleNamespace(**{**absent, **dict(zip(names, references, strict=True))})
-        refs.slab = refs.x_slab
         phase = pl.program_id(1) if two_phases else 0
         walk = _Walk(rows, plan, pl.program_id(2 if two_phases else 1))
         kernel(refs, walk, phase, eps=eps, activation=activation)

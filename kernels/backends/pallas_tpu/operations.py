@@ -11,7 +11,9 @@ of them (hybrid) it lies between:
     moments_backward     1 read, 1 write
 
 `forward` and `backward` go over the rows of one channel block in two phases, sums and then results, and copy the blocks
-that stay in VMEM only once. `plan` decides how many those are.
+that stay in VMEM only once. `plan` decides how many those are. The backward keeps x and dy of them, or x and dz
+where that is a result (the residual's gradient), rounded to x's dtype as the result is; of the other blocks dz is
+computed again.
 
 The moments are sums of deviations from the mean of the blocks before, merged by the formula of Chan, Golub & LeVeque
 ("Algorithms for computing the sample variance", The American Statistician 37, 1983) in the order of the rows.
@@ -147,15 +149,14 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
         new = blend(pivot, delta, var, running_mean, running_var, coefficients)
         rstd = reciprocal_std(new.norm_var, spec.eps)
         y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec, interpret=interpret)
-        return y, pivot, delta, var, new.new_running_mean, new.new_running_var
+        return y, pivot, delta, var, new.offset, rstd, new.new_running_mean, new.new_running_var
     call = _Call("forward", x, spec, interpret)
     call.scalars(coefficients=coefficients)
     call.large(x=x, residual=residual)
     call.channel(weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
-    y, pivot, delta, var, new_mean, new_var = call(
-        ("y",), ("pivot", "delta", "var", "new_running_mean", "new_running_var")
-    )
-    return y, pivot, delta, var, new_mean.astype(state_dtype), new_var.astype(state_dtype)
+    per_channel = ("pivot", "delta", "var", "offset", "rstd", "new_running_mean", "new_running_var")
+    *results, new_mean, new_var = call(("y",), per_channel)
+    return *results, new_mean.astype(state_dtype), new_var.astype(state_dtype)
 
 
 def backward(
@@ -172,6 +173,7 @@ def backward(
     batch,
     count,
     residual=None,
+    y=None,
     *,
     spec,
     interpret=False,
@@ -180,7 +182,7 @@ def backward(
     call = _Call("backward", x, spec, interpret)
     call.scalars(batch=batch, count=count)
     call.channel(dmean=dmean, dvar=dvar, delta=delta)
-    return _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual)
+    return _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual, y)
 
 
 def moments(x, *, spec, interpret=False):
@@ -207,20 +209,15 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, *, spec, inte
     return call(("y",))[0]
 
 
-def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, *, spec, interpret=False):
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, y=None, *, spec, interpret=False):
     """Gradient of `normalise`: dx with the statistics held constant, and the two sums."""
     call = _Call("normalise_backward", x, spec, interpret)
-    return _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual)
+    return _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual, y)
 
 
-def _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual):
-    inner = residual is not None and call.spec.activation is not None
-    call.large(dy=dy, x=x, residual=residual if inner else None)
+def _gradients(call, dy, x, pivot, offset, rstd, weight, bias, residual, y):
+    call.large(dy=dy, x=x, residual=residual, y=y)
     call.channel(pivot=pivot, offset=offset, rstd=rstd, weight=weight, bias=bias)
-    large = ("dx", "dresidual") if inner else ("dx",)
-    results = dict(zip((*large, "sum_dz", "sum_dz_xhat"), call(large, ("sum_dz", "sum_dz_xhat")), strict=True))
-    gradients = results["dx"], results["sum_dz"], results["sum_dz_xhat"]
-    if residual is None:
-        return gradients
-    # Without an activation the residual's gradient is dy, which is there already.
-    return *gradients, results.get("dresidual", dy)
+    large = ("dx",) if residual is None and y is None else ("dx", "dresidual")
+    dx, *dresidual, sum_dz, sum_dz_xhat = call(large, ("sum_dz", "sum_dz_xhat"))
+    return dx, sum_dz, sum_dz_xhat, *dresidual

@@ -99,29 +99,34 @@ def round_up(size, multiple):
 
 @dataclass(frozen=True)
 class _Traffic:
-    """The arrays of x's size that a kernel reads (in its first phase), reads again, saves between, and writes."""
+    """The arrays of x's size that a kernel reads and writes.
+
+    - `reads`: in its first phase, or its only one. A second phase reads them again where a block did not stay in VMEM.
+    - `saves`: the arrays that stay of a block that does; 0 where there is one phase.
+    - `reads_late`: in the second phase alone.
+    """
 
     reads: int
-    reads_again: int
-    saves: int
     writes: int
+    saves: int = 0
+    reads_late: int = 0
 
     @property
     def windows(self):
-        return max(self.reads, self.reads_again) + self.writes
+        return self.reads + self.reads_late + self.writes
 
 
 def _traffic(residual, activation):
-    # The backward reads the residual for the activation's derivative alone; without one, dresidual is dy itself.
+    # The activation's derivative needs the residual or y; without one, neither is an operand nor dresidual a result.
     inner = int(residual and activation is not None)
     return {
-        # The residual is read in the second phase alone, where x may come from VMEM.
-        "forward": _Traffic(1, 1 + residual, 1, 1),
-        "backward": _Traffic(2 + inner, 2 + inner, 2 + inner, 1 + inner),
-        "moments": _Traffic(1, 0, 0, 0),
-        "moments_backward": _Traffic(1, 0, 0, 1),
-        "normalise": _Traffic(1 + residual, 0, 0, 1),
-        "normalise_backward": _Traffic(2 + inner, 0, 0, 1 + inner),
+        "forward": _Traffic(1, 1, saves=1, reads_late=int(residual)),
+        # x and dy stay, or dz in dy's place where it is a result: the third array is not needed with it.
+        "backward": _Traffic(2 + inner, 1 + inner, saves=2),
+        "moments": _Traffic(1, 0),
+        "moments_backward": _Traffic(1, 1),
+        "normalise": _Traffic(1 + residual, 1),
+        "normalise_backward": _Traffic(2 + inner, 1 + inner),
     }
 
 
@@ -192,7 +197,9 @@ def _kernel_plan(problem, itemsize, traffic, chip):
         pipeline = 2 * traffic.windows * size
         fitting = max(0, (available - pipeline) // (traffic.saves * size))
     resident = min(count, fitting)
-    reads = traffic.reads + traffic.reads_again - traffic.saves * resident / count
+    reads = traffic.reads + traffic.reads_late
+    if traffic.saves:
+        reads += traffic.reads * (count - resident) / count
     limit = RESERVED_BYTES + pipeline + traffic.saves * resident * size
     loop = _inner_loop(block_channels, traffic, problem.activation, chip)
     return KernelPlan(block_rows, block_channels, *loop, resident, resident == count, reads, traffic.writes, limit)
