@@ -130,6 +130,16 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
     assert {backend for backend, *_, figures in by_triton if figures["slab"]} == {"cuda", "hip"}
 
 
+def test_what_is_not_read_again_need_not_stay_in_the_cache(by_triton):
+    """Of the residual's step in slabs: x and the residual; dy and y, of which dz has been made; dz and x."""
+    dropped = {
+        name: figures["dropped"]
+        for *_, case, _, name, figures in by_triton
+        if case == list(SLABS) and "merge" not in name
+    }
+    assert dropped == {"moments": 0, "normalise": 2, "backward_sums": 2, "backward_dx": 2}
+
+
 def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
     for backend, _, case, operation, name, figures in by_triton:
         if case == list(RAGGED) and name in ("moments", "normalise"):
