@@ -391,7 +391,7 @@ def gradient(
     if SUMS:
         if WRITE_DX and WRITE_DZ:
             sums_out = third_out
-        elif DY_LAST:
+        elif WRITE_DX or WRITE_DZ:
             sums_out = second_out
         else:
             sums_out = first_out
