@@ -130,6 +130,16 @@ def test_tiles_are_loaded_and_stored_16_bytes_at_a_time(by_triton):
     assert {backend for backend, *_, figures in by_triton if figures["slab"]} == {"cuda", "hip"}
 
 
+def test_what_is_not_read_again_need_not_stay_in_the_cache(by_triton):
+    """Of the residual's step in slabs: x and the residual; dy and y, of which dz has been made; dz and x."""
+    dropped = {
+        name: figures["dropped"]
+        for *_, case, _, name, figures in by_triton
+        if case == list(SLABS) and "merge" not in name
+    }
+    assert dropped == {"moments": 0, "normalise": 2, "backward_sums": 2, "backward_dx": 2}
+
+
 def test_folded_rows_are_loaded_16_bytes_at_a_time_too(by_triton):
     for backend, _, case, operation, name, figures in by_triton:
         if case == list(RAGGED) and name in ("moments", "normalise"):
@@ -262,26 +272,33 @@ def test_between_convolutions_no_copy_or_transpose_is_added(by_xla):
         check_block(found, "triton", dtype, kernels=6)
 
 
-def test_the_launches_of_a_slab_run_after_those_of_the_one_before_it_and_write_into_the_same_arrays():
+@pytest.mark.parametrize(("residual", "number"), [(False, 4), (True, 8)])
+def test_the_launches_of_a_slab_run_after_those_of_the_one_before_it_and_write_into_the_same_arrays(residual, number):
     """On an RTX 4090, for which the rule takes slabs."""
     skip_without_compilers("rtx4090", triton="cuda")
-    programs = {"order": [[64, 28, 28, 512], "bfloat16"]}
+    programs = {"order": [[64, 28, 28, 512], "bfloat16", residual]}
     found = answer(["-m", "support.compiled_operations"], ["triton", "rtx4090", [], programs])["order"]
-    slabs = tuning.plan(Problem(1, 64 * 28 * 28, 512, "bfloat16", "relu"), Target("cuda", CHIPS["rtx4090"])).slabs
-    assert slabs == 4 and found["scheduled"] and not found["copies"]
+    problem = Problem(1, 64 * 28 * 28, 512, "bfloat16", "relu", residual)
+    slabs = tuning.plan(problem, Target("cuda", CHIPS["rtx4090"])).slabs
+    assert slabs == number and found["scheduled"] and not found["copies"]
     forward, backward = found["launches"][: 3 * slabs], found["launches"][3 * slabs :]
     assert len(backward) == 3 * slabs
-    for launches in (forward, backward):
+    for launches, writes_dz in ((forward, False), (backward, residual)):
         before = None
         for first in range(0, len(launches), 3):
             sums, merge, second = launches[first : first + 3]
-            for name, operands, in_place in (sums, merge, second):
-                assert "constant" in operands[0] if before is None else operands[0] == before, (name, operands)
-                assert in_place == (name == second[0] and before is not None), name
+            # The results that the slabs share: y or dx of the second pass, and dz of the first.
+            continued = [sums, second] if writes_dz else [second]
+            for launch in (sums, merge, second):
+                name, operands, in_place = launch
+                assert "constant" in operands[0] if before is None else operands[0] == before[-1], launch
+                assert in_place == (before is not None and launch in continued), launch
             assert sums[0] in merge[1] and merge[0] in second[1]
-            # What the slab before has written of y or dx.
-            assert before is None or second[1][1] == before, second
-            before = second[0]
+            # The second pass reads what the first has written of dz, which the next slab's writes to only after it.
+            assert (sums[0] in second[1]) == writes_dz, second
+            if before is not None:
+                assert [operands[1] for _, operands, _ in continued] == before
+            before = [name for name, *_ in continued]
 
 
 @pytest.mark.parametrize("by_xla", ["a100"], indirect=True)

@@ -49,10 +49,12 @@ PLANS = {
     # The backend's own.
     "300 rows, bfloat16": make_plan(2, 300, 65, 2, CHIPS["mi250x"]),
     "2051 rows": make_plan(1, 2051, 7, 4, CHIPS["h200"]),
+    "300 rows": plan(columns=32, tile_rows=16, slabs=3),  # of 96, 96 and 64 channels
     "2051 rows, 24 channels": make_plan(1, 2051, 24, 4, CHIPS["mi300x"], residual=True, derivative=True),
 }
 SEVERAL_TILES = ("far from zero", "groups", "bfloat16", "float16", "3 channels")
 FINITE = ("bfloat16", "far from zero")  # folded, and not
+SLABS = ("bfloat16, gelu", "300 rows")  # the derivative is computed of the residual, and of y
 
 
 def interpreted(calls, folder):
@@ -96,7 +98,8 @@ def computed(tmp_path_factory):
         name: np.full_like(arrays[name], value) for name, value in (("running_mean", np.inf), ("running_var", np.nan))
     }
     add("state", "far from zero", arrays | state, operations=())
-    add("one slab", "bfloat16, gelu", slabs=1)
+    for name in SLABS:
+        add(f"{name}, one slab", name, slabs=1)
     add("again", "bfloat16")
     results = interpreted(calls, tmp_path_factory.mktemp("interpreted"))
     return {name: (arrays, results[name]) for name, (_, arrays, _) in calls.items()}
@@ -116,7 +119,7 @@ def test_what_is_not_finite_stays_in_its_channel(name, computed):
 
 def test_a_state_that_is_not_finite_is_kept_out_of_what_does_not_depend_on_it(computed):
     (_, expected), (_, results) = computed["far from zero"], computed["state"]
-    for name in ("y", "pivot", "delta", "var"):
+    for name in ("y", "pivot", "delta", "var", "offset", "rstd"):
         np.testing.assert_array_equal(results[f"forward.{name}"], expected[f"forward.{name}"], err_msg=name)
     assert np.isinf(results["forward.new_running_mean"]).all() and np.isnan(results["forward.new_running_var"]).all()
 
@@ -128,8 +131,9 @@ def test_two_runs_give_the_same_bits(computed):
         np.testing.assert_array_equal(value, first[result], err_msg=result)
 
 
-def test_slabs_give_the_same_bits_as_none(computed):
-    (_, slabs), (_, whole) = computed["bfloat16, gelu"], computed["one slab"]
+@pytest.mark.parametrize("name", SLABS)
+def test_slabs_give_the_same_bits_as_none(name, computed):
+    (_, slabs), (_, whole) = computed[name], computed[f"{name}, one slab"]
     assert len(whole) > 15
     for result, value in whole.items():
         np.testing.assert_array_equal(value, slabs[result], err_msg=result)

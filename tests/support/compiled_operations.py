@@ -2,8 +2,8 @@
 
 Reads JSON from standard input: [backend, target, cases, programs], a case being [[groups, rows, channels, dtype,
 activation, residual], names of operations], and programs {"entrances": whether to try all of them, "plans": whether to
-try plans of pallas_gpu given by hand, "order": the [shape, dtype] of a step whose launches to list, "blocks": dtypes}.
-Writes what was counted in the compiled programs.
+try plans of pallas_gpu given by hand, "order": the [shape, dtype, residual] of a step whose launches to list, "blocks":
+dtypes}. Writes what was counted in the compiled programs.
 
 For tests: `by_operation`, `check_traffic` and `check_block` read what it writes.
 """
@@ -182,7 +182,7 @@ def plans(target):
     return found
 
 
-def order(backend, target, shape, dtype):
+def order(backend, target, shape, dtype, residual):
     """The launches of a training step in the order in which they run, and its copies of arrays of x's size.
 
     Of a launch: its name, the names of those, or of the constants and parameters, that its operands are from, and
@@ -190,14 +190,18 @@ def order(backend, target, shape, dtype):
     """
     stats = bn_fused.RunningStats.init(shape[-1])
 
-    def step(x, dy):
+    def step(dy, *operands):
         y, pullback, new = jax.vjp(
-            lambda x: bn_fused.batch_norm(x, stats, activation="relu", backend=backend), x, has_aux=True
+            lambda x, residual=None: bn_fused.batch_norm(
+                x, stats, residual=residual, activation="relu", backend=backend
+            ),
+            *operands,
+            has_aux=True,
         )
         return y, new, pullback(dy)
 
     x = S(shape, dtype)
-    text = compile_for(target, step, x, x).as_text()
+    text = compile_for(target, step, x, x, *[x] * residual).as_text()
     module = parse(text)
     instructions = module.computations[module.entry]
 

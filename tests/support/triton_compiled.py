@@ -97,6 +97,7 @@ def compiled(backend, architecture, kernel, signature, constants, warps):
     found["loads"] = [
         (vector or "v1") + "." + kind for vector, kind in re.findall(r"ld\.global\S*?(?:\.(v\d))?\.(b\d+)\b", text)
     ]
+    found["dropped"] = len(re.findall(r"ld\.global\S*evict_first", text))  # loads that the cache need not keep
     found["copies"] = [
         int(size, 16)
         for size in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[.*?\], \[.*?\], (0x[0-9a-f]+)", text)

@@ -3,26 +3,29 @@
 For NVIDIA's since Ampere, and AMD's Instinct MI200 and MI300 series (gfx90a, gfx942), with their own tiles.
 
 Any number of rows and of channels is streamed in passes that read x from memory once each and write what they compute
-directly (`passes` says how, `plan` with which tiles). Passes over arrays of x's size, R reads and W
-writes, with `r` the residual, and launches:
+directly (`passes` says how, `plan` with which tiles). Passes over arrays of x's size, R reads and W writes, and
+launches:
 
-    forward              moments R, [merge], normalise R (+R r) W                              3 launches
-    backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
-    moments              R                                                                     2 launches
-    moments_backward     R W                                                                   1 launch
-    normalise            R (+R r) W                                                            1 launch
-    normalise_backward   R x, R dy (+R r) W (+W dr)                                            2 launches
+    forward                   moments R x, [merge], normalise R x (+R residual) W y       3 launches
+    backward                  sums R x, R dy, [merge], gradient R x, R dy W dx            3 launches
+      where dz is a result    sums R x, R dy, R k W dz, [merge], gradient R x, R dz W dx  3 launches
+    moments                   R x                                                         2 launches
+    moments_backward          R x W dx                                                    1 launch
+    normalise                 R x (+R residual) W y                                       1 launch
+    normalise_backward        R x, R dy (+R k) W dx (+W dz)                               2 launches
 
-where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
-is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
-running statistics, or from the sums what the gradient needs per channel. Before the moments each block reads the first
-tile of its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes
-through the rows backwards: it starts with what the first has left in L2, and lets L2 drop what it has read.
+dz is a result, the residual's gradient, where an activation follows the residual; its derivative is computed of k then,
+the residual or y: see `contract.kept_for_derivative`. The sums are of dz before it is rounded to x's dtype.
+
+[merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the running
+statistics, or from the sums what the gradient needs per channel. Before the moments each block reads the first tile of
+its rows for the pivot, and finds it in the cache a moment later. The second pass of forward and backward goes through
+the rows backwards: it starts with what the first has left in L2. What is not read again, L2 may drop at once.
 
 Where the cache is large and the memory slow (Ada, MI300X: `plan.heuristic`), forward and backward work slab by
 slab: the launches of a few channels, whose rows stay in the cache between both passes, then those of the next few. From
-memory that is R W forward and 2R W backward, for as many times more launches. The results are the same arrays, which
-each slab continues in place.
+memory that is R W forward and 2R W backward, or 3R 2W with dz, for as many times more launches. The results are the
+same arrays, which each slab continues in place.
 
 x of any layout is seen as [groups, rows, channels]; where the channels lie last in memory that costs nothing. Where XLA
 chooses the layout, between convolutions, it makes them lie last for 16-bit types, and for float32 since Hopper; between
@@ -230,7 +233,7 @@ def _moments(view, flat):
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
-    """Moments, blend and normalisation: y, the moments and the new running statistics."""
+    """Moments, blend and normalisation: y, and per channel the moments, offset, rstd and the new running statistics."""
     _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     flat, added = view.as_rows(x), None if residual is None else view.as_rows(residual)
@@ -238,16 +241,18 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     if running_mean.dtype != F32 or running_var.dtype != F32:
         moments = [view.unchannel(value) for value in _moments(view, flat)]
         offset, norm_var, *new = blend(*moments, running_mean, running_var, coefficients)
-        channels = view.channels_of(moments[0], offset, reciprocal_std(norm_var, spec.eps))
-        y, _ = _normalise(view, view.slab(), flat, added, [*channels, *affine], reverse=True)
-        return view.like_x(y), *moments, *new
+        rstd = reciprocal_std(norm_var, spec.eps)
+        channels = [*view.channels_of(moments[0], offset, rstd), *affine]
+        y, _ = _normalise(view, view.slab(), flat, added, channels, reverse=True)
+        return view.like_x(y), *moments, offset, rstd, *new
     packed = jnp.reshape(coefficients.astype(F32), (view.groups, coefficients.shape[-1]))
     per_channel = [*view.channels_of(running_mean, running_var), packed]
     slab, y, parts = view.slab(view.plan.slabs), None, []
     for _ in range(view.plan.slabs):
         inputs = [_partial_moments(view, slab, flat), *per_channel]
-        *statistics, offset, rstd = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
-        channels = [statistics[0], offset, rstd, *affine]
+        statistics = view.merge(merges.merge_and_blend, "merge_moments", slab, inputs, 7, EPS=view.eps)
+        pivot, _, _, offset, rstd, *_ = statistics
+        channels = [pivot, offset, rstd, *affine]
         y, slab = _normalise(view, slab, flat, added, channels, before=y, reverse=True)
         parts.append(statistics)
     return view.like_x(y), *(view.unchannel(value) for value in view.joined(parts))
@@ -284,36 +289,40 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
     return view.like_x(y)
 
 
-def _gradient(view, name, slab, arrays, channels, through=None, *, sums, dx, before=None, reverse=False):
-    """A pass of a backward over dy, x and, where it matters, the residual: see the kernel."""
+def _gradient(view, name, slab, arrays, derivative, channels, through=None, *, sums, dx, before=(), reverse=False):
+    """A pass of a backward over dy, x and, where it matters, residual or y; or over dz and x: see the kernel."""
     passes, _ = _kernels()
-    residual = len(arrays) == 3
-    dz = dx and residual
+    dz = len(arrays) == 3
     # The pointers that are not read, and those that are not written.
-    inputs = [*arrays[:2], arrays[2] if residual else channels[0], *channels, *(through or channels[:2])]
-    outputs = dx + dz
-    written = outputs + (sums or not slab.whole)
+    inputs = [*arrays, *channels[: 3 - len(arrays)], *channels, *(through or channels[:2])]
+    written = dx + dz + (sums or not slab.whole)
     unused = dict.fromkeys(("first_out", "second_out", "third_out")[written:])
-    before = [None] * outputs if before is None else list(before)
     return view.stream(
         passes.gradient,
         name,
         slab,
         inputs,
         arrays=len(arrays),
-        before=(*before, *[None] * (2 - outputs)),
+        before=tuple(before) or (None,),
         sums=2 * sums,
-        outputs=outputs,
+        outputs=dx + dz,
         reverse=reverse,
-        RESIDUAL=residual,
-        ACTIVATION=view.activation,
+        **derivative,
         SLOPE=LEAKY_RELU_SLOPE,
         SUMS=sums,
         WRITE_DX=dx,
-        WRITE_DZ=dz,
         MOMENTS=through is not None,
         **unused,
     )
+
+
+_NO_DERIVATIVE = {"ACTIVATION": "none", "KEPT": "none"}
+
+
+def _derivative(view, residual, y):
+    """The constants that say by which derivative a pass multiplies dy, and of what it is computed."""
+    kept = "y" if y is not None else "residual" if residual is not None else "none"
+    return {"ACTIVATION": view.activation, "KEPT": kept}
 
 
 def backward(
@@ -330,38 +339,43 @@ def backward(
     batch,
     count,
     residual=None,
+    y=None,
     mask=None,
     *,
     spec,
 ):
-    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where the derivative needs residual or y."""
     _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
-    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    first = second = view.gradient_arrays(dy, x, residual, y), _derivative(view, residual, y)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
     per_channel = [*channels[1:4], *view.channels_of(dmean, dvar, delta), view.group(batch), view.group(count)]
-    slab, results, parts = view.slab(view.plan.slabs), None, []
+    slab, dx, dz, parts = view.slab(view.plan.slabs), [], [], []
     for _ in range(view.plan.slabs):
-        (partial,), _ = _gradient(view, "backward_sums", slab, arrays, channels, sums=True, dx=False)
+        (*dz, partial), _ = _gradient(view, "backward_sums", slab, *first, channels, sums=True, dx=False, before=dz)
         *sums, slope, level = view.merge(merges.merge_backward, "merge_sums", slab, [partial, *per_channel], 4)
         through = slope, level
-        results, slab = _gradient(
-            view, "backward_dx", slab, arrays, channels, through, sums=False, dx=True, before=results, reverse=True
+        if dz:
+            second = [*dz, view.as_rows(x)], _NO_DERIVATIVE
+        dx, slab = _gradient(
+            view, "backward_dx", slab, *second, channels, through, sums=False, dx=True, before=dx, reverse=True
         )
         parts.append(sums)
-    return view.gradients(results, view.joined(parts), dy, residual)
+    return view.gradients(*dx, dz, view.joined(parts))
 
 
-def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, y=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
     _check_no_mask(mask)
     view, (_, merges) = _View(x, spec), _kernels()
     slab = view.slab()
-    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    arrays, derivative = view.gradient_arrays(dy, x, residual, y), _derivative(view, residual, y)
     channels = view.channels_of(pivot, offset, rstd, weight, bias)
-    (*results, partial), _ = _gradient(view, "normalise_backward", slab, arrays, channels, sums=True, dx=True)
+    (dx, *dz, partial), _ = _gradient(
+        view, "normalise_backward", slab, arrays, derivative, channels, sums=True, dx=True
+    )
     sums = view.merge(merges.merge_sums, "merge_sums", slab, [partial, *channels[1:3]], 2)
-    return view.gradients(results, sums, dy, residual)
+    return view.gradients(dx, dz, sums)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):

@@ -149,7 +149,7 @@ def _activate(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
 
 @triton.jit
 def _derivative(x, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr):
-    """The derivatives of `activations.ACTIVATIONS`."""
+    """The derivatives of `activations.ACTIVATIONS`; relu's and leaky_relu's are the same of the result as of x."""
     if ACTIVATION == "relu":
         slope = tl.where(x > 0, 1.0, 0.0)
     elif ACTIVATION == "leaky_relu":
@@ -292,11 +292,10 @@ def normalise(
 @triton.jit
 def gradient(
     slab,
-    dx_before,
-    dz_before,
+    before,
     dy,
     x,
-    residual,
+    kept,
     pivot,
     offset,
     rstd,
@@ -318,23 +317,24 @@ def gradient(
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
     REVERSE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
+    KEPT: tl.constexpr,
     SUMS: tl.constexpr,
     WRITE_DX: tl.constexpr,
-    WRITE_DZ: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):
     """The passes of a backward, of dz = dy * activation'(z) and d = x - pivot.
 
+    - KEPT: "none"; or, where a residual was added, which array the derivative is computed of, `kept`: "residual" or
+      "y". Then dz, the residual's gradient, is written. A second pass has it in dy's place, and no activation.
     - SUMS: the sums of dz and dz * d of each range of rows, [groups, splits, 2, slab].
-    - WRITE_DX: dx = dz * scale, and with MOMENTS + d * slope + level; WRITE_DZ: dz, the residual's gradient.
+    - WRITE_DX: dx = dz * scale, and with MOMENTS + d * slope + level.
 
     The results are dx, dz, and the sums or the number of the next slab: those that a launch has are written, in this
-    order, to `first_out`, `second_out` and `third_out`; the other pointers are None. `residual`, `slope` and `level`
-    are read if RESIDUAL and MOMENTS; the latter two are those of the slab's channels, [groups, slab]. `dx_before` and
-    `dz_before` are dx and dz with the slabs that are done, in the same memory; they are not read.
+    order, to `first_out`, `second_out` and `third_out`; the other pointers are None. `slope` and `level` are read if
+    MOMENTS; they are those of the slab's channels, [groups, slab]. `before` is the first result with the slabs that are
+    done, in the same memory; it is not read.
     """
     group, split, block = _block_of(SPLITS, BLOCKS, GRID, REVERSE)
     start, count = range_of(split, ROWS, SPLITS)
@@ -354,6 +354,9 @@ def gradient(
         SLAB_CHANNELS: tl.constexpr = CHANNELS if SLAB == WIDTH else SLAB
         slopes = _per_channel(slope, group, of_slab, there, SLAB_CHANNELS)
         levels = _per_channel(level, group, of_slab, there, SLAB_CHANNELS)
+    WRITE_DZ: tl.constexpr = KEPT != "none"
+    # What is computed of dy is in memory then, and a pass that follows reads that.
+    DY_LAST: tl.constexpr = WRITE_DX or WRITE_DZ
     if SUMS:
         sum_dz = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
         sum_dz_d = tl.zeros((TILE_ROWS, COLUMNS), tl.float32)
@@ -365,12 +368,15 @@ def gradient(
         inside = (row + rows < count)[:, None] & there[None, :]
         tile = begin + row.to(tl.int64) * WIDTH
         d = _read(x + tile, within, inside, REVERSE) - centre[None, :]
-        dz = _read(dy + tile, within, inside, REVERSE)
+        dz = _read(dy + tile, within, inside, DY_LAST)
         if ACTIVATION != "none":
-            z = d * scale[None, :] + shift[None, :]
-            if RESIDUAL:
-                z += _read(residual + tile, within, inside, REVERSE)
-            dz = dz * _derivative(z, ACTIVATION, SLOPE)
+            if KEPT == "y":
+                argument = _read(kept + tile, within, inside, DY_LAST)
+            else:
+                argument = d * scale[None, :] + shift[None, :]
+                if KEPT == "residual":
+                    argument += _read(kept + tile, within, inside, DY_LAST)
+            dz = dz * _derivative(argument, ACTIVATION, SLOPE)
         if SUMS:
             sum_dz += tl.where(inside, dz, 0.0)
             sum_dz_d += tl.where(inside, dz * d, 0.0)
@@ -380,11 +386,12 @@ def gradient(
                 dx += d * slopes[None, :] + levels[None, :]
             tl.store(first_out + tile + within, dx.to(first_out.dtype.element_ty), mask=inside)
         if WRITE_DZ:
-            tl.store(second_out + tile + within, dz.to(second_out.dtype.element_ty), mask=inside)
+            dz_out = second_out if WRITE_DX else first_out
+            tl.store(dz_out + tile + within, dz.to(dz_out.dtype.element_ty), mask=inside)
     if SUMS:
-        if WRITE_DZ:
+        if WRITE_DX and WRITE_DZ:
             sums_out = third_out
-        elif WRITE_DX:
+        elif WRITE_DX or WRITE_DZ:
             sums_out = second_out
         else:
             sums_out = first_out
@@ -392,10 +399,7 @@ def gradient(
         tl.store(result, tl.sum(sum_dz, axis=0), mask=there)
         tl.store(result + SLAB, tl.sum(sum_dz_d, axis=0), mask=there)
     elif SLAB != WIDTH:
-        if WRITE_DZ:
-            _say_which_is_next(third_out, slab)
-        else:
-            _say_which_is_next(second_out, slab)
+        _say_which_is_next(second_out, slab)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ class Plan:
     - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
     - `warps`, `stages`: of a block of threads; see `Config`.
     - `slabs`: forward and backward compute that many ranges of channels one after another, with launches for each.
-    - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
+    - `residual`: a residual is added; `derivative`: an activation follows, whose derivative needs it, or y, backward.
     - `tuning`: the file whose configuration this is, or that it was made by rule; plans are compared without it.
     """
 
@@ -211,7 +211,7 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
     columns = columns_of(width, itemsize, config.row_bytes)
     slabs = 1
     if fold == 1:
-        # Of a row, by a backward: of x, of dy, and of the residual.
+        # Of a row, by a backward: of x, of dy, and of the residual or y.
         read = groups * rows * itemsize * (3 if residual and derivative else 2)
         slabs, columns = _slabs(width, columns, read, config.slab_bytes, LEAST_ROW_BYTES // itemsize)
     # A tile of fewer values than its block's threads load at once would leave threads idle in every step.
