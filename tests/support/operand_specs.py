@@ -13,8 +13,8 @@ def operand_specs(operation, groups, rows, channels, dtype, residual, activation
         "group": jax.ShapeDtypeStruct((groups,), "float32"),
         "coefficients": jax.ShapeDtypeStruct((groups, 6), "float32"),
     }
-    specs = {name: kinds[kind] for name, kind in OPERATIONS[operation].operands.items()}
+    specs = {name: kinds[kind] for name, kind in OPERATIONS[operation].operands.items() if kind in kinds}
     added = {"residual": kinds["x"]} if residual else {}
     if "y" in specs:
         added = kept_for_derivative(Spec("grc", activation=activation), added.get("residual"), kinds["x"])
-    return {name: spec for name, spec in specs.items() if name not in ("residual", "y", "mask")} | added
+    return {name: spec for name, spec in specs.items() if name in added or name not in ("residual", "y")}
