@@ -135,10 +135,13 @@ def test_the_merge_of_any_cut_is_the_whole(channels, centre):
 # --- what the kernels read and write --------------------------------------------------------------------------
 
 
-def passes_of_kernels(operation, plan, groups, rows, channels, dtype, activation, residual, monkeypatch):
+def passes_of_kernels(
+    operation, plan, groups, rows, channels, dtype, activation, residual, monkeypatch, state="float32"
+):
     """(name, reads, writes) of arrays of x's size, of each kernel that an operation launches for them.
 
-    The operation is traced, with all of its kernels; its results have the shapes and dtypes of the contract.
+    The operation is traced, with all of its kernels; its results have the shapes and dtypes of the contract. `state`:
+    the dtype of the running statistics.
     """
     found = []
 
@@ -151,15 +154,19 @@ def passes_of_kernels(operation, plan, groups, rows, channels, dtype, activation
         return call
 
     operands = operand_specs(operation, groups, rows, channels, dtype, residual, activation)
+    running = {name: jax.ShapeDtypeStruct((groups, channels), state) for name in ("running_mean", "running_var")}
+    operands |= {name: value for name, value in running.items() if name in operands}
     spec = Spec("grc", activation=activation, plan=plan)
     with monkeypatch.context() as patched:
         for name in ("stream", "resident"):
             patched.setattr(pallas_gpu, name, recording(getattr(pallas_gpu, name)))
         results = jax.eval_shape(lambda given: getattr(pallas_gpu, operation)(**given, spec=spec), operands)
-    kinds = {"x": operands["x"], "channel": jax.ShapeDtypeStruct((groups, channels), "float32")}
-    expected = [kinds[kind] for kind in OPERATIONS[operation].result_kinds(operands).values()]
+    expected = []
+    for name, kind in OPERATIONS[operation].result_kinds(operands).items():
+        of_channels = (groups, channels), state if name.startswith("new_running") else "float32"
+        expected.append(((groups, rows, channels), dtype) if kind == "x" else of_channels)
     results = results if isinstance(results, tuple) else (results,)
-    assert [(each.shape, each.dtype) for each in results] == [(each.shape, each.dtype) for each in expected]
+    assert [(each.shape, each.dtype) for each in results] == expected
     return found
 
 
@@ -186,6 +193,14 @@ def test_the_kernels_read_and_write_what_the_plan_says(dtype, activation, residu
         if (operation, plan) == ("backward", streaming) and residual and activation is not None:
             # The residual's gradient is written with its sums, and the other pass reads it and x alone.
             assert kernels == [("bn_fused_backward_sums", 3, 1), ("bn_fused_backward_dx", 2, 1)]
+
+
+def test_running_statistics_in_float64_are_blended_beside_a_stream(monkeypatch):
+    case = 2, 4096, 96, "bfloat16", "relu", True
+    plan = choose(Problem(*case), H200, "pallas_gpu").plan
+    with jax.enable_x64(True):
+        kernels = passes_of_kernels("forward", plan, *case, monkeypatch, state="float64")
+    assert kernels == [("bn_fused_moments", 1, 0), ("bn_fused_normalise", 2, 1)]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------
