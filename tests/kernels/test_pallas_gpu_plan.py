@@ -1,10 +1,12 @@
 """The plans of the backend `pallas_gpu`, in plain Python: what is covered, what is merged, what is refused."""
 
+import dataclasses
 import itertools
 import math
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +17,11 @@ from bn_fused.kernels.backends.pallas_gpu import operations as pallas_gpu
 from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, Plan, make_plan, splits_of, tiling
 from bn_fused.kernels.backends.pallas_gpu.tiles import WARPGROUP, fold_of
 from bn_fused.kernels.chips import CHIPS
+from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.registry import choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
+from support.operand_specs import operand_specs
 from support.pallas_gpu_tiles import SHAPES, merged_by_hand
 from support.tolerances import assert_close
 
@@ -126,6 +130,77 @@ def test_the_merge_of_any_cut_is_the_whole(channels, centre):
         std = wide.std(0) + abs(wide - wide.mean(0)).max(0)
         assert_close(pivot.astype(np.float64) + delta, wide.mean(0), std, stored=np.float32, what="mean")
         assert_close(var, wide.var(0), std**2, what="var")
+
+
+# --- what the kernels read and write --------------------------------------------------------------------------
+
+
+def passes_of_kernels(
+    operation, plan, groups, rows, channels, dtype, activation, residual, monkeypatch, state="float32"
+):
+    """(name, reads, writes) of arrays of x's size, of each kernel that an operation launches for them.
+
+    The operation is traced, with all of its kernels; its results have the shapes and dtypes of the contract. `state`:
+    the dtype of the running statistics.
+    """
+    found = []
+
+    def recording(kernel):
+        def call(tiling, name, arrays, *others, outputs=0, **settings):
+            assert all(array.shape == (tiling.groups, tiling.rows, tiling.width) for array in arrays)
+            found.append((name, len(arrays), outputs))
+            return kernel(tiling, name, arrays, *others, outputs=outputs, **settings)
+
+        return call
+
+    operands = operand_specs(operation, groups, rows, channels, dtype, residual, activation)
+    running = {name: jax.ShapeDtypeStruct((groups, channels), state) for name in ("running_mean", "running_var")}
+    operands |= {name: value for name, value in running.items() if name in operands}
+    spec = Spec("grc", activation=activation, plan=plan)
+    with monkeypatch.context() as patched:
+        for name in ("stream", "resident"):
+            patched.setattr(pallas_gpu, name, recording(getattr(pallas_gpu, name)))
+        results = jax.eval_shape(lambda given: getattr(pallas_gpu, operation)(**given, spec=spec), operands)
+    expected = []
+    for name, kind in OPERATIONS[operation].result_kinds(operands).items():
+        of_channels = (groups, channels), state if name.startswith("new_running") else "float32"
+        expected.append(((groups, rows, channels), dtype) if kind == "x" else of_channels)
+    results = results if isinstance(results, tuple) else (results,)
+    assert [(each.shape, each.dtype) for each in results] == expected
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "activation", "residual"),
+    [
+        ("float32", None, True),
+        ("float16", "silu", False),
+        ("bfloat16", "relu", True),  # y is kept for the derivative
+        ("float32", "gelu", True),  # the residual is
+    ],
+)
+def test_the_kernels_read_and_write_what_the_plan_says(dtype, activation, residual, monkeypatch):
+    case = 2, 4096, 96, dtype, activation, residual
+    own = choose(Problem(*case), H200, "pallas_gpu").plan
+    streaming = dataclasses.replace(own, forward=None, backward=None)
+    assert own.kind("forward") != "streaming" != own.kind("backward")
+    planned = [(operation, streaming) for operation in OPERATIONS] + [("forward", own), ("backward", own)]
+    for operation, plan in planned:
+        kernels = passes_of_kernels(operation, plan, *case, monkeypatch)
+        names, reads, writes = zip(*kernels, strict=True)
+        assert names == tuple(name for name in plan.launches(operation) if "merge" not in name)
+        assert (sum(reads), sum(writes)) == plan.passes(operation), (operation, kernels)
+        if (operation, plan) == ("backward", streaming) and residual and activation is not None:
+            # The residual's gradient is written with its sums, and the other pass reads it and x alone.
+            assert kernels == [("bn_fused_backward_sums", 3, 1), ("bn_fused_backward_dx", 2, 1)]
+
+
+def test_running_statistics_in_float64_are_blended_beside_a_stream(monkeypatch):
+    case = 2, 4096, 96, "bfloat16", "relu", True
+    plan = choose(Problem(*case), H200, "pallas_gpu").plan
+    with jax.enable_x64(True):
+        kernels = passes_of_kernels("forward", plan, *case, monkeypatch, state="float64")
+    assert kernels == [("bn_fused_moments", 1, 0), ("bn_fused_normalise", 2, 1)]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------

@@ -43,6 +43,10 @@ CALLS = {
     # Tiles of 4 rows in ranges of 12 and 11 rows: the last tile of the second range is moved back.
     "far from zero": call("far from zero", plan(splits=1, tile_bytes=4 * 128 * 4)),
     "folded": call("bfloat16", plan(fold=4, splits=1, tile_bytes=3 * 128 * 2)),
+    # dz is rounded where it is written, and not where it is added up.
+    "folded, dz of 16 bits": call(
+        "bfloat16", plan(fold=4, splits=1, tile_bytes=3 * 128 * 2), activation="gelu", **BACKWARD
+    ),
     "overlapping blocks": call("136 channels", plan(splits=1, warpgroups=4)),
     "two columns a thread": call("float16", plan(columns=256, splits=1, stages=3, tile_bytes=3 * 2 * 256 * 2)),
     "groups and races": call("groups", plan(splits=1, tile_bytes=3 * 2 * 128 * 4)),
@@ -65,8 +69,10 @@ RACES = ("groups and races", "slabs and races")
 # The default ones have each path once.
 DEFAULT = (
     "folded",
+    "folded, dz of 16 bits",
     "groups and races",
     "resident, far from zero",
+    "resident, folded",
     "resident, folded, several blocks",
     "slabs and races",
 )

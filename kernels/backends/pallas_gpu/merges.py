@@ -21,7 +21,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     vectors_of,
     zeros,
 )
-from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, WARPGROUP, share
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SUMS, WARPGROUP, share
 from bn_fused.kernels.contract import blend_channels
 
 # Where partial results are merged in a launch of its own, 1024 threads share the work of 128 channels.
@@ -32,15 +32,22 @@ COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 class Merge:
     """What a merge computes: `reduce(parts)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
 
-    `rounds` are the calls of `Parts.total` in `reduce`, and `exchanged` the most vectors that one of them adds up.
+    - `rounds`: the calls of `Parts.total` in `reduce`; `exchanged`: the most vectors that one of them adds up.
+    - `finished`: the vectors that `finish` returns. The first `needed` are what the rows are computed with, the last
+      `results` are results of the operation; some may be both.
     """
 
-    def __init__(self, reduce, finish, rounds, exchanged):
+    def __init__(self, reduce, finish, *, rounds, exchanged, finished, needed, results):
         self.reduce, self.finish, self.rounds, self.exchanged = reduce, finish, rounds, exchanged
+        self.finished, self.needed, self.results = finished, needed, results
 
 
 def moments_merge(tiling, blends, eps):
-    """The `Merge` of moments, and with `blends` what `merge_moments` says follows from them."""
+    """The `Merge` of moments: pivot, delta and var.
+
+    With `blends`, which weight, bias, running_mean and running_var and the six coefficients are for: pivot, offset and
+    rstd, which are needed, delta, var, new_running_mean and new_running_var; all of them results.
+    """
 
     def reduce(parts):
         # Each column starts with its own copy of the channel: two columns of a channel may differ in the last bits.
@@ -58,14 +65,25 @@ def moments_merge(tiling, blends, eps):
             return moments
         new = blend_channels(*moments, *channels[2:], coefficients, times=times)
         rstd = lax.rsqrt(new.norm_var + jnp.float32(eps))
-        return moments[0], new.offset, rstd, *moments, new.new_running_mean, new.new_running_var
+        pivot, *others = moments
+        return pivot, new.offset, rstd, *others, new.new_running_mean, new.new_running_var
 
-    return Merge(reduce, finish, 2, 1)
+    finished, needed = (7, 3) if blends else (3, 0)
+    return Merge(reduce, finish, rounds=2, exchanged=1, finished=finished, needed=needed, results=finished)
 
 
-def sums_merge(number, finish):
-    """The `Merge` of `number` sums."""
-    return Merge(lambda parts: parts.total(lambda part, n: part, number), finish, 1, number)
+def sums_merge(finish, needed):
+    """The `Merge` of two sums: `finish` returns the vectors that are needed, and two that are results."""
+
+    def reduce(parts):
+        return parts.total(lambda part, n: part, SUMS)
+
+    return Merge(reduce, finish, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS)
+
+
+def cut_to(channels, values):
+    """Values [groups, width] as [groups, channels]."""
+    return [value if value.shape[1] == channels else value[:, :channels] for value in values]
 
 
 def times(coefficient, value):
@@ -119,47 +137,43 @@ class Parts:
 
 
 def merge_moments(tiling, partial, step=None, eps=None):
-    """The moments of a stream's partial results, and what follows from them.
+    """What `moments_merge` computes of a stream's partial results.
 
-    Without `step`, pivot, delta and var [groups, channels]. With it, (arrays of weight, bias, running_mean and
-    running_var, the packed coefficients [groups, 6]): first pivot, offset and rstd [groups, width], then the three
-    moments, new_running_mean and new_running_var [groups, channels].
+    With `step`, (arrays of weight, bias, running_mean and running_var, the packed coefficients [groups, 6]), it blends.
     """
     channels, scalars = step if step is not None else ((), ())
-    merge, numbers = moments_merge(tiling, step is not None, eps), (0, 3) if step is None else (3, 5)
-    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, merge, *numbers)
+    merge = moments_merge(tiling, step is not None, eps)
+    return _merge_launch(tiling, "bn_fused_merge_moments", partial, channels, scalars, merge)
 
 
-def merge_sums(tiling, partial, channels, scalars, finish, results_per_column, results_per_channel):
-    """What `finish(sums, channels, scalars)` computes from a stream's sums.
-
-    The first results are [groups, width], so many as `results_per_column`, the others [groups, channels].
-    """
-    merge, numbers = sums_merge(partial.shape[2], finish), (results_per_column, results_per_channel)
-    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, merge, *numbers)
+def merge_sums(tiling, partial, channels, scalars, merge):
+    """What a `sums_merge` computes of a stream's sums."""
+    return _merge_launch(tiling, "bn_fused_merge_sums", partial, channels, scalars, merge)
 
 
-def _merge_launch(tiling, name, partial, channels, scalars, merge, results_per_column, results_per_channel):
+def _merge_launch(tiling, name, partial, channels, scalars, merge):
     """A launch with one block of threads for each 128 columns, whose warpgroups share the partial results.
 
     A column's result is that of its channel: where rows are folded, the copies of a channel are merged in each block
     that has one of them, so that the next pass reads values per column without anything in between.
 
-    Returns the first `results_per_column` results [groups, width] and the other `results_per_channel` ones [groups,
-    channels]: where rows are folded these are cut to size by the copy engine, if it can (multiples of 16 bytes).
+    Returns the vectors that the next pass needs, [groups, width], and the results [groups, channels]: where rows are
+    folded these are cut to size by the copy engine, if it can (multiples of 16 bytes), and by XLA otherwise.
     """
     pl, plgpu = pallas()
-    t, outputs = tiling, results_per_column + results_per_channel
+    t = tiling
     cuts = t.fold > 1 and t.channels % COPIED == 0
-    widths = [t.width] * results_per_column + [t.channels if cuts else t.width] * results_per_channel
-    out_types = [jax.ShapeDtypeStruct((t.groups, width), F32) for width in widths]
+    whole, cut_out = (merge.needed, merge.results) if cuts else (merge.finished, 0)
+    out_types = [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * whole
+    out_types += [jax.ShapeDtypeStruct((t.groups, t.channels), F32)] * cut_out
     scratch = Exchange.scratch(merge.rounds, MERGE_WARPGROUPS, merge.exchanged, WARPGROUP)
     if cuts:
-        scratch.append(plgpu.SMEM((results_per_channel, WARPGROUP), F32))
+        scratch.append(plgpu.SMEM((cut_out, WARPGROUP), F32))
 
     def body(partial_ref, *refs):
         take = taker(refs)
-        channel_refs, scalar_refs, out_refs = take(len(channels)), take(len(scalars)), take(outputs)
+        channel_refs, scalar_refs = take(len(channels)), take(len(scalars))
+        whole_refs, cut_out_refs = take(whole), take(cut_out)
         exchange = Exchange(*take(2))
         (cut,) = take(1) if cuts else (None,)
         warpgroup = lax.axis_index("warpgroup")
@@ -169,31 +183,27 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge, results_per_c
         reduced = merge.reduce(Parts(t, partial_ref, group, start, WARPGROUP, warpgroup, exchange))
 
         def write_cut(number):
-            for index, out_ref in enumerate(out_refs[results_per_column:]):
+            for index, out_ref in enumerate(cut_out_refs):
                 there = out_ref.at[group, pl.ds(block * WARPGROUP, number)]
                 plgpu.copy_smem_to_gmem(cut.at[index, pl.ds(0, number)], there)
 
         @pl.when(warpgroup == 0)
         def _():
             values = vectors_of(channel_refs, group, columns)
-            results = merge.finish(reduced, values, numbers_of(scalar_refs, group))
-            for index, (out_ref, result) in enumerate(zip(out_refs, results, strict=True)):
-                if cuts and index >= results_per_column:
-                    cut[index - results_per_column] = result
-                else:
-                    out_ref[group, columns] = result
+            finished = merge.finish(reduced, values, numbers_of(scalar_refs, group))
+            for out_ref, value in zip(whole_refs, finished[:whole], strict=True):
+                out_ref[group, columns] = value
             if cuts:
+                for index, value in enumerate(finished[-cut_out:]):
+                    cut[index] = value
                 plgpu.commit_smem()
-                whole, rest = divmod(t.channels, WARPGROUP)
-                if whole:
-                    pl.when(block < whole)(lambda: write_cut(WARPGROUP))
+                full_blocks, rest = divmod(t.channels, WARPGROUP)
+                if full_blocks:
+                    pl.when(block < full_blocks)(lambda: write_cut(WARPGROUP))
                 if rest:
-                    pl.when(block == whole)(lambda: write_cut(rest))
+                    pl.when(block == full_blocks)(lambda: write_cut(rest))
                 plgpu.wait_smem_to_gmem(0)
 
     kernel = launch(body, name, out_types, scratch, {"block": t.groups * t.merge_blocks}, MERGE_WARPGROUPS)
-    results = kernel(partial, *channels, *scalars)
-    per_channel = results[results_per_column:]
-    return results[:results_per_column], [
-        value[:, : t.channels] if value.shape[1] != t.channels else value for value in per_channel
-    ]
+    written = kernel(partial, *channels, *scalars)
+    return written[: merge.needed], cut_to(t.channels, written[-merge.results :])

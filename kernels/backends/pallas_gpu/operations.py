@@ -1,27 +1,29 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
-Passes over arrays of x's size, R reads and W writes, with `r` the residual, and launches. Where what an operation reads
-fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once (`resident`):
+Passes over arrays of x's size, R reads and W writes, and launches; r is the residual, k what is kept for the
+activation's derivative where one was added, r or y, and dz, the gradient before the activation, is then a result. Where
+what an operation reads fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once
+(`resident`):
 
-    forward              R (+R r) W                                                            1 launch
-    backward             R x, R dy (+R r) W (+W dr)                                            1 launch
+    forward              R x (+R r) W y                                                 1 launch
+    backward             R x, R dy (+R k) W dx (+W dz)                                  1 launch
 
 else it is streamed (`stream`), as are the other operations always:
 
-    forward              moments R, [merge], normalise R (+R r) W                              3 launches
-    backward             sums R x, R dy (+R r), [merge], gradient R x, R dy (+R r) W (+W dr)   3 launches
-    moments              R                                                                     2 launches
-    moments_backward     R W                                                                   1 launch
-    normalise            R (+R r) W                                                            1 launch
-    normalise_backward   R x, R dy (+R r) W (+W dr)                                            2 launches
+    forward              moments R x, [merge], normalise R x (+R r) W y                 3 launches
+    backward             sums R x, R dy, [merge], gradient R x, R dy W dx               3 launches
+      with k             sums R x, R dy, R k W dz, [merge], gradient R x, R dz W dx     3 launches
+    moments              R x                                                            2 launches
+    moments_backward     R x W dx                                                       1 launch
+    normalise            R x (+R r) W y                                                 1 launch
+    normalise_backward   R x, R dy (+R k) W dx (+W dz)                                  2 launches
 
-where the residual is read in a backward only if there is an activation, and dr, its gradient, is dy itself if there
-is none. [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the
-running statistics, scale and shift. A second pass goes through the rows backwards: it starts with what the first has
-left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the blocks of a
-resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns, several rows
-are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=` with
-`forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
+[merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the running
+statistics, offset and rstd; or it merges the sums. A second pass goes through the rows backwards: it starts with what
+the first has left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the
+blocks of a resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns,
+several rows are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=`
+with `forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
 
 x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
 where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
@@ -165,37 +167,43 @@ def _moments_row(values, channels, _):
     return (d, d * d), ()
 
 
-def _before_activation(x, residual, pivot, offset, rstd, weight, bias):
-    scale, shift = scale_and_shift(offset, rstd, weight, bias)
-    d = x - pivot
+def _before_activation(d, scale, shift, residual):
     z = d * scale + shift
-    return d, z if residual is None else z + residual, scale
+    return z if residual is None else z + residual
 
 
 def _normalise_row(activation):
     def row(values, channels, _):
         x, residual = (*values, None)[:2]
-        _, z, _ = _before_activation(x, residual, *channels[:5])
+        pivot, *others = channels[:5]
+        z = _before_activation(x - pivot, *scale_and_shift(*others), residual)
         return (), (activate(z, activation),)
 
     return row
 
 
-def _gradient_row(activation, *, write_dx, moments=False, write_dz=False):
-    """Of rows of dy, x and, where it matters, the residual: the sums of dz and dz * d; or dx; or both."""
+def _gradient_row(activation, from_y=False, *, write_dx=False, write_dz=False, moments=False):
+    """Of rows of dy, x and, where it is kept for the derivative, y (`from_y`) or the residual: dx and dz, if written.
+
+    And the sums of dz and dz * d; or, with `moments`, none: then dx has the part that goes through the moments.
+    """
 
     def row(values, channels, _):
-        dy, x, residual = (*values, None)[:3]
-        d, z, scale = _before_activation(x, residual, *channels[:5])
-        dz = dy if activation is None else dy * ACTIVATIONS[activation].derivative(z)
+        dy, x, kept = (*values, None)[:3]
+        pivot, *others = channels[:5]
+        d, (scale, shift) = x - pivot, scale_and_shift(*others)
+        dz = dy
+        if activation is not None:
+            argument = kept if from_y else _before_activation(d, scale, shift, kept)
+            dz = dy * ACTIVATIONS[activation].derivative(argument)
         results = ()
         if write_dx:
             dx = dz * scale
             if moments:
                 slope, level = channels[-2:]
                 dx = dx + (d * slope + level)
-            results = (dx, dz) if write_dz else (dx,)
-        return () if moments else (dz, dz * d), results
+            results = (dx,)
+        return () if moments else (dz, dz * d), (*results, dz) if write_dz else results
 
     return row
 
@@ -240,8 +248,8 @@ def moments(x, mask=None, *, spec):
     """Mean, as pivot + delta, and biased variance of each channel over its rows."""
     _check_no_mask(mask)
     view = _View(x, spec)
-    _, per_channel = merge_moments(*_moments_partial(view, view.as_rows(x)))
-    return tuple(view.unchannel(value) for value in per_channel)
+    _, results = merge_moments(*_moments_partial(view, view.as_rows(x)))
+    return tuple(map(view.unchannel, results))
 
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
@@ -257,16 +265,17 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     if blends:
         operands = view.tiled(weight, bias, running_mean, running_var)
         numbers = [view.numbers(coefficients)]
-        per_column, per_channel = merge_moments(*partial, (operands, numbers), spec.eps)
-        pivot, delta, var, *new = (view.unchannel(value) for value in per_channel)
-        channels = [*per_column, *operands]
+        needed, results = merge_moments(*partial, (operands, numbers), spec.eps)
+        pivot, offset, rstd, delta, var, *new = map(view.unchannel, results)
+        channels = [*needed, *operands]
     else:
-        _, per_channel = merge_moments(*partial)
-        pivot, delta, var = (view.unchannel(value) for value in per_channel)
+        _, results = merge_moments(*partial)
+        pivot, delta, var = map(view.unchannel, results)
         offset, norm_var, *new = blend(pivot, delta, var, running_mean, running_var, coefficients)
-        channels = view.tiled(pivot, offset, reciprocal_std(norm_var, spec.eps), weight, bias)
+        rstd = reciprocal_std(norm_var, spec.eps)
+        channels = view.tiled(pivot, offset, rstd, weight, bias)
     y = _normalise(view, flat, residual, channels, spec, reverse=True)
-    return y, pivot, delta, var, *new
+    return y, pivot, delta, var, offset, rstd, *new
 
 
 def _resident_forward(view, flat, operands, coefficients, residual, spec):
@@ -280,12 +289,12 @@ def _resident_forward(view, flat, operands, coefficients, residual, spec):
     def result_row(values, merged, channels, numbers):
         return normalise_row(values, [*merged, *channels], numbers)[1]
 
-    (y,), (pivot, delta, var, *new) = resident(
+    (y,), results = resident(
         tiles, "bn_fused_resident_forward", arrays, channels, numbers, sum_row,
-        moments_merge(tiles, True, spec.eps), result_row,
-        sums=2, outputs=1, results_per_channel=5, moments=True,
+        moments_merge(tiles, True, spec.eps), result_row, sums=2, outputs=1, moments=True,
     )  # fmt: skip
-    return view.like_x(y), *(view.unchannel(value) for value in (pivot, delta, var, *new))
+    pivot, offset, rstd, delta, var, *new = map(view.unchannel, results)
+    return view.like_x(y), pivot, delta, var, offset, rstd, *new
 
 
 def _normalise(view, flat, residual, channels, spec, reverse):
@@ -317,47 +326,52 @@ def backward(
     batch,
     count,
     residual=None,
+    y=None,
     mask=None,
     *,
     spec,
 ):
-    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where there is a residual."""
+    """Gradient of `forward`: dx, sum(dz), sum(dz * xhat), and dresidual where the derivative needs residual or y."""
     _check_no_mask(mask)
     view = _View(x, spec, "backward")
-    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    arrays = view.gradient_arrays(dy, x, residual, y)
     channels = view.tiled(pivot, offset, rstd, weight, bias, dmean, dvar, delta)
     numbers = [view.group(value) for value in (batch, count)]
-    sum_row, write_dz = _gradient_row(spec.activation, write_dx=False), len(arrays) == 3
-    result_row = _gradient_row(spec.activation, write_dx=True, moments=True, write_dz=write_dz)
-    outputs = 1 + write_dz
+    activation, from_y, write_dz = spec.activation, y is not None, len(arrays) == 3
+    merge = sums_merge(_finish_backward, needed=2)
     if view.resident_plan is not None:
-        tiles = view.resident_tiling(len(arrays))
-        results, sums = resident(
-            tiles, "bn_fused_resident_backward", arrays, channels, numbers, lambda *row: sum_row(*row)[0],
-            sums_merge(2, _finish_backward),
+        sum_row = _gradient_row(activation, from_y)
+        result_row = _gradient_row(activation, from_y, write_dx=True, write_dz=write_dz, moments=True)
+        (dx, *dz), sums = resident(
+            view.resident_tiling(len(arrays)), "bn_fused_resident_backward", arrays, channels, numbers,
+            lambda *row: sum_row(*row)[0], merge,
             lambda values, merged, channels, numbers: result_row(values, [*channels, *merged], numbers)[1],
-            sums=2, outputs=outputs, results_per_channel=2,
+            sums=2, outputs=1 + write_dz,
         )  # fmt: skip
-        return view.gradients(results, sums, dy, residual)
-    tiles = view.tiling(len(arrays))
-    (partial,) = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], sum_row, sums=2)
-    per_column, sums = merge_sums(tiles, partial, channels, numbers, _finish_backward, 2, 2)
-    channels = [*channels, *per_column]
-    results = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], result_row, outputs=outputs, reverse=True)
-    return view.gradients(results, sums, dy, residual)
+        return view.gradients(dx, dz, sums)
+    tiles, row = view.tiling(len(arrays)), _gradient_row(activation, from_y, write_dz=write_dz)
+    *dz, partial = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], row, sums=2, outputs=int(write_dz))
+    slope_and_level, sums = merge_sums(tiles, partial, channels, numbers, merge)
+    if dz:  # it is written: no derivative is left to compute
+        arrays, activation = [*dz, view.as_rows(x)], None
+    tiles, channels = view.tiling(len(arrays)), [*channels, *slope_and_level]
+    row = _gradient_row(activation, write_dx=True, moments=True)
+    (dx,) = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=1, reverse=True)
+    return view.gradients(dx, dz, sums)
 
 
-def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *, spec):
+def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, y=None, mask=None, *, spec):
     """Gradient of `normalise`: dx with the statistics held constant, and the sums as in `backward`; in one pass."""
     _check_no_mask(mask)
     view = _View(x, spec)
-    arrays = view.gradient_arrays(dy, x, residual, spec.activation)
+    arrays = view.gradient_arrays(dy, x, residual, y)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
     channels = view.tiled(pivot, offset, rstd, weight, bias)
-    row, name = _gradient_row(spec.activation, write_dx=True, write_dz=write_dz), "bn_fused_normalise_backward"
-    *results, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
-    _, sums = merge_sums(tiles, partial, channels, [], _finish_sums, 0, 2)
-    return view.gradients(results, sums, dy, residual)
+    row = _gradient_row(spec.activation, y is not None, write_dx=True, write_dz=write_dz)
+    name = "bn_fused_normalise_backward"
+    dx, *dz, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
+    _, sums = merge_sums(tiles, partial, channels, [], sums_merge(_finish_sums, needed=0))
+    return view.gradients(dx, dz, sums)
 
 
 def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):

@@ -32,21 +32,18 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     write_row,
     zeros,
 )
-from bn_fused.kernels.backends.pallas_gpu.merges import Parts
+from bn_fused.kernels.backends.pallas_gpu.merges import Parts, cut_to
 from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS
 
 
-def resident(
-    tiling, name, arrays, channels, scalars, sum_row, merge, result_row, *, sums, outputs, results_per_channel,
-    moments=False,
-):  # fmt: skip
+def resident(tiling, name, arrays, channels, scalars, sum_row, merge, result_row, *, sums, outputs, moments=False):
     """A whole operation on arrays [groups, rows, width] in one launch, which reads each of them once.
 
     - `channels`, `scalars`, `moments`: as of `stream`.
     - `sum_row(values, channels, scalars)`: of a row's values, the `sums` vectors to add up.
-    - `merge`: a `Merge` of the partial results. Of what it finishes with, the last `results_per_channel` are results.
-    - `result_row(values, merged, channels, scalars)`: of a row's values and the other vectors that the merge finishes
-      with, `outputs` vectors.
+    - `merge`: a `Merge` of the partial results.
+    - `result_row(values, merged, channels, scalars)`: of a row's values and the vectors of the merge that are needed,
+      `outputs` vectors.
 
     Returns the tuple of the outputs [groups, rows, width], and that of the results per channel [groups, channels].
     """
@@ -54,7 +51,7 @@ def resident(
     t, inputs = tiling, len(arrays)
     vectors = MOMENTS if moments else sums
     out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), arrays[0].dtype)] * outputs
-    out_types += [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * results_per_channel
+    out_types += [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * merge.results
     out_types.append(jax.ShapeDtypeStruct((t.units, t.splits, vectors, t.partial_width), F32))
     barrier = barriers.barrier_type(t.members, t.units)
     scratch = [
@@ -68,7 +65,7 @@ def resident(
     def body(*refs):
         take = taker(refs)
         array_refs, channel_refs, scalar_refs = take(inputs), take(len(channels)), take(len(scalars))
-        out_refs, result_refs, (partial_ref,) = take(outputs), take(results_per_channel), take(1)
+        out_refs, result_refs, (partial_ref,) = take(outputs), take(merge.results), take(1)
         rings, (filled,) = take(inputs), take(1)
         in_block, between_blocks = Exchange(*take(2)), Exchange(*take(2))
         barrier.prepare(take(len(barrier.scratch())))
@@ -125,7 +122,7 @@ def resident(
 
             parts = Parts(t, partial_ref, unit, partial_start, t.columns, worker.warpgroup, between_blocks)
             finished = merge.finish(merge.reduce(parts), per_channel, per_group)
-            merged, results = finished[:-results_per_channel], finished[-results_per_channel:]
+            merged, results = finished[: merge.needed], finished[-merge.results :]
 
             @pl.when((worker.warpgroup == 0) & (split == 0))
             def _():
@@ -158,5 +155,4 @@ def resident(
     blocks, cluster = ({"slot": t.at_once}, {"member": t.members}) if t.cluster else ({"slot": t.grid}, None)
     kernel = launch(body, name, out_types, scratch, blocks, t.warpgroups, cluster)
     results = kernel(*arrays, *channels, *scalars)
-    per_channel = results[outputs : outputs + results_per_channel]
-    return results[:outputs], [value[:, : t.channels] for value in per_channel] if t.fold > 1 else per_channel
+    return results[:outputs], cut_to(t.channels, results[outputs : outputs + merge.results])
