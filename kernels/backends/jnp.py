@@ -219,9 +219,10 @@ def _as_stored(array):
 
 def _sums(d, dz, offset, rstd, mask, spec):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
-    sum_dz = _sum_of(lambda dz: dz, (dz,), spec)
+    least_sums = 1 if spec.activation is None else LEAST_SUMS
+    sum_dz = _sum_of(lambda dz: dz, (dz,), spec, least_sums)
     arrays = (dz, d) if mask is None else (dz, d, mask)
-    sum_dz_d = _sum_of(lambda dz, d, mask=None: product(mask, dz, d), arrays, spec)
+    sum_dz_d = _sum_of(lambda dz, d, mask=None: product(mask, dz, d), arrays, spec, least_sums)
     return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
@@ -271,16 +272,25 @@ def _stages(spec):
     return isinstance(spec.plan, Plan) and spec.plan.stages
 
 
-def _sum_of(function, arrays, spec):
-    """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one."""
+# Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms
+# to memory first, in float32 (with up to 38912 on an H200, 49152 on a B200: counted in code compiled for them).
+LEAST_SUMS = 1 << 16
+LEAST_ROWS = 32  # of each of those
+
+
+def _sum_of(function, arrays, spec, least_sums=1):
+    """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one.
+
+    On a GPU in `least_sums` parts.
+    """
     if _folds(spec):
         return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
     if _stages(spec):
-        return _staged_sum(function(*arrays), spec.layout)
+        return _staged_sum(function(*arrays), spec.layout, least_sums)
     return sum_rows(function(*arrays), spec.layout)
 
 
-def _staged_sum(array, layout):
+def _staged_sum(array, layout, least_sums):
     """The sum over the rows for XLA:GPU, in two stages where the rows lie together before the channels.
 
     XLA:GPU sums many such rows in two stages by itself, and computes what comes before the sums within the first. Few
@@ -294,12 +304,20 @@ def _staged_sum(array, layout):
     rows = math.prod(array.shape[first:end])
     if end == len(layout) or layout[first:end] != ROW * len(axes) or is_symbolic_dim(rows):
         return sum_rows(array, layout)
-    small = next(parts for parts in range(math.isqrt(rows), 0, -1) if rows % parts == 0)
-    # About as many parts as rows in each, but rather more: of longer ones XLA writes the terms to memory first.
-    parts = rows // small if rows < 2 * small**2 else small
+    parts = _parts(rows, least_sums * rows // array.size)
     array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
     partial = lax.optimization_barrier(jnp.sum(array, first + 1))
     return sum_rows(partial, layout[:first] + ROW + layout[end:])
+
+
+def _parts(rows, least):
+    """Into how many equal parts the rows are cut: about as many as rows in each, and `least` where that may be.
+
+    It may with LEAST_ROWS rows in each; with fewer the parts' sums are no longer few beside the rows.
+    """
+    small = [parts for parts in range(1, math.isqrt(rows) + 1) if rows % parts == 0]
+    large = [rows // parts for parts in reversed(small) if parts >= LEAST_ROWS]
+    return next((parts for parts in (small[-1], *large) if parts >= least), (small[-1], *large)[-1])
 
 
 def _folded_sum(function, arrays, layout, parts):
