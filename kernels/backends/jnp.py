@@ -121,8 +121,8 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    if _stages(spec) and spec.activation is not None:
-        # XLA would find that the forward computes the same, let it write what the derivative needs, and keep that too.
+    if _stages(spec) and (residual is not None or y is not None):
+        # XLA would let the forward compute what the derivative needs of these, and keep that too.
         x, residual, y = lax.optimization_barrier((x, residual, y))
     normalisation = offset, rstd, weight, bias, residual, y, mask, spec
     d = deviation(x, pivot, spec)

@@ -138,6 +138,27 @@ def test_a_finished_warm_up_does_not_multiply_infinity_by_zero():
     assert np.all(np.isnan(np.asarray(defined)[:, 1])) and np.all(np.asarray(fused)[:, 1] == 0)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("activation", "below"), [("relu", 0.0), ("leaky_relu", 0.01)])
+@pytest.mark.parametrize("inference", [False, True])
+def test_what_is_rounded_to_zero_after_a_residual_keeps_its_sign(inference, activation, below, dtype):
+    # A last norm of a block may start with a weight of almost zero: y is zero in float16, z is not.
+    x, residual, dy = (normal((64, 4), seed).astype(dtype) for seed in range(3))
+    weight, stats = jnp.full(4, 1e-9), bn_fused.RunningStats.of(jnp.zeros(4), jnp.ones(4))
+
+    def of(x, residual):
+        return bn_fused.batch_norm(
+            x, stats, weight, activation=activation, residual=residual, inference=inference, backend="jnp"
+        )[0]
+
+    y, pullback = jax.vjp(of, x, residual * 0)
+    assert not y.any() if dtype == "float16" else y.any()
+    mean = 0 if inference else np.mean(np.asarray(x, np.float64), 0)
+    positive = np.asarray(x, np.float64) > mean
+    expected = np.where(positive, np.asarray(dy, np.float64), below * np.asarray(dy, np.float64))
+    np.testing.assert_allclose(np.asarray(pullback(dy)[1], np.float64), expected, rtol=float(jnp.finfo(dtype).eps))
+
+
 def test_denormals_are_normalised_to_almost_nothing():
     x = (1e-40 * normal((16, 2, 9))).astype(np.float32)
     assert np.any(x != 0)

@@ -20,6 +20,7 @@ import json, math, sys
 import equinox as eqx, jax, jax.numpy as jnp
 import bn_fused
 from bn_fused.bench.deviceless import DevicelessUnavailable, compile_for
+from bn_fused.bench.audit.hlo import parse
 from bn_fused.bench.audit.traffic import passes
 
 def layer_step(shape, activation):
@@ -77,19 +78,40 @@ def count(layout, dtype, shape, activation, added):
         }
     return figures
 
+def network():
+    # Two residual blocks: what is x's size and neither bfloat16 nor an operand or result of a convolution.
+    shape, kernel = (32, 28, 28, 256), jax.ShapeDtypeStruct((3, 3, 256, 256), jnp.bfloat16)
+    stats = bn_fused.RunningStats.init(shape[-1])
+    def loss(kernels, weight, bias, x):
+        for kernel in kernels:
+            h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x, _ = bn_fused.batch_norm(h, stats, weight, bias, approach="batch", activation="relu", residual=x)
+        return jnp.sum(x.astype(jnp.float32) ** 2)
+    parameter = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    operands = [kernel] * 4, parameter, parameter, jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    module = parse(compile_for("h200", jax.grad(loss, (0, 1, 2, 3)), *operands).as_text())
+    return [
+        instruction.name + " " + array.text
+        for instruction in module.computations[module.entry].values()
+        for array in instruction.arrays
+        if array.elements == math.prod(shape) and not array.text.startswith("bf16")
+    ]
+
 counts = [count(*case) for case in json.load(sys.stdin)]
 try:
     compile_for("a100", jnp.sin, jnp.ones(3))
     second = None
 except DevicelessUnavailable as error:
     second = str(error)
-json.dump([counts, second], sys.stdout)
+json.dump([counts, second, network()], sys.stdout)
 """
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the process that compiles found: each case's traffic, forward and backward, and how it refused an A100."""
+    """What the process that compiles found: each case's traffic, forward and backward, how it refused an A100, and what
+    is large and not bfloat16 in a network.
+    """
     skip_without_compilers("h200")
     cases = [
         (layout, dtype, LAYOUTS[layout], ACTIVATIONS[option], option == "residual") for layout, dtype, option in CASES
@@ -132,6 +154,11 @@ def test_the_counts_are_not_empty(counted, case):
     # No implementation reads x less than once in the forward, x and dy less than once in the backward.
     assert counted[case]["forward"]["reads"] >= 1 and counted[case]["forward"]["writes"] >= 1
     assert counted[case]["backward"]["reads"] >= 2 and counted[case]["backward"]["writes"] >= 1
+
+
+@pytest.mark.compilers
+def test_between_forward_and_backward_of_residual_blocks_no_mask_and_nothing_in_float32_is_written(compiled):
+    assert compiled[2] == []
 
 
 @pytest.mark.compilers

@@ -130,7 +130,16 @@ def check_results(case, arrays, results, operations):
         assert_close(mean, joined(lambda row: row.mean), spread, stored=np.float32, what=f"{operation}: mean")
         close(f"{operation}.var", joined(lambda row: row.var), joined(lambda row: row.var_scale))
 
+    def normalisation_is():
+        # What the backward is given of it: the mean, relative to the spread as above, and the reciprocal root.
+        offset = results["forward.pivot"].astype(np.float64) + results["forward.offset"]
+        spread = joined(lambda row: np.sqrt(row.norm_var) + abs(row.x - row.norm_mean).max(0))
+        assert_close(offset, joined(lambda row: row.norm_mean), spread, stored=np.float32, what="forward: norm_mean")
+        rstd = joined(lambda row: 1 / np.sqrt(row.norm_var + EPS))
+        close("forward.rstd", rstd, rstd * (1 + joined(lambda row: row.var_scale / (row.norm_var + EPS))))
+
     mean_is("forward")
+    normalisation_is()
     y, y_scale = joined(lambda row: row.y), joined(lambda row: row.y_scale)
     close("forward.y", y, y_scale, stored=case.dtype)
     for moment in ("mean", "var"):
