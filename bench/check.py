@@ -13,7 +13,8 @@ epsilon, holds for all:
 
 What passes through a running mean stored in float32 (`ema`, `ema_compatibility`, inference) carries the
 rounding of that mean, so the limit grows by 1 + |mean|/std; inference divides by 1 - zero_frac and so does
-its rounding. For 16-bit inputs, y, dx and dresidual are rounded once at the end: one epsilon of that type is added.
+its rounding. For 16-bit inputs, y, dx and dresidual are rounded at the end, and dx may be made of dresidual as it was
+rounded: half an epsilon of that type each, so one is added.
 Other libraries may compute in that type, and are allowed `RIVAL_CONSTANT` of its epsilons in everything.
 """
 
