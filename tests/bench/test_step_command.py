@@ -29,7 +29,7 @@ from bn_fused.bench.step.networks import (
     refusal,
 )
 
-from support.compilers import skip_without_compilers
+from support.compilers import ON_THE_NEWEST_JAX, skip_without_compilers
 
 SMALL = ("--batch", "4", "--image", "16", "--classes", "5", "--seconds", "0.01")
 
@@ -101,7 +101,10 @@ def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
 # The comparison
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param("float32", marks=ON_THE_NEWEST_JAX), pytest.param("bfloat16", marks=pytest.mark.slow)],
+)
 def test_every_network_agrees_with_equinoxs(dtype):
     approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
     networks = contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)

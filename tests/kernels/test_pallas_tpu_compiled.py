@@ -11,7 +11,7 @@ import pytest
 from bn_fused.kernels import CHIPS
 
 from support.child_process import answer
-from support.compilers import skip_without_compilers
+from support.compilers import ON_THE_NEWEST_JAX, skip_without_compilers
 
 pytestmark = pytest.mark.compilers
 
@@ -40,7 +40,9 @@ def compile_in_a_process(chip, cases, extras, dump):
     return answer(["-m", "support.pallas_tpu_compiled"], [chip, cases, extras], dumped, timeout=600)
 
 
-@pytest.fixture(scope="module", params=CHIP_NAMES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "v5e" else ON_THE_NEWEST_JAX) for name in CHIP_NAMES]
+)
 def compiled(request, tmp_path_factory):
     """The chip's name, what was found in each compiled program, and the final code of each kernel."""
     dump = tmp_path_factory.mktemp(request.param)

@@ -13,7 +13,13 @@ from support.compilers import skip_without_compilers
 LAYOUTS = {"NCHW": (32, 64, 56, 56), "NHWC": (32, 56, 56, 64), "NHWC late": (64, 7, 7, 512), "no maps": (4096, 512)}
 DTYPES = ("float32", "bfloat16")
 ACTIVATIONS = {"plain": None, "relu": "relu", "leaky_relu": "leaky_relu", "residual": "relu"}
-CASES = [(layout, dtype, option) for layout in LAYOUTS for dtype in DTYPES for option in ACTIVATIONS]
+CASES = [
+    (layout, dtype, option)
+    for layout in LAYOUTS
+    for dtype in DTYPES
+    for option in ACTIVATIONS
+    if option != "leaky_relu" or (layout, dtype) == ("NHWC", "bfloat16")
+]
 
 COMPILE = """
 import json, math, sys
@@ -79,17 +85,18 @@ def count(layout, dtype, shape, activation, added):
     return figures
 
 def network():
-    # Two residual blocks: what is x's size and neither bfloat16 nor an operand or result of a convolution.
+    # Three residual blocks: what is x's size and neither bfloat16 nor an operand or result of a convolution.
     shape, kernel = (32, 28, 28, 256), jax.ShapeDtypeStruct((3, 3, 256, 256), jnp.bfloat16)
     stats = bn_fused.RunningStats.init(shape[-1])
-    def loss(kernels, weight, bias, x):
+    def blocks(kernels, weight, bias, x):
         for kernel in kernels:
             h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
             x, _ = bn_fused.batch_norm(h, stats, weight, bias, approach="batch", activation="relu", residual=x)
-        return jnp.sum(x.astype(jnp.float32) ** 2)
-    parameter = jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
-    operands = [kernel] * 4, parameter, parameter, jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    module = parse(compile_for("h200", jax.grad(loss, (0, 1, 2, 3)), *operands).as_text())
+        return x
+    def gradients(dy, *operands):
+        return jax.vjp(blocks, *operands)[1](dy)
+    x, parameter = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[-1:], jnp.float32)
+    module = parse(compile_for("h200", gradients, x, [kernel] * 3, parameter, parameter, x).as_text())
     return [
         instruction.name + " " + array.text
         for instruction in module.computations[module.entry].values()
