@@ -302,9 +302,12 @@ def _staged_sum(array, layout, least_sums):
         return array
     first, end = axes[0], axes[-1] + 1
     rows = math.prod(array.shape[first:end])
-    if end == len(layout) or layout[first:end] != ROW * len(axes) or is_symbolic_dim(rows):
+    together = end < len(layout) and layout[first:end] == ROW * len(axes)
+    if not together or is_symbolic_dim(rows) or 0 in array.shape:
         return sum_rows(array, layout)
-    parts = _parts(rows, least_sums * rows // array.size)
+    # What `jax.export` leaves open of the groups and channels may be one.
+    beside = math.prod(size for size in array.shape[:first] + array.shape[end:] if not is_symbolic_dim(size))
+    parts = _parts(rows, least_sums // beside)
     array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
     partial = lax.optimization_barrier(jnp.sum(array, first + 1))
     return sum_rows(partial, layout[:first] + ROW + layout[end:])

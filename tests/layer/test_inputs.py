@@ -96,3 +96,25 @@ def test_an_empty_batch_at_inference_gives_an_empty_result_and_gradients_of_zero
     layer, state = make(inference=True, backend=backend)
     y, _ = over_batch(layer, x, state)
     assert (y.shape, y.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_the_gradient_of_a_map_over_nothing_compiles_for_every_platform(platform, inference):
+    def infer_or_train(x):
+        y, _ = bn_fused.batch_norm(x, RunningStats.init(CHANNELS), inference=inference, activation="relu")
+        return jnp.sum(y)
+
+    program = jax.jit(jax.vmap(jax.grad(infer_or_train)))
+    lowered = program.trace(jnp.zeros((0, 8, CHANNELS))).lower(lowering_platforms=(platform,))
+    assert lowered.out_info.shape == (0, 8, CHANNELS)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_the_gradient_of_an_empty_batch_at_inference_compiles_for_every_platform(platform):
+    def infer(x):
+        y, _ = bn_fused.batch_norm(x, RunningStats.init(CHANNELS), inference=True, activation="relu")
+        return jnp.sum(y)
+
+    lowered = jax.jit(jax.grad(infer)).trace(jnp.zeros((0, CHANNELS))).lower(lowering_platforms=(platform,))
+    assert lowered.out_info.shape == (0, CHANNELS)

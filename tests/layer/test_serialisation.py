@@ -311,6 +311,13 @@ def test_a_training_step_for_any_number_of_examples_is_exported_for_other_platfo
     assert jax.export.deserialize(exported.serialize()).platforms == platforms
 
 
+def test_a_gradient_for_any_number_of_members_of_closed_batches_is_exported_for_other_platforms():
+    program = jax.vmap(gradient_of(function_call, activation="relu"))
+    platforms = ("cuda", "rocm", "tpu")
+    exported = jax.export.export(jax.jit(program), platforms=platforms)(*open_arguments("e, 8, 3", masked=False))
+    assert exported.platforms == platforms
+
+
 @pytest.mark.parametrize(("backend", "platform"), [("pallas_gpu", "cuda"), ("triton", "cuda"), ("pallas_tpu", "tpu")])
 def test_kernels_asked_for_by_name_refuse_sizes_that_are_left_open(backend, platform):
     program = jax.export.export(jax.jit(step_of(function_call, backend=backend)), platforms=[platform])
