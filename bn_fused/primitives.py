@@ -10,6 +10,8 @@ Functions and transposes become a backend's kernels; tangents are jnp. The deriv
 JAX's own, of the same jnp code, so every order exists.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -355,6 +357,13 @@ def _normalisation_tangents(tangents, toffset, tnorm_var):
     return {**renamed, "toffset": toffset, "tnorm_var": tnorm_var}
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
+def _statistics_tangents(rstd, from_state, from_moments):
+    """The tangents of a blend, the sum of two parts, and the one of rstd."""
+    tangents = jax.tree.map(jnp.add, from_state, from_moments)
+    return tangents, -rstd * rstd * rstd / 2 * tangents.norm_var
+
+
 def _forward_jvp(values, tangents, *, names, spec, averaged):
     operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
     results = forward(spec, averaged, **operands)
@@ -383,15 +392,14 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
     result_tangents = tangent(spec, averaged, **linear, **step)
     tmean, tvar = result_tangents["tmean"], result_tangents["tvar"]
     _, from_moments = jax.jvp(lambda delta, var: blend(pivot, delta, var, **state), (delta, var), (tmean, tvar))
+    of_blend, trstd = _statistics_tangents(rstd, from_state, from_moments)
     tangents_out = {
         "y": result_tangents["ty"],
         "pivot": zero_tangent(pivot),
         "delta": tmean,
         "var": tvar,
-        "offset": from_state.offset + from_moments.offset,
-        "rstd": -rstd * rstd * rstd / 2 * (from_state.norm_var + from_moments.norm_var),
-        "new_running_mean": from_state.new_running_mean + from_moments.new_running_mean,
-        "new_running_var": from_state.new_running_var + from_moments.new_running_var,
+        "rstd": trstd,
+        **of_blend._asdict(),
     }
     return list(results.values()), [tangents_out[name] for name in results]
 
