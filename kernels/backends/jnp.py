@@ -198,7 +198,8 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
 def _of_bits(argument, below, at_zero):
     """The derivative that is 1 above zero and has these values elsewhere (the second 0 or 1), for XLA:GPU.
 
-    Without a comparison: XLA would write its result, which is small, and read it again for each of the sums.
+    Without a comparison: XLA would write its result, which is small, and read it again for each of the sums. A NaN
+    and -0.0 count by their sign.
     """
     integer = jnp.dtype(f"int{8 * argument.dtype.itemsize}")
     bits = lax.bitcast_convert_type(argument, integer) + integer.type(at_zero)
