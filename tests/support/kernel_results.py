@@ -216,14 +216,14 @@ def check_spoilt(results, expected):
 
 
 @functools.cache
-def _step(activation, backend):
+def _step(activation, backend, plan):
     """`fused_batch_norm` and its gradients, as a jitted function of operands, coefficients and cotangents."""
 
     @jax.jit
     def run(arrays, coefficients, cotangents):
         def of(arrays, coefficients):
             return kernels.fused_batch_norm(
-                **arrays, coefficients=coefficients, eps=EPS, activation=activation, backend=backend
+                **arrays, coefficients=coefficients, eps=EPS, activation=activation, backend=backend, plan=plan
             )
 
         results, pullback = jax.vjp(of, arrays, coefficients)
@@ -241,7 +241,7 @@ def as_given(case, arrays, one_group=True):
     }
 
 
-def check_step(case, backend):
+def check_step(case, backend, plan=None):
     """Compare the results of `fused_batch_norm` and the gradients of everything it is given with float64."""
     wide = computed_in(case.dtype)
     arrays = operands(case)
@@ -251,7 +251,7 @@ def check_step(case, backend):
     given = as_given(case, arrays)
     coefficients = kernels.Coefficients(*jnp.moveaxis(given.pop("coefficients"), -1, 0))
     cotangents = tuple(given.pop(name) for name in ("dy", "dmean", "dvar", "dnew_mean", "dnew_var"))
-    results, gradients, coefficient_gradients = _step(case.activation, backend)(given, coefficients, cotangents)
+    results, gradients, coefficient_gradients = _step(case.activation, backend, plan)(given, coefficients, cotangents)
 
     def close(actual, expected, scales, what):
         """Compare with what the groups, one by one, must have."""
