@@ -14,12 +14,12 @@ from bn_fused.bench.run.records import Environment, Row, Run
 
 NOTE = (
     "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
-    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual and writes its "
-    "gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is timed in the "
-    "same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the rivals and to "
-    "the copy are medians over the paired rounds; error is the largest against float64, as a share of a scale that "
-    "rounding acts on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, because it "
-    "may compute in them."
+    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual or y and writes the "
+    "residual's gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is "
+    "timed in the same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the "
+    "rivals and to the copy are medians over the paired rounds; error is the largest against float64, as a share of a "
+    "scale that rounding acts on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, "
+    "because it may compute in them."
 )
 
 SYNC_NOTE = (
