@@ -19,6 +19,7 @@ from bn_fused.kernels.backends import jnp as jnp_backend
 from bn_fused.kernels.contract import (
     LIKE_X,
     MASK,
+    NORMALISED,
     OPERATIONS,
     PER_CHANNEL,
     PER_GROUP,
@@ -38,8 +39,6 @@ from bn_fused.kernels.padding import product
 from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
-# What a normalisation's tangent and backward are computed of: y or nothing in the residual's place, where that will do.
-_NORMALISED = {name: kind for name, kind in OPERATIONS["normalise_backward"].operands.items() if name != "dy"}
 _TANGENTS = {
     "tx": LIKE_X,
     "tweight": PER_CHANNEL,
@@ -57,7 +56,7 @@ _GRADIENTS = {
     "dresidual": LIKE_X,
 }
 _MOMENTS = {"x": LIKE_X, "pivot": PER_CHANNEL, "delta": PER_CHANNEL, "count": PER_GROUP, "mask": MASK}
-_STEP = {**_NORMALISED, **_MOMENTS, "batch": PER_GROUP}
+_STEP = {**NORMALISED, **_MOMENTS, "batch": PER_GROUP}
 
 
 def _divisor(operands, layout, averaged):
@@ -325,7 +324,7 @@ normalise = define(
     rowwise=True,
 )
 normalise_tangent = define(
-    "normalise_tangent", {**_TANGENTS, **_NORMALISED}, {"ty": LIKE_X}, _normalise_tangent, rowwise=True
+    "normalise_tangent", {**_TANGENTS, **NORMALISED}, {"ty": LIKE_X}, _normalise_tangent, rowwise=True
 )
 normalise_backward = define(
     "normalise_backward", OPERATIONS["normalise_backward"].operands, _GRADIENTS, _normalise_backward

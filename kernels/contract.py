@@ -118,8 +118,8 @@ _NORMALISATION = {
     # NaN in them gets into the sums of the backward.
     "mask": MASK,
 }
-# Its backward has in the residual's place what `kept_for_derivative` says.
-_NORMALISED = {**_NORMALISATION, "y": LIKE_X}
+# What its tangent and its backward are computed of: in the residual's place what `kept_for_derivative` says.
+NORMALISED = {**_NORMALISATION, "y": LIKE_X}
 _SUMS = {"dx": LIKE_X, "sum_dz": PER_CHANNEL, "sum_dz_xhat": PER_CHANNEL, "dresidual": LIKE_X}
 
 # dz is the cotangent before the activation, dz = dy * activation'(z); xhat = (x - norm_mean) * rstd.
@@ -158,7 +158,7 @@ OPERATIONS = {
                 "dy": LIKE_X,
                 "dmean": PER_CHANNEL,
                 "dvar": PER_CHANNEL,
-                **_NORMALISED,
+                **NORMALISED,
                 "delta": PER_CHANNEL,
                 "batch": PER_GROUP,
                 "count": PER_GROUP,
@@ -186,7 +186,7 @@ OPERATIONS = {
             {"dx": LIKE_X},
         ),
         Operation("normalise", _NORMALISATION, {"y": LIKE_X}),
-        Operation("normalise_backward", {"dy": LIKE_X, **_NORMALISED}, _SUMS),
+        Operation("normalise_backward", {"dy": LIKE_X, **NORMALISED}, _SUMS),
     )
 }
 

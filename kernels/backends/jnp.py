@@ -282,7 +282,7 @@ LEAST_ROWS = 32  # of each of those
 def _sum_of(function, arrays, spec, least_sums=1):
     """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one.
 
-    On a GPU in `least_sums` parts.
+    On a GPU the rows are cut into so many parts that there are `least_sums` sums in all, where that may be.
     """
     if _folds(spec):
         return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
@@ -321,7 +321,8 @@ def _parts(rows, least):
     """
     small = [parts for parts in range(1, math.isqrt(rows) + 1) if rows % parts == 0]
     large = [rows // parts for parts in reversed(small) if parts >= LEAST_ROWS]
-    return next((parts for parts in (small[-1], *large) if parts >= least), (small[-1], *large)[-1])
+    candidates = [small[-1], *large]
+    return next((parts for parts in candidates if parts >= least), candidates[-1])
 
 
 def _folded_sum(function, arrays, layout, parts):
