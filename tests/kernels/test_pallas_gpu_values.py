@@ -1,14 +1,15 @@
 """Numbers of the backend `pallas_gpu` in Mosaic GPU's interpreter, against float64; races and reuse of memory."""
 
 import dataclasses
+import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
-from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident
 
 from support.kernel_cases import ALL, CASES, Case, grid
 from support.kernel_results import check_spoilt, operands, spoilt
@@ -20,16 +21,16 @@ missing = pytest.mark.skipif(
 
 
 def plan(**changes):
-    """Small tiles: the rings wrap around within a few rows."""
-    fields = {"fold": 1, "columns": 128, "splits": 2, "warpgroups": 2, "stages": 2} | changes
-    ring_bytes = fields.pop("tile_bytes", 2 * 128 * 4) * fields["warpgroups"] * fields["stages"]
-    return Plan(**fields, ring_bytes=ring_bytes)
+    """Small tiles: the rings wrap around within a few rows. `ring` is the bytes of a warpgroup's."""
+    fields = {"fold": 1, "columns": 128, "splits": 2, "warpgroups": 2, "ring": 4 * 128 * 4} | changes
+    return Plan(**fields | {"ring_bytes": fields.pop("ring") * fields["warpgroups"]})
 
 
-def resident(**fields):
-    """A plan whose forward and backward read once. The interpreter needs its blocks as clusters, however many."""
-    both = Resident(**{"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1} | fields, cluster=True)
-    streaming = plan(fold=both.fold, columns=both.columns, splits=1, tile_bytes=3 * 2 * both.columns * 4)
+def one_launch(**fields):
+    """A plan whose forward and backward are one launch. The interpreter needs its blocks as clusters, however many."""
+    defaults = {"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1, "stages": fields["tiles"]}
+    both = OneLaunch(**defaults | fields, cluster=True)
+    streaming = plan(fold=both.fold, columns=both.columns, splits=1, ring=6 * 3 * both.columns * 4)
     return dataclasses.replace(streaming, forward=both, backward=both)
 
 
@@ -38,33 +39,38 @@ def call(name, plan, **changes):
     return dataclasses.replace(CASES[name], **changes), plan
 
 
-BACKWARD = {"operations": ("backward",)}  # with `forward`, the operations that may read once
+BACKWARD = {"operations": ("backward",)}  # with `forward`, the operations that may be one launch
 CALLS = {
     # Tiles of 4 rows in ranges of 12 and 11 rows: the last tile of the second range is moved back.
-    "far from zero": call("far from zero", plan(splits=1, tile_bytes=4 * 128 * 4)),
-    "folded": call("bfloat16", plan(fold=4, splits=1, tile_bytes=3 * 128 * 2)),
+    "far from zero": call("far from zero", plan(splits=1, ring=9 * 128 * 4)),
+    "folded": call("bfloat16", plan(fold=4, splits=1, warpgroups=1, ring=9 * 128 * 2)),
     # dz is rounded where it is written, and not where it is added up.
-    "folded, dz of 16 bits": call(
-        "bfloat16", plan(fold=4, splits=1, tile_bytes=3 * 128 * 2), activation="gelu", **BACKWARD
-    ),
+    "folded, dz of 16 bits": call("bfloat16", plan(fold=4, splits=1, warpgroups=1, ring=9 * 128 * 2), activation="gelu", **BACKWARD),
     "overlapping blocks": call("136 channels", plan(splits=1, warpgroups=4)),
-    "two columns a thread": call("float16", plan(columns=256, splits=1, stages=3, tile_bytes=3 * 2 * 256 * 2)),
-    "groups and races": call("groups", plan(splits=1, tile_bytes=3 * 2 * 128 * 4)),
+    "256 columns": call("float16", plan(columns=256, splits=1, ring=18 * 256 * 2)),
+    "groups and races": call("groups", plan(splits=1, ring=9 * 128 * 4)),
     "images": call("images", plan()),
     # Ranges of 8, 8 and 7 rows (twice) in tiles of 3.
     "resident, far from zero": call(
-        "far from zero", resident(members=3, warpgroups=1, tiles=3, tile_rows=3), **BACKWARD
+        "far from zero", one_launch(members=3, warpgroups=1, tiles=3, tile_rows=3), **BACKWARD
     ),
-    "resident, folded": call("bfloat16", resident(members=1, fold=4, tiles=2, tile_rows=3), **BACKWARD),
+    "resident, folded": call("bfloat16", one_launch(members=1, fold=4, tiles=2, tile_rows=3), **BACKWARD),
     "resident, folded, several blocks": call(
-        "65 channels", resident(members=6, fold=4, warpgroups=1, tiles=2, tile_rows=3), **BACKWARD
+        "65 channels", one_launch(members=6, fold=4, warpgroups=1, tiles=2, tile_rows=3), **BACKWARD
     ),
-    "slabs and races": call("384 channels", resident(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3)),
-    "slabs, overlapping, two columns a thread": call(
-        "float16, gelu", resident(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6)
+    "partial, far from zero": call(
+        "far from zero", one_launch(members=3, warpgroups=1, tiles=4, tile_rows=2, stages=2), **BACKWARD
+    ),
+    # dz is written, and most of it read again.
+    "partial and races": call(
+        "groups", one_launch(members=2, warpgroups=1, tiles=5, tile_rows=2, stages=2, slabs=2)
+    ),
+    "slabs and races": call("384 channels", one_launch(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3)),
+    "slabs, overlapping, 256 columns": call(
+        "float16, gelu", one_launch(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6)
     ),
 }  # fmt: skip
-RACES = ("groups and races", "slabs and races")
+RACES = ("groups and races", "partial and races", "slabs and races")
 
 # The default ones have each path once.
 DEFAULT = (
@@ -74,12 +80,14 @@ DEFAULT = (
     "resident, far from zero",
     "resident, folded",
     "resident, folded, several blocks",
+    "partial, far from zero",
+    "partial and races",
     "slabs and races",
 )
 
 # Channels that are a multiple of nothing, under every operation.
 ODD = {
-    name: call(name, resident(fold=fold, members=members, warpgroups=1, tiles=2, tile_rows=tile_rows, slabs=slabs))
+    name: call(name, one_launch(fold=fold, members=members, warpgroups=1, tiles=2, tile_rows=tile_rows, slabs=slabs))
     for name, fold, members, tile_rows, slabs in (
         ("3 channels, 512 rows", 128, 3, 2, 1),
         ("17 channels", 16, 6, 2, 1),
@@ -90,7 +98,7 @@ ODD = {
     )
 }
 GRID = grid([(11, 128)], ("float32", "bfloat16", "float16"), parameters="bfloat16", operations=ALL)
-GRID_PLAN = resident(members=2, warpgroups=1, tiles=3, tile_rows=2)
+GRID_PLAN = one_launch(members=2, warpgroups=1, tiles=3, tile_rows=2)
 
 
 @pytest.mark.parametrize("name", ["far from zero", "folded", "groups and races"])
@@ -98,7 +106,8 @@ def test_the_cases_use_their_tiles_more_than_once(name):
     case, used = CALLS[name]
     for inputs in (1, 2, 3) if case.residual else (1, 2):
         t = tiling(used, case.groups, case.rows, case.channels, jnp.dtype(case.dtype).itemsize, inputs)
-        assert all(t.worker_range(worker).tiles > t.stages for worker in range(t.workers)), t
+        workers = itertools.product(range(t.splits), range(t.warpgroups))
+        assert all(t.worker_range(*worker).tiles > t.stages for worker in workers), t
 
 
 @missing
@@ -138,7 +147,7 @@ def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
 @missing
 @pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "resident"])
 def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
-    used = plan() if kind == "streaming" else resident(members=3, warpgroups=1, tiles=2, tile_rows=3)
+    used = plan() if kind == "streaming" else one_launch(members=3, warpgroups=1, tiles=2, tile_rows=3)
     case = Case(13, 128, operations=())
     clean = operands(case)
     results, expected = (computed(case, arrays, tmp_path, plan=used) for arrays in (spoilt(clean), clean))
@@ -147,7 +156,7 @@ def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
 
 @missing
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["two columns a thread", "resident, folded"])
+@pytest.mark.parametrize("name", ["256 columns", "resident, folded"])
 def test_two_runs_give_the_same_bits(name, tmp_path):
     case, used = CALLS[name]
     arrays = operands(case)

@@ -5,7 +5,7 @@ their statistics from the forward's results. Settings besides the case's own:
 
 - `plan`: the fields of a plan, or None for the backend's own; `races`: whether to look for them in the interpreter.
 - `on_gpu`: on the GPU of this machine, twice, and the bits must be the same; `backend`: there, another one.
-- `waits`: False for resident kernels whose blocks do not wait for each other.
+- `waits`: False for kernels of one launch whose blocks do not wait for each other.
 """
 
 import os
@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bn_fused.kernels import contract
 from bn_fused.kernels.backends.pallas_gpu import barrier, operations as pallas_gpu
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan
-from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident
 from bn_fused.kernels.dispatch import run as dispatched
 
 from support.interpreted_operations import compute_all, read_call
@@ -53,8 +53,8 @@ class ClusterBarrier(barrier.CounterBarrier):
 def plan_of(fields):
     if fields is None:
         return None
-    resident_plans = {name: Resident(**fields[name]) for name in ("forward", "backward") if fields[name] is not None}
-    return Plan(**fields | resident_plans)
+    in_one_launch = {name: OneLaunch(**fields[name]) for name in ("forward", "backward") if fields[name] is not None}
+    return Plan(**fields | in_one_launch)
 
 
 def interpreted(operation, spec, arguments, races):

@@ -2,7 +2,7 @@
 
 Waiting for each other is sound only if all blocks of a unit are on the chip together. A cluster is placed together or
 not at all, by the hardware. Where a unit needs more blocks than a cluster has, no more blocks are launched than there
-are multiprocessors, each of which takes one: `resident_plan.not_co_resident` refuses everything else before it is
+are multiprocessors, each of which takes one: `one_launch_plan.not_co_resident` refuses everything else before it is
 lowered, with the number of multiprocessors that the device itself reports if that is less than the chip's table says
 (a slice of a GPU: MIG; a share under MPS). In a program for several devices only clusters are taken: a collective that
 runs beside such a kernel holds multiprocessors until it has met those of the other devices, which may be waiting for

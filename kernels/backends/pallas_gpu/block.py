@@ -1,16 +1,26 @@
 """What a block of threads does in each kernel of the backend `pallas_gpu`, and how it is launched.
 
-A block has up to four warpgroups. In the kernels that read arrays of x's size each of them is a `Worker`: it has its
-own rows and its own tiles in shared memory, which the copy engine fills, and its own barriers for them. What they add
-up they show each other through an `Exchange`; one of them merges it and writes the block's partial result.
+A block has up to four warpgroups (a merge eight). Values are held in two forms:
+
+- A *vector* has a value for each of the block's columns, [columns]. What is computed once per channel is a vector.
+- A *fragment* has some rows of them, [fragment_rows, columns], of which each thread holds neighbouring values, so that
+  a load or store of shared memory moves 8 bytes. What is computed for every element is computed on fragments: one
+  operation in the kernel's text for several rows. Mosaic's layout inference takes time that grows with the square of
+  the number of operations.
+
+`Rows` turns one into the other. In the kernels that read arrays of x's size each warpgroup is a `Worker`: it has its
+own rows and its own tiles in shared memory, which the copy engine fills and empties, and its own barriers for them.
+What warpgroups add up they show each other through an `Exchange`; one of them merges it and writes the block's partial
+result.
 """
 
 import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.tiles import UNROLL, div
+from bn_fused.kernels.backends.pallas_gpu.tiles import WARPGROUP, div, rem
 from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
@@ -39,7 +49,7 @@ def launch(body, name, out_types, scratch, grid, warpgroups, cluster=None):
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
-            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+            unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )
 
@@ -67,33 +77,72 @@ def numbers_of(refs, group):
     return numbers
 
 
-def zeros(number, columns):
-    """So many vectors of zeros."""
-    return tuple(jnp.zeros((columns,), F32) for _ in range(number))
+def as_fragment(value):
+    """A value that was just loaded or made, as a fragment: every thread holds four neighbouring elements, or fewer."""
+    _, plgpu = pallas()
+    neighbours = min(4, math.prod(value.shape) // WARPGROUP)
+    return plgpu.layout_cast(value, plgpu.Layout.WG_STRIDED(value.shape, vec_size=neighbours))
 
 
 def added(some, others):
-    """The sums of vectors with vectors."""
+    """The sums of values with values."""
     return tuple(a + b for a, b in zip(some, others, strict=True))
 
 
-def unrolled(start, stop, load, use, carry):
-    """fori_loop over [start, stop) of carry = use(i, load(i), carry).
+def unrolled(start, stop, number, load, use, carry):
+    """fori_loop over [start, stop) of carry = use(i, load(i), carry), `number` at a time: first loads, then uses.
 
-    Of `UNROLL` numbers at a time first the loads, then their use; of the rest one by one.
+    `number` has to divide stop - start.
     """
-    start, stop = jnp.int32(start), jnp.int32(stop)
-    groups = div(stop - start, UNROLL)
 
     def several(index, carry):
-        indices = [start + index * UNROLL + offset for offset in range(UNROLL)]
+        indices = [start + index * number + offset for offset in range(number)]
         loaded = [load(i) for i in indices]
         for i, values in zip(indices, loaded, strict=True):
             carry = use(i, values, carry)
         return carry
 
-    carry = lax.fori_loop(jnp.int32(0), groups, several, carry)
-    return lax.fori_loop(start + groups * UNROLL, stop, lambda i, carry: use(i, load(i), carry), carry)
+    return lax.fori_loop(jnp.int32(0), div(stop - start, number), several, carry)
+
+
+class Rows:
+    """Vectors as fragments and fragments as vectors, by way of a warpgroup's own shared memory [rows, columns]."""
+
+    def __init__(self, memory, warpgroup):
+        self.memory, self.shape = memory.at[warpgroup], memory.shape[1:]
+
+    @staticmethod
+    def scratch(warpgroups, rows, columns):
+        """The type of that memory for all warpgroups."""
+        _, plgpu = pallas()
+        return plgpu.SMEM((warpgroups, rows, columns), F32)
+
+    def number(self):
+        """The fragment of the rows' numbers."""
+        return as_fragment(lax.broadcasted_iota(jnp.int32, self.shape, 0))
+
+    def zeros(self, number):
+        """So many fragments of zeros."""
+        return tuple(as_fragment(jnp.zeros(self.shape, F32)) for _ in range(number))
+
+    def spread(self, vector):
+        """The fragment in whose every row the vector stands."""
+        _, plgpu = pallas()
+        for row in range(self.shape[0]):
+            self.memory[row] = vector
+        plgpu.commit_smem()
+        fragment = as_fragment(self.memory[...])
+        plgpu.commit_smem()  # all threads of the warpgroup have read it
+        return fragment
+
+    def sum(self, fragment):
+        """The vector of the sums over a fragment's rows."""
+        _, plgpu = pallas()
+        self.memory[...] = fragment
+        plgpu.commit_smem()
+        vector = functools.reduce(jnp.add, [self.memory[row] for row in range(self.shape[0])])
+        plgpu.commit_smem()
+        return vector
 
 
 class Exchange:
@@ -135,58 +184,125 @@ class Exchange:
 class Worker:
     """A warpgroup that works on a range of the rows of a block of columns, tile by tile.
 
-    `arrays` are the references of the arrays [groups, rows, width]; `rings` the tiles [warpgroups * stages, tile rows,
-    columns] of each in shared memory, and `filled` their barriers.
+    `rings` are the tiles [warpgroups * stages, tile rows, columns] in shared memory, a ring for each array that is
+    read, and `filled` their barriers. Results take the place of what they are computed of: the copy engine fetches them
+    from the first rings.
     """
 
-    def __init__(self, tiling, split, arrays, rings, filled):
-        self.tiling, self.split = tiling, split
-        self.arrays, self.rings, self.filled = arrays, rings, filled
+    def __init__(self, tiling, split, rings, filled, rows_memory):
+        self.tiling, self.split, self.rings, self.filled = tiling, split, rings, filled
         self.warpgroup = lax.axis_index("warpgroup")
-        self.range = tiling.worker_range(tiling.worker(split, self.warpgroup))
-        self.first_slot = self.warpgroup * tiling.stages
+        self.range = tiling.worker_range(split, self.warpgroup)
+        self.rows = Rows(rows_memory, self.warpgroup)
 
     @staticmethod
     def scratch(tiling, dtypes):
-        """The types of the rings, one for each of the arrays of these dtypes, and of `filled`."""
+        """The types of the rings, one for each of the arrays of these dtypes, of `filled` and of the `Rows`."""
         _, plgpu = pallas()
         slots = tiling.warpgroups * tiling.stages
         rings = [plgpu.SMEM((slots, tiling.tile_rows, tiling.columns), dtype) for dtype in dtypes]
-        return [*rings, plgpu.Barrier(num_arrivals=len(rings), num_barriers=slots)]
+        return [
+            *rings,
+            plgpu.Barrier(num_arrivals=len(rings), num_barriers=slots),
+            Rows.scratch(tiling.warpgroups, tiling.fragment_rows, tiling.columns),
+        ]
 
-    def fetch(self, group, columns, first_row, slot):
-        """Have the copy engine bring the tile that starts with this row."""
-        pl, plgpu = pallas()
-        for array, ring in zip(self.arrays, self.rings, strict=True):
-            tile = array.at[group, pl.ds(first_row, self.tiling.tile_rows), columns]
-            plgpu.copy_gmem_to_smem(tile, ring.at[slot], self.filled.at[slot])
+    def slot(self, index):
+        """The place of a tile in the warpgroup's rings."""
+        return self.warpgroup * self.tiling.stages + rem(index, self.tiling.stages)
 
-    def wait(self, slot):
+    def tile_of(self, array, group, start, index):
+        """A tile of this block's columns, from `start` on, of an array [groups, rows, width]."""
+        pl, _ = pallas()
+        first_row, _ = self.range.tile(index)
+        return array.at[group, pl.ds(first_row, self.tiling.tile_rows), pl.ds(start, self.tiling.columns)]
+
+    def fetch(self, arrays, group, start, index):
+        """Have the copy engine bring a tile of these arrays, which are as many as there are rings, or fewer."""
+        _, plgpu = pallas()
+        slot = self.slot(index)
+        for array, ring in zip(arrays, self.rings, strict=False):
+            plgpu.copy_gmem_to_smem(self.tile_of(array, group, start, index), ring.at[slot], self.filled.at[slot])
+        for _ in self.rings[len(arrays) :]:
+            plgpu.barrier_arrive(self.filled.at[slot])
+
+    def wait(self, index):
         """Until the tile is there."""
         _, plgpu = pallas()
-        plgpu.barrier_wait(self.filled.at[slot])
+        plgpu.barrier_wait(self.filled.at[self.slot(index)])
 
-    def add_rows(self, slot, skipped, row, sums):
-        """The sums, over the rows of a tile from `skipped` on, of the `sums` vectors that `row(i, values)` returns.
+    def walk(self, row, totals, refill, *, inputs, backwards=False, there=0, written=(), read_again=False):
+        """Work on all tiles, from the first to the last or backwards; returns the totals.
 
-        `values` are the row's, as a float32 vector for each array.
+        - `row(values)`: of a fragment of each of the first `inputs` rings, (terms to add to the totals, results).
+        - `refill(index)`: that tile is done with; fetch another into its slot, if there is one.
+        - `there`: so many tiles, the first that are worked on, were waited for already.
+        - `written`: functions of a tile's index, the tiles in memory to which the results go.
+        - `read_again`: they are read from there afterwards.
         """
+        pl, plgpu = pallas()
+        tiles, outputs = self.range.tiles, len(written)
+        step_of_the_second = jnp.int32(1) if backwards else tiles - 1
+        last_overlaps = tiles * self.tiling.tile_rows > self.range.rows
+
+        def index_of(step):
+            return tiles - 1 - step if backwards else step
+
+        def one_tile(step, totals):
+            index = index_of(step)
+            pl.when(step >= there)(lambda: self.wait(index))
+            totals = self._tile(index, row, totals, inputs, outputs)
+            plgpu.commit_smem()  # all threads of the warpgroup have read the tile, and written the results
+            if not outputs:
+                refill(index)
+                return totals
+            # Rows that two tiles have are written twice, with the same bits; one after the other nevertheless.
+            pl.when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
+            for ring, to in zip(self.rings[:outputs], written, strict=True):
+                plgpu.copy_smem_to_gmem(ring.at[self.slot(index)], to(index))
+            # A slot is filled again a step later, so that its results have had time to leave.
+            plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)
+            pl.when(step > 0)(lambda: refill(index_of(step - 1)))
+            return totals
+
+        totals = lax.fori_loop(jnp.int32(0), tiles, one_tile, totals)
+        if outputs:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=not read_again)
+            refill(index_of(tiles - 1))
+        return totals
+
+    def _tile(self, index, row, totals, inputs, outputs=0):
+        """One tile: the totals with the terms of the rows that no tile before it has; the results of all its rows."""
+        pl, _ = pallas()
+        t, slot, (_, skipped) = self.tiling, self.slot(index), self.range.tile(index)
+        fragments, at_once = t.tile_rows // t.fragment_rows, t.fragments_at_once
 
         def load(i):
-            return [ring[slot, i].astype(F32) for ring in self.rings]
+            rows = pl.ds(i * t.fragment_rows, t.fragment_rows)
+            return [as_fragment(ring[slot, rows]).astype(F32) for ring in self.rings[:inputs]]
 
-        return unrolled(
-            skipped,
-            self.tiling.tile_rows,
-            load,
-            lambda i, values, partial: added(partial, row(i, values)),
-            zeros(sums, self.tiling.columns),
-        )
+        def use(i, values, totals, counted=None):
+            terms, results = row(values)
+            for ring, result in zip(self.rings[:outputs], results, strict=True):
+                ring[slot, pl.ds(i * t.fragment_rows, t.fragment_rows)] = result.astype(ring.dtype)
+            if counted is not None:
+                terms = [jnp.where(counted, term, jnp.zeros_like(term)) for term in terms]
+            return added(totals, terms)
 
-    def pivot(self, slot):
-        """The mean of the first array's tile, 0 where that is not finite."""
-        (total,) = self.add_rows(slot, 0, lambda i, values: values[:1], 1)
-        return _finite_or_zero(total * (1 / self.tiling.tile_rows))
+        def use_in_part(i, totals):
+            return use(i, load(i), totals, self.rows.number() + i * t.fragment_rows >= skipped)
+
+        whole = jnp.int32(0)
+        if totals:  # fragments with rows that another tile has, up to the first that the loop below can start with
+            whole = div(skipped + (t.fragment_rows * at_once - 1), t.fragment_rows * at_once) * at_once
+            first = jnp.int32(0) if outputs else div(skipped, t.fragment_rows)
+            totals = lax.fori_loop(first, whole, use_in_part, totals)
+        return unrolled(whole, jnp.int32(fragments), at_once, load, use, totals)
+
+    def pivot(self):
+        """The mean of the first array's first tile, 0 where that is not finite: a vector."""
+        (total,) = self._tile(jnp.int32(0), lambda values: (values, ()), self.rows.zeros(1), 1)
+        return _finite_or_zero(self.rows.sum(total) * (1 / self.tiling.tile_rows))
 
     def moments(self, pivot, sums):
         """Pivot, delta and squares about the mean, of the sums of deviations from the pivot and of their squares."""
@@ -199,7 +315,7 @@ class Worker:
         t, vectors = self.tiling, exchange.shown.shape[2]
         if not moments:
             return exchange.sums(0, vectors)
-        numbers = [t.worker_rows(t.worker(self.split, w)).astype(F32) for w in range(t.warpgroups)]
+        numbers = [t.worker_range(self.split, w).rows.astype(F32) for w in range(t.warpgroups)]
         return _merge([exchange.vectors(0, w, vectors) for w in range(t.warpgroups)], numbers)
 
     def write_partial(self, partial_ref, whole, start, block, vectors):
@@ -210,19 +326,13 @@ class Worker:
         pl, _ = pallas()
         t = self.tiling
         for index, value in enumerate(vectors):
-            partial_ref[whole, self.split, index, pl.ds(start, t.columns)] = value
+            partial_ref[whole, index, self.split, pl.ds(start, t.columns)] = value
         if t.fold > 1:
 
             @pl.when(block == 0)
             def _():
                 for index, value in enumerate(vectors):
-                    partial_ref[whole, self.split, index, pl.ds(t.width, t.columns)] = value
-
-
-def write_row(out_refs, group, row, columns, results):
-    """Write the vectors of a row to the arrays [groups, rows, width]."""
-    for out_ref, result in zip(out_refs, results, strict=True):
-        out_ref[group, row, columns] = result.astype(out_ref.dtype)
+                    partial_ref[whole, index, self.split, pl.ds(t.width, t.columns)] = value
 
 
 def _finite_or_zero(value):

@@ -12,16 +12,16 @@ from jax import lax
 from bn_fused.kernels.backends.pallas_gpu.block import (
     F32,
     Exchange,
+    Rows,
     added,
+    as_fragment,
     launch,
     numbers_of,
     pallas,
     taker,
-    unrolled,
     vectors_of,
-    zeros,
 )
-from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SUMS, WARPGROUP, share
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, share
 from bn_fused.kernels.contract import blend_channels
 
 # Where partial results are merged in a launch of its own, 1024 threads share the work of 128 channels.
@@ -52,10 +52,12 @@ def moments_merge(tiling, blends, eps):
     def reduce(parts):
         # Each column starts with its own copy of the channel: two columns of a channel may differ in the last bits.
         pivot = parts.pivot()
-        (delta,) = parts.total(lambda part, n: [((part[0] - pivot) + part[1]) * (n * (1 / tiling.samples))], 1)
+        common = parts.rows.spread(pivot)
+        (delta,) = parts.total(lambda part, n: [((part[0] - common) + part[1]) * (n * (1 / tiling.samples))], 1)
+        mean = parts.rows.spread(delta)
 
         def squares(part, n):
-            return [part[2] + jnp.square(((part[0] - pivot) + part[1]) - delta) * n]
+            return [part[2] + jnp.square(((part[0] - common) + part[1]) - mean) * n]
 
         (square_sum,) = parts.total(squares, 1)
         return pivot, delta, square_sum * (1 / tiling.samples)
@@ -95,41 +97,49 @@ def times(coefficient, value):
 class Parts:
     """The partial results of `columns` columns from `start` on, which the warpgroups of a block add up together.
 
-    `partial_ref` are the partial results [groups or units, splits, vectors, width]; `whole` is the group or the unit.
+    `partial_ref` are the partial results [groups or units, vectors, padded splits, width]; `whole` is the group or the
+    unit. They are read as fragments, whose rows are splits.
     """
 
-    def __init__(self, tiling, partial_ref, whole, start, columns, warpgroup, exchange):
+    def __init__(self, tiling, partial_ref, whole, start, columns, warpgroup, exchange, rows):
         self.tiling, self.partial_ref, self.whole = tiling, partial_ref, whole
         self.start, self.columns = start, columns
-        self.warpgroup, self.exchange, self.turns = warpgroup, exchange, 0
-
-    def part(self, entry):
-        """The vectors of one of the tiling's `entries`, and its split."""
-        pl, _ = pallas()
-        split, copy = self.tiling.entry(entry)
-        here = pl.ds(self.tiling.copy_start(self.start, copy), self.columns)
-        return [self.partial_ref[self.whole, split, index, here] for index in range(self.partial_ref.shape[2])], split
+        self.warpgroup, self.exchange, self.rows, self.turns = warpgroup, exchange, rows, 0
+        self.together = rows.shape[0]
 
     def pivot(self):
         """The first part's first vector."""
-        return self.part(jnp.int32(0))[0][0]
+        pl, _ = pallas()
+        return self.partial_ref[self.whole, 0, 0, pl.ds(self.start, self.columns)]
+
+    def fragments(self, entry):
+        """The fragments of one of the tiling's `entries`, and its first split."""
+        pl, _ = pallas()
+        first_split, copy = self.tiling.entry(entry, self.together)
+        splits, here = pl.ds(first_split, self.together), pl.ds(self.tiling.copy_start(self.start, copy), self.columns)
+        vectors = range(self.partial_ref.shape[1])
+        values = [as_fragment(self.partial_ref[self.whole, index, splits, here]) for index in vectors]
+        return values, first_split
 
     def total(self, terms, number):
-        """The sums over all parts of the `number` vectors that `terms(vectors, values per channel)` returns.
+        """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.
 
-        The warpgroups share the parts, in order, and then their sums in the next round of the exchange. To be called
-        by all of them.
+        Terms are fragments. The warpgroups share the parts, in order, and then their sums in the next round of the
+        exchange. To be called by all of them.
         """
         turn = self.turns
         self.turns += 1
 
-        def add(_, part, sums):
-            vectors, split = part
-            return added(sums, terms(vectors, self.tiling.split_rows(split).astype(F32)))
+        def add(entry, sums):
+            values, first_split = self.fragments(entry)
+            split = first_split + self.rows.number()
+            there = split < self.tiling.splits
+            new = terms(values, self.tiling.split_rows(split).astype(F32))
+            return added(sums, [jnp.where(there, term, jnp.zeros_like(term)) for term in new])
 
-        first, end = share(self.tiling.entries, self.warpgroup, self.exchange.warpgroups)
-        sums = unrolled(first, end, self.part, add, zeros(number, self.columns))
-        self.exchange.show(turn, self.warpgroup, sums)
+        first, end = share(self.tiling.entries(self.together), self.warpgroup, self.exchange.warpgroups)
+        sums = lax.fori_loop(first, end, add, self.rows.zeros(number))
+        self.exchange.show(turn, self.warpgroup, [self.rows.sum(total) for total in sums])
         return self.exchange.sums(turn, number)
 
 
@@ -167,6 +177,7 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
     out_types = [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * whole
     out_types += [jax.ShapeDtypeStruct((t.groups, t.channels), F32)] * cut_out
     scratch = Exchange.scratch(merge.rounds, MERGE_WARPGROUPS, merge.exchanged, WARPGROUP)
+    scratch.append(Rows.scratch(MERGE_WARPGROUPS, SPLITS_TOGETHER, WARPGROUP))
     if cuts:
         scratch.append(plgpu.SMEM((cut_out, WARPGROUP), F32))
 
@@ -174,13 +185,14 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
         take = taker(refs)
         channel_refs, scalar_refs = take(len(channels)), take(len(scalars))
         whole_refs, cut_out_refs = take(whole), take(cut_out)
-        exchange = Exchange(*take(2))
+        exchange, (rows_memory,) = Exchange(*take(2)), take(1)
         (cut,) = take(1) if cuts else (None,)
         warpgroup = lax.axis_index("warpgroup")
         group, block = t.merge_place(lax.axis_index("block"))
         start = t.merge_start(block)
         columns = pl.ds(start, WARPGROUP)
-        reduced = merge.reduce(Parts(t, partial_ref, group, start, WARPGROUP, warpgroup, exchange))
+        rows = Rows(rows_memory, warpgroup)
+        reduced = merge.reduce(Parts(t, partial_ref, group, start, WARPGROUP, warpgroup, exchange, rows))
 
         def write_cut(number):
             for index, out_ref in enumerate(cut_out_refs):

@@ -46,11 +46,11 @@ from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends.gpu.view import View
 from bn_fused.kernels.backends.pallas_gpu.block import F32
 from bn_fused.kernels.backends.pallas_gpu.merges import merge_moments, merge_sums, moments_merge, sums_merge, times
-from bn_fused.kernels.backends.pallas_gpu.plan import RESERVED, Plan, make_plan, tiling
-from bn_fused.kernels.backends.pallas_gpu.resident import resident
-from bn_fused.kernels.backends.pallas_gpu.resident_plan import not_co_resident, resident_tiling
-from bn_fused.kernels.backends.pallas_gpu.stream import stream
-from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, MOMENTS, MOST_FOLDED, SUMS, WARPGROUP
+from bn_fused.kernels.backends.pallas_gpu.one_launch import one_launch
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import not_co_resident, one_launch_tiling
+from bn_fused.kernels.backends.pallas_gpu.plan import Plan, make_plan, tiling
+from bn_fused.kernels.backends.pallas_gpu.stream import Pass, stream
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, MOMENTS, MOST_FOLDED, SUMS, WARPGROUP, ring_bytes
 from bn_fused.kernels.contract import (
     blend,
     moments_cotangents,
@@ -117,18 +117,21 @@ def plan(problem, target):
 def plan_refusal(plan, problem, target):
     """None, or one sentence: why a plan given by hand would not fit the chip, or could deadlock on it."""
     chip, itemsize = target.chip, jnp.dtype(problem.dtype).itemsize
-    if plan.ring_bytes + RESERVED > chip.shared_memory_per_block:
-        most = chip.shared_memory_per_block - RESERVED
+    most = ring_bytes(chip, plan.columns, plan.warpgroups, MOMENTS)
+    if plan.ring_bytes > most:
         return f"its ring_bytes are {plan.ring_bytes}, and a block of {chip.name} has room for {most}"
     backward = 2 + (problem.residual and problem.activation is not None)
-    for resident_plan, inputs, sums in ((plan.forward, 1 + problem.residual, MOMENTS), (plan.backward, backward, SUMS)):
-        if resident_plan is None:
+    for one_launch_plan, inputs, sums in (
+        (plan.forward, 1 + problem.residual, MOMENTS),
+        (plan.backward, backward, SUMS),
+    ):
+        if one_launch_plan is None:
             continue
-        if target.several_devices and not resident_plan.cluster:
+        if target.several_devices and not one_launch_plan.cluster:
             return (
                 "blocks that wait for each other without being a cluster can deadlock with collectives between devices"
             )
-        sentence = not_co_resident(resident_plan, chip, itemsize, inputs, sums)
+        sentence = not_co_resident(one_launch_plan, chip, itemsize, inputs, sums)
         if sentence is not None:
             return sentence
     return None
@@ -140,14 +143,14 @@ class _View(View):
     def __init__(self, x, spec, operation=None):
         if not isinstance(spec.plan, Plan):
             raise TypeError(f"plan is {spec.plan!r}; pallas_gpu needs one of {Plan}")
-        self.plan, self.resident_plan = spec.plan, spec.plan.resident_plan(operation)
-        super().__init__(x, spec.layout, (self.resident_plan or self.plan).fold)
+        self.plan, self.one_launch = spec.plan, spec.plan.one_launch(operation)
+        super().__init__(x, spec.layout, (self.one_launch or self.plan).fold)
 
     def tiling(self, inputs):
         return tiling(self.plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
 
-    def resident_tiling(self, inputs):
-        return resident_tiling(self.resident_plan, self.groups, self.rows, self.channels, self.itemsize, inputs)
+    def one_launch_tiling(self, inputs):
+        return one_launch_tiling(self.one_launch, self.groups, self.rows, self.channels, self.itemsize, inputs)
 
     def numbers(self, values):
         """Several values per group as float32 [groups, number]."""
@@ -159,59 +162,84 @@ class _View(View):
         return values if self.fold == 1 else [jnp.tile(jnp.stack(values, 1), (1, 1, self.fold))]
 
 
-# What the rows of the streams compute: of a row's values and the values per channel, the terms to add and the results.
+# What the passes compute.
 
 
-def _moments_row(values, channels, _):
-    d = values[0] - channels[-1]
+def _moments_row(values, constants):
+    (pivot,) = constants
+    d = values[0] - pivot
     return (d, d * d), ()
 
 
-def _before_activation(d, scale, shift, residual):
-    z = d * scale + shift
+_MOMENTS = Pass(lambda channels, numbers: [], _moments_row)
+
+
+def _normalisation(activation):
+    """y, of x and, where there is one, the residual; per channel pivot, offset, rstd, weight and bias."""
+
+    def constants(channels, numbers):
+        pivot, offset, rstd, weight, bias, *_ = channels
+        return pivot, *scale_and_shift(offset, rstd, weight, bias)
+
+    def row(values, constants):
+        x, *residual = values
+        return (), (activate(_before_activation(x, constants, *residual), activation),)
+
+    return Pass(constants, row)
+
+
+def _before_activation(x, constants, residual=None):
+    pivot, scale, shift = constants
+    z = (x - pivot) * scale + shift
     return z if residual is None else z + residual
 
 
-def _normalise_row(activation):
-    def row(values, channels, _):
-        x, residual = (*values, None)[:2]
-        pivot, *others = channels[:5]
-        z = _before_activation(x - pivot, *scale_and_shift(*others), residual)
-        return (), (activate(z, activation),)
+def _gradient(activation, from_y=False, *, sums=False, dx=False, dz=False, moments=False):
+    """Of dy, x and, where it is kept for the derivative, y (`from_y`) or the residual: `sums`, `dx` and `dz`.
 
-    return row
-
-
-def _gradient_row(activation, from_y=False, *, write_dx=False, write_dz=False, moments=False):
-    """Of rows of dy, x and, where it is kept for the derivative, y (`from_y`) or the residual: dx and dz, if written.
-
-    And the sums of dz and dz * d; or, with `moments`, none: then dx has the part that goes through the moments.
+    The sums are those of dz and dz * d, d = x - pivot. Per channel: pivot, offset, rstd, weight and bias; with
+    `moments`, where dx has the part that goes through the moments, slope and level before them.
     """
+    needs_z = activation is not None and not from_y
 
-    def row(values, channels, _):
-        dy, x, kept = (*values, None)[:3]
-        pivot, *others = channels[:5]
-        d, (scale, shift) = x - pivot, scale_and_shift(*others)
-        dz = dy
-        if activation is not None:
-            argument = kept if from_y else _before_activation(d, scale, shift, kept)
-            dz = dy * ACTIVATIONS[activation].derivative(argument)
-        results = ()
-        if write_dx:
-            dx = dz * scale
+    def constants(channels, numbers):
+        through, (pivot, offset, rstd, weight, bias, *_) = (channels[:2], channels[2:]) if moments else ([], channels)
+        scale, shift = scale_and_shift(offset, rstd, weight, bias)
+        return [pivot, *[scale] * (needs_z or dx), *[shift] * needs_z, *through]
+
+    def row(values, constants):
+        dy, x, *kept = values
+        pivot, *others = constants
+        d = x - pivot
+        scale, others = (others[0], others[1:]) if needs_z or dx else (None, others)
+        if activation is None:
+            derivative = None
+        elif from_y:
+            derivative = ACTIVATIONS[activation].derivative(*kept)
+        else:
+            shift, *others = others
+            derivative = ACTIVATIONS[activation].derivative(_before_activation(x, (pivot, scale, shift), *kept))
+        dz_value = dy if derivative is None else dy * derivative
+        results = []
+        if dx:
+            value = dz_value * scale
             if moments:
-                slope, level = channels[-2:]
-                dx = dx + (d * slope + level)
-            results = (dx,)
-        return () if moments else (dz, dz * d), (*results, dz) if write_dz else results
+                slope, level = others
+                value = value + (d * slope + level)
+            results.append(value)
+        return (dz_value, dz_value * d) if sums else (), (*results, *[dz_value] * dz)
 
-    return row
+    return Pass(constants, row)
 
 
-def _moments_gradient_row(values, channels, numbers):
+def _moments_gradient_constants(channels, numbers):
     pivot, delta, dmean, dvar = channels
     (count,) = numbers
-    slope, level = through_moments(dmean, dvar, delta, count)
+    return pivot, *through_moments(dmean, dvar, delta, count)
+
+
+def _moments_gradient_row(values, constants):
+    pivot, slope, level = constants
     return (), ((values[0] - pivot) * slope + level,)
 
 
@@ -240,7 +268,7 @@ def _finish_backward(sums, channels, numbers):
 
 def _moments_partial(view, x):
     tiles = view.tiling(1)
-    (partial,) = stream(tiles, "bn_fused_moments", [x], [], [], _moments_row, sums=2, moments=True)
+    (partial,) = stream(tiles, "bn_fused_moments", [x], [], [], _MOMENTS, sums=2, moments=True)
     return tiles, partial
 
 
@@ -258,9 +286,9 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     blends = running_mean.dtype == F32 and running_var.dtype == F32
     view = _View(x, spec, "forward" if blends else None)
     flat = view.as_rows(x)
-    if view.resident_plan is not None:
+    if view.one_launch is not None:
         operands = [weight, bias, running_mean, running_var]
-        return _resident_forward(view, flat, operands, coefficients, residual, spec)
+        return _forward_in_one_launch(view, flat, operands, coefficients, residual, spec)
     partial = _moments_partial(view, flat)
     if blends:
         operands = view.tiled(weight, bias, running_mean, running_var)
@@ -278,20 +306,12 @@ def forward(x, weight, bias, running_mean, running_var, coefficients, residual=N
     return y, pivot, delta, var, offset, rstd, *new
 
 
-def _resident_forward(view, flat, operands, coefficients, residual, spec):
+def _forward_in_one_launch(view, flat, operands, coefficients, residual, spec):
     arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
-    channels, numbers = view.tiled(*operands), [view.numbers(coefficients)]
-    tiles, normalise_row = view.resident_tiling(len(arrays)), _normalise_row(spec.activation)
-
-    def sum_row(values, channels, numbers):
-        return _moments_row(values, channels, numbers)[0]
-
-    def result_row(values, merged, channels, numbers):
-        return normalise_row(values, [*merged, *channels], numbers)[1]
-
-    (y,), results = resident(
-        tiles, "bn_fused_resident_forward", arrays, channels, numbers, sum_row,
-        moments_merge(tiles, True, spec.eps), result_row, sums=2, outputs=1, moments=True,
+    channels, numbers, tiles = view.tiled(*operands), [view.numbers(coefficients)], view.one_launch_tiling(len(arrays))
+    (y,), results = one_launch(
+        tiles, "bn_fused_forward", arrays, channels, numbers, _MOMENTS, moments_merge(tiles, True, spec.eps),
+        _normalisation(spec.activation), sums=2, reads=1, moments=True,
     )  # fmt: skip
     pivot, offset, rstd, delta, var, *new = map(view.unchannel, results)
     return view.like_x(y), pivot, delta, var, offset, rstd, *new
@@ -299,8 +319,8 @@ def _resident_forward(view, flat, operands, coefficients, residual, spec):
 
 def _normalise(view, flat, residual, channels, spec, reverse):
     arrays = [flat] if residual is None else [flat, view.as_rows(residual)]
-    row, tiles = _normalise_row(spec.activation), view.tiling(len(arrays))
-    (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], row, outputs=1, reverse=reverse)
+    work, tiles = _normalisation(spec.activation), view.tiling(len(arrays))
+    (y,) = stream(tiles, "bn_fused_normalise", arrays, channels, [], work, outputs=1, reverse=reverse)
     return view.like_x(y)
 
 
@@ -339,24 +359,22 @@ def backward(
     numbers = [view.group(value) for value in (batch, count)]
     activation, from_y, write_dz = spec.activation, y is not None, len(arrays) == 3
     merge = sums_merge(_finish_backward, needed=2)
-    if view.resident_plan is not None:
-        sum_row = _gradient_row(activation, from_y)
-        result_row = _gradient_row(activation, from_y, write_dx=True, write_dz=write_dz, moments=True)
-        (dx, *dz), sums = resident(
-            view.resident_tiling(len(arrays)), "bn_fused_resident_backward", arrays, channels, numbers,
-            lambda *row: sum_row(*row)[0], merge,
-            lambda values, merged, channels, numbers: result_row(values, [*channels, *merged], numbers)[1],
-            sums=2, outputs=1 + write_dz,
+    first = _gradient(activation, from_y, sums=True, dz=write_dz)
+    # Where dz is written, the second pass reads it in dy's place: no derivative is left to compute.
+    second = _gradient(None if write_dz else activation, dx=True, moments=True)
+    if view.one_launch is not None:
+        (dx, *dz), sums = one_launch(
+            view.one_launch_tiling(len(arrays)), "bn_fused_backward", arrays, channels, numbers, first, merge, second,
+            sums=2, reads=len(arrays), outputs=int(write_dz),
         )  # fmt: skip
         return view.gradients(dx, dz, sums)
-    tiles, row = view.tiling(len(arrays)), _gradient_row(activation, from_y, write_dz=write_dz)
-    *dz, partial = stream(tiles, "bn_fused_backward_sums", arrays, channels, [], row, sums=2, outputs=int(write_dz))
+    tiles, name = view.tiling(len(arrays)), "bn_fused_backward_sums"
+    *dz, partial = stream(tiles, name, arrays, channels, [], first, sums=2, outputs=int(write_dz))
     slope_and_level, sums = merge_sums(tiles, partial, channels, numbers, merge)
-    if dz:  # it is written: no derivative is left to compute
-        arrays, activation = [*dz, view.as_rows(x)], None
-    tiles, channels = view.tiling(len(arrays)), [*channels, *slope_and_level]
-    row = _gradient_row(activation, write_dx=True, moments=True)
-    (dx,) = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], row, outputs=1, reverse=True)
+    if dz:
+        arrays = [*dz, view.as_rows(x)]
+    tiles, channels = view.tiling(len(arrays)), [*slope_and_level, *channels]
+    (dx,) = stream(tiles, "bn_fused_backward_dx", arrays, channels, [], second, outputs=1, reverse=True)
     return view.gradients(dx, dz, sums)
 
 
@@ -367,9 +385,9 @@ def normalise_backward(dy, x, pivot, offset, rstd, weight, bias, residual=None, 
     arrays = view.gradient_arrays(dy, x, residual, y)
     tiles, write_dz = view.tiling(len(arrays)), len(arrays) == 3
     channels = view.tiled(pivot, offset, rstd, weight, bias)
-    row = _gradient_row(spec.activation, y is not None, write_dx=True, write_dz=write_dz)
+    work = _gradient(spec.activation, y is not None, sums=True, dx=True, dz=write_dz)
     name = "bn_fused_normalise_backward"
-    dx, *dz, partial = stream(tiles, name, arrays, channels, [], row, sums=2, outputs=1 + write_dz)
+    dx, *dz, partial = stream(tiles, name, arrays, channels, [], work, sums=2, outputs=1 + write_dz)
     _, sums = merge_sums(tiles, partial, channels, [], sums_merge(_finish_sums, needed=0))
     return view.gradients(dx, dz, sums)
 
@@ -379,9 +397,9 @@ def moments_backward(dmean, dvar, x, pivot, delta, count, mask=None, *, spec):
     _check_no_mask(mask)
     view = _View(x, spec)
     channels = view.tiled(pivot, delta, dmean, dvar)
-    name = "bn_fused_moments_backward"
+    name, work = "bn_fused_moments_backward", Pass(_moments_gradient_constants, _moments_gradient_row)
     flat, numbers = [view.as_rows(x)], [view.group(count)]
-    (dx,) = stream(view.tiling(1), name, flat, channels, numbers, _moments_gradient_row, outputs=1)
+    (dx,) = stream(view.tiling(1), name, flat, channels, numbers, work, outputs=1)
     return (view.like_x(dx),)
 
 

@@ -3,18 +3,21 @@
 Pure functions of sizes: they are tested exhaustively on small sizes.
 """
 
-import math
 from dataclasses import dataclass
 
 from bn_fused.kernels.backends.gpu.launches import launches, passes
-from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident, make_resident
-from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS, SUMS, UNROLL, Tiling, can_cut, fold_of, warpgroups_of
-
-MOST_TILE_ROWS = 64
-# Of a block's shared memory: what is left for the barriers and for the exchange between warpgroups, at most 4
-# warpgroups * 3 values * 256 columns * 4 bytes.
-RESERVED = 16 * 1024
-STAGES = 3
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch, make_one_launch
+from bn_fused.kernels.backends.pallas_gpu.tiles import (
+    LEAST_ROWS,
+    MOMENTS,
+    SUMS,
+    Tiling,
+    can_cut,
+    fold_of,
+    ring_bytes,
+    ring_of,
+    warpgroups_of,
+)
 
 
 @dataclass(frozen=True)
@@ -27,50 +30,52 @@ class Plan:
     - `columns`: of a block, 128 or 256. Where they do not divide the row, the last block overlaps the one before.
     - `splits`: the rows of each group are cut into that many ranges, one block (of threads) each.
     - `warpgroups`: of a block, each of which has a part of the block's rows, a ring of tiles and barriers of its own.
-    - `stages`: tiles in that ring.
     - `ring_bytes`: shared memory of all the rings of a block.
     - `residual`: a residual is added; `derivative`: an activation's derivative needs it in a backward.
-    - `forward`, `backward`: how these operations keep what they read on chip, or None: they stream it twice.
+    - `forward`, `backward`: how these operations are one launch, or None: they stream their arrays twice.
     """
 
     fold: int
     columns: int
     splits: int
     warpgroups: int
-    stages: int
     ring_bytes: int
     residual: bool = False
     derivative: bool = False
-    forward: Resident | None = None
-    backward: Resident | None = None
+    forward: OneLaunch | None = None
+    backward: OneLaunch | None = None
 
     def kind(self, operation):
-        """How an operation reads its arrays: "resident", "slab" or "streaming".
+        """How an operation reads its arrays: "resident", "partial", "slab" or "streaming".
 
-        All of them stay on chip, or one part after another does so, or they are read twice.
+        All of them stay on chip between the two passes of one launch, or a part of them does, or one part after another
+        does so; or each pass is a launch.
         """
-        resident_plan = self.resident_plan(operation)
-        return "streaming" if resident_plan is None else "resident" if resident_plan.slabs == 1 else "slab"
+        plan = self.one_launch(operation)
+        if plan is None:
+            return "streaming"
+        return "partial" if plan.kept < 1 else "resident" if plan.slabs == 1 else "slab"
 
-    def resident_plan(self, operation):
-        """The `Resident` of an operation, or None."""
+    def one_launch(self, operation):
+        """The `OneLaunch` of an operation, or None."""
         return {"forward": self.forward, "backward": self.backward}.get(operation)
 
     def passes(self, operation):
         """(reads, writes) of arrays of x's size inside the kernels of an operation."""
-        return passes(operation, self.residual, self.derivative, self.resident_plan(operation) is not None)
+        plan = self.one_launch(operation)
+        return passes(operation, self.residual, self.derivative, 0 if plan is None else plan.kept)
 
     def launches(self, operation):
         """The kernels of an operation, by name and in order."""
-        return launches(operation) if self.resident_plan(operation) is None else (f"bn_fused_resident_{operation}",)
+        return launches(operation) if self.one_launch(operation) is None else (f"bn_fused_{operation}",)
 
 
 def splits_of(rows, blocks, warpgroups, cores):
     """Into how many ranges the rows are cut: so that the last wave of thread blocks leaves few cores without work.
 
-    Every worker keeps `UNROLL` rows or more where there are that many.
+    Every worker keeps `LEAST_ROWS` rows or more where there are that many.
     """
-    most = max(1, rows // (warpgroups * UNROLL))
+    most = max(1, rows // (warpgroups * LEAST_ROWS))
 
     def occupied(splits):
         return blocks * splits / (-(-blocks * splits // cores) * cores)
@@ -91,17 +96,18 @@ def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative
     warpgroups = warpgroups_of(rows // fold)
     blocks = groups * -(-fold * channels // columns)
     sizes = groups, rows, channels, itemsize, chip
+    # A backward whose derivative needs a third array writes dz for it, and reads that in dy's place.
+    third = int(residual and derivative)
     return Plan(
         fold=fold,
         columns=columns,
         splits=splits_of(rows // fold, blocks, warpgroups, chip.cores),
         warpgroups=warpgroups,
-        stages=STAGES,
-        ring_bytes=chip.shared_memory_per_block - RESERVED,
+        ring_bytes=ring_bytes(chip, columns, warpgroups, MOMENTS),
         residual=residual,
         derivative=derivative,
-        forward=make_resident(*sizes, 1 + residual, MOMENTS, clusters_only),
-        backward=make_resident(*sizes, 2 + (residual and derivative), SUMS, clusters_only),
+        forward=make_one_launch(*sizes, 1 + residual, 1, 1, MOMENTS, clusters_only),
+        backward=make_one_launch(*sizes, 2 + third, 2, 1 + third, SUMS, clusters_only),
     )
 
 
@@ -111,10 +117,11 @@ def tiling(plan, groups, rows, channels, itemsize, inputs):
     ValueError where the plan (one given by hand) does not fit them.
     """
     p, width, folded = plan, plan.fold * channels, rows // plan.fold
-    most = 0
-    if can_cut(rows, channels, itemsize, p.fold, p.columns, p.splits, p.warpgroups) and p.stages >= 1:
-        most = p.ring_bytes // (p.warpgroups * p.stages * inputs * p.columns * itemsize)
-    if most < 1:
+    ring = None
+    if can_cut(rows, channels, itemsize, p.fold, p.columns, p.splits, p.warpgroups):
+        room = p.ring_bytes // (p.warpgroups * inputs * p.columns * itemsize)
+        ring = ring_of(folded // (p.splits * p.warpgroups), -(-folded // (p.splits * p.warpgroups)), room, p.columns)
+    if ring is None:
         raise ValueError(f"{plan} does not fit {inputs} arrays [{groups}, {rows}, {channels}] of {itemsize} bytes")
-    tile_rows = min(1 << int(math.log2(most)), MOST_TILE_ROWS, folded // (p.splits * p.warpgroups))
-    return Tiling(groups, folded, width, channels, p.fold, p.columns, p.splits, p.warpgroups, p.stages, tile_rows)
+    _, tile_rows, stages = ring
+    return Tiling(groups, folded, width, channels, p.fold, p.columns, p.splits, p.warpgroups, stages, tile_rows)

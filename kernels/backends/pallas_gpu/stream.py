@@ -1,28 +1,30 @@
-"""The kernel of the backend `pallas_gpu` that streams over the rows, written with Pallas Mosaic GPU.
+"""The kernel of the backend `pallas_gpu` that goes once over arrays of x's size, written with Pallas Mosaic GPU.
 
-`stream` is every pass over arrays of x's size: the moments' sums, the normalisation, the backward's sums and its
-gradients differ only in the function of one row that they give it. What its blocks add up, `merges` merges.
+`stream` is every pass that is a launch of its own: the moments' sums, the normalisation, the backward's sums and its
+gradients differ only in the function of a fragment of rows that they give it. What its blocks add up, `merges` merges.
 
-How a stream keeps the memory busy on a Hopper GPU:
+How a pass keeps the memory busy on a Hopper GPU:
 
 - One block of threads for each multiprocessor, of up to four warpgroups. Each warpgroup has its own range of rows, its
-  own ring of tiles in shared memory, which the copy engine (TMA) fills, and its own barriers: no warpgroup ever waits
-  for another one until the end. With three tiles in each ring a multiprocessor has 150 to 190 KiB in flight; 30 KiB
-  would do at the memory's unloaded latency.
-- A tile's row is 256 (or 128) columns, and each thread owns two (or one) of them: it adds up its columns in registers,
-  without exchange between threads, and a warp reads 128 or 256 consecutive bytes of shared memory at a time, without
-  bank conflicts. Eight rows are read before the first is used.
-- Results leave from registers, by stores of 128 or 256 consecutive bytes a warp.
+  own ring of tiles in shared memory, which the copy engine (TMA) fills and empties, and its own barriers: no warpgroup
+  ever waits for another one until the end. A multiprocessor has 150 to 190 KiB in flight; 30 KiB would do at the
+  memory's unloaded latency.
+- Values are loaded as fragments of several rows, 8 bytes at a time for each thread and without bank conflicts, four
+  fragments before the first is used. Each thread adds up its own columns in registers.
+- Results take the place of the tile that they are computed of, and leave by the copy engine.
 - The automatic barriers around every load and store are off. What they protect is protected here: a slot of the ring
-  is filled again only after all threads of its warpgroup have read it (`commit_smem` has the barrier and the fence
-  towards the copy engine), and nothing but the copy engine writes there.
-- The sums are added up tile by tile and then warpgroup by warpgroup in a fixed order: two runs give the same bits.
+  is filled or emptied by the copy engine only after all threads of its warpgroup have read it and written it
+  (`commit_smem` has the barrier and the fence towards the copy engine), and filled again only when it has been emptied.
+- The sums are added up tile by tile, then row by row of the fragment and then warpgroup by warpgroup, in a fixed order:
+  two runs give the same bits.
 
 Row and column numbers are 32-bit integers, which are multiplied to addresses in 64 bits: an array may have more than
 2^31 elements as long as it has fewer rows and channels than that.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,92 +34,93 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     F32,
     Exchange,
     Worker,
-    added,
     launch,
     numbers_of,
     pallas,
     taker,
     vectors_of,
-    write_row,
-    zeros,
 )
-from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS, rem
+from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS
 
 
-def stream(tiling, name, arrays, channels, scalars, row, *, sums=0, outputs=0, moments=False, reverse=False):
-    """One pass over arrays [groups, rows, width], read once, each by the same tiles.
+class Pass(NamedTuple):
+    """What a pass computes of every row.
+
+    - `constants(channels, scalars)`: of the vectors per channel and the numbers per group, the vectors that rows need.
+    - `row(values, constants)`: of a row's values, float32, one for each array, and the constants, the terms to add up
+      and the results. It gets fragments: several rows at once.
+    """
+
+    constants: Callable
+    row: Callable
+
+
+def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, moments=False, reverse=False):
+    """One `Pass` over arrays [groups, rows, width], read once, each by the same tiles.
 
     - `channels`: arrays [groups, width], or several in one, [groups, number, width]; `scalars`: arrays [groups] and
       [groups, number]. All float32.
-    - `row(values, channels, scalars)`: of a row's values (float32 vectors of the block's columns, one for each array),
-      the block's vectors of `channels` and the group's `scalars`, returns `sums` vectors to add up and `outputs`
-      vectors to store.
-    - `moments`: `row` gets the pivot in addition, as the last of `channels`: the mean of the worker's first tile.
+    - `work`: a `Pass` with `sums` terms and `outputs` results.
+    - `moments`: its rows get the pivot in addition, as the last of the constants: the mean of the worker's first tile.
     - `reverse`: walks through each worker's tiles from the last one to the first, and through the blocks in the same
       way, so that it begins with what the pass before it read last and L2 still holds.
 
     Returns the tuple of the outputs [groups, rows, width] in the first array's dtype and, where there are sums, their
-    partial results [groups, splits, sums, padded width]; for moments, pivot, delta and the squares about the mean.
+    partial results [groups, sums, padded splits, padded width]; for moments, pivot, delta and the squares about the
+    mean.
     """
-    pl, plgpu = pallas()
+    pl, _ = pallas()
     t, inputs = tiling, len(arrays)
     vectors = MOMENTS if moments else sums
     out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), arrays[0].dtype)] * outputs
     scratch = Worker.scratch(t, [array.dtype for array in arrays])
     if sums:
-        out_types.append(jax.ShapeDtypeStruct((t.groups, t.splits, vectors, t.padded_width), F32))
+        out_types.append(jax.ShapeDtypeStruct((t.groups, vectors, t.padded_splits, t.padded_width), F32))
         scratch += Exchange.scratch(1, t.warpgroups, vectors, t.columns)
 
     def body(*refs):
         take = taker(refs)
         array_refs, channel_refs, scalar_refs = take(inputs), take(len(channels)), take(len(scalars))
         out_refs, partial_refs = take(outputs), take(1 if sums else 0)
-        rings, (filled,) = take(inputs), take(1)
+        rings, (filled, rows_memory) = take(inputs), take(2)
 
         index = lax.axis_index("block")
         group, block, split = t.place(t.grid - 1 - index if reverse else index)
         start = t.block_start(block)
-        columns = pl.ds(start, t.columns)
-        worker = Worker(t, split, array_refs, rings, filled)
+        worker = Worker(t, split, rings, filled, rows_memory)
         tiles = worker.range.tiles
 
-        def tile(step):
-            return worker.range.tile(tiles - 1 - step if reverse else step)
+        def fetch(index):
+            worker.fetch(array_refs, group, start, index)
 
-        def slot_of(step):
-            return worker.first_slot + rem(step, t.stages)
-
-        def fetch(step):
-            first_row, _ = tile(step)
-            worker.fetch(group, columns, first_row, slot_of(step))
+        def refill(index):
+            following = index - t.stages if reverse else index + t.stages
+            pl.when((following >= 0) & (following < tiles))(lambda: fetch(following))
 
         for step in range(t.stages):
-            pl.when(step < tiles)(functools.partial(fetch, jnp.int32(step)))
-        per_channel, per_group = vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group)
-        worker.wait(slot_of(jnp.int32(0)))
+            pl.when(step < tiles)(functools.partial(fetch, tiles - 1 - step if reverse else jnp.int32(step)))
+        columns = pl.ds(start, t.columns)
+        constants = work.constants(vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group))
+        constants = [worker.rows.spread(vector) for vector in constants]
         if moments:
-            per_channel.append(worker.pivot(slot_of(jnp.int32(0))))
+            worker.wait(jnp.int32(0))
+            pivot = worker.pivot()
+            constants.append(worker.rows.spread(pivot))
 
-        def one_tile(step, totals):
-            slot = slot_of(step)
-            first_row, skipped = tile(step)
-
-            def one_row(i, values):
-                terms, results = row(values, per_channel, per_group)
-                write_row(out_refs, group, first_row + i, columns, results)
-                return terms
-
-            partial = worker.add_rows(slot, skipped, one_row, sums)
-            plgpu.commit_smem()  # all threads of the warpgroup have read the tile
-            pl.when(step + t.stages < tiles)(lambda: fetch(step + t.stages))
-            pl.when(step + 1 < tiles)(lambda: worker.wait(slot_of(step + 1)))
-            return added(totals, partial)
-
-        totals = lax.fori_loop(jnp.int32(0), tiles, one_tile, zeros(sums, t.columns))
+        totals = worker.walk(
+            lambda values: work.row(values, constants),
+            worker.rows.zeros(sums),
+            refill,
+            inputs=inputs,
+            backwards=reverse,
+            there=int(moments),
+            written=[functools.partial(worker.tile_of, ref, group, start) for ref in out_refs],
+        )
         if not sums:
             return
+        totals = [worker.rows.sum(total) for total in totals]
         if moments:
-            totals = worker.moments(per_channel[-1], totals)
+            totals = worker.moments(pivot, totals)
         exchange = Exchange(*take(2))
         exchange.show(0, worker.warpgroup, totals)
 

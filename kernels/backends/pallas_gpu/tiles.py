@@ -7,6 +7,7 @@ Every function of an index takes a Python int or an int32 value of a kernel: the
 sizes with the functions that the kernels call.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -15,12 +16,25 @@ from jax import lax
 
 WARPGROUP = 128  # threads
 MOST_WARPGROUPS = 4
-# Rows whose values a thread holds at the same time: enough independent loads to hide shared memory's latency.
-UNROLL = 8
+# Elements of a fragment, which a warpgroup loads in one instruction of 8 bytes a thread where they have 16 bits.
+FRAGMENT = 4 * WARPGROUP
+# Fragments that a thread loads before it uses the first: enough to hide shared memory's latency.
+FRAGMENTS_AT_ONCE = 4
+# Shared memory for barriers and for the alignment of what stands beside them.
+BARRIERS = 2048
+# Rows that a warpgroup should have at least.
+LEAST_ROWS = 8
+# Partial results of neighbouring splits that are merged as the rows of a fragment, at most.
+SPLITS_TOGETHER = FRAGMENT // WARPGROUP
 # The longest row segment of a tile, a limit of the copy engine (TMA boxes have at most 256 elements an axis).
 WIDEST = 256
 # More neighbouring rows than that are not folded into one: their columns have to be merged again.
 MOST_FOLDED = 256
+# The longest tile that the copy engine takes.
+LONGEST_TILE = 256
+# Tiles of a warpgroup in shared memory: Mosaic has up to 32 barriers in a group, one for each tile of a block. Where
+# there are more tiles, so many at least: one is used, and another is on its way.
+MOST_STAGES, LEAST_STAGES = 8, 2
 ALIGNMENT = 16  # bytes: what the copy engine demands of an array's rows
 # Values per column by which parts are merged: pivot, delta and squares; two sums.
 MOMENTS, SUMS = 3, 2
@@ -48,11 +62,6 @@ def rem(dividend, divisor: int):
 def minimum(one, other):
     """The smaller of the two."""
     return min(one, other) if _of_python(one, other) else jnp.minimum(one, other)
-
-
-def clip(value, low: int, high: int):
-    """The nearest number to the value in [low, high]."""
-    return min(max(value, low), high) if _of_python(value) else jnp.clip(value, low, high)
 
 
 def one_if(condition):
@@ -89,8 +98,8 @@ class Tiling:
     """What a plan makes of an array: everything a kernel's indices are computed from.
 
     `rows` and `width` are those of the folded view; `blocks` the column blocks; `splits` the ranges that their rows are
-    cut into, one for each block of threads; `workers` the warpgroups that share the rows of a column block; `stages`
-    the tiles that each has in shared memory; `tile_rows` the rows of a tile.
+    cut into, one for each block of threads, whose `warpgroups` share its rows; `stages` the tiles that each of these
+    has in shared memory; `tile_rows` the rows of a tile.
     """
 
     groups: int
@@ -108,11 +117,6 @@ class Tiling:
     def blocks(self) -> int:
         """Blocks of columns, of which the last one overlaps the one before where they do not divide the row."""
         return -(-self.width // self.columns)
-
-    @property
-    def workers(self) -> int:
-        """Warpgroups that share the rows of a block of columns."""
-        return self.splits * self.warpgroups
 
     @property
     def grid(self) -> int:
@@ -133,9 +137,23 @@ class Tiling:
         return self.width + (self.columns if self.fold > 1 else 0)
 
     @property
-    def entries(self) -> int:
-        """Partial results of a channel: one for each of its copies in a folded row, of each split."""
-        return self.splits * self.fold
+    def padded_splits(self) -> int:
+        """Partial results in memory: the last ones, up to a multiple of those merged together, are never written."""
+        return -(-self.splits // SPLITS_TOGETHER) * SPLITS_TOGETHER
+
+    @property
+    def fragment_rows(self) -> int:
+        """Rows of a fragment, a power of two that divides the rows of a tile."""
+        return math.gcd(FRAGMENT // self.columns, self.tile_rows)
+
+    @property
+    def fragments_at_once(self) -> int:
+        """Fragments that are loaded before the first is used."""
+        return math.gcd(FRAGMENTS_AT_ONCE, self.tile_rows // self.fragment_rows)
+
+    def entries(self, together: int) -> int:
+        """Partial results of a channel, so many splits at a time: of each of its copies in a folded row."""
+        return -(-self.splits // together) * self.fold
 
     @property
     def merge_blocks(self) -> int:
@@ -152,25 +170,20 @@ class Tiling:
         """The first column of a block; the last block ends with the row."""
         return minimum(block * self.columns, self.width - self.columns)
 
-    def worker(self, split, warpgroup):
-        """The number of a split's warpgroup among the workers."""
-        return split * self.warpgroups + warpgroup
-
-    def worker_rows(self, worker):
-        """How many rows a worker has: numbers that differ by at most one."""
-        base, extra = divmod(self.rows, self.workers)
-        return base + one_if(worker < extra)
-
-    def worker_range(self, worker):
-        """The `RowRange` of a worker: all rows, in order."""
-        base, extra = divmod(self.rows, self.workers)
-        first, rows = worker * base + minimum(worker, extra), self.worker_rows(worker)
-        return RowRange(first, rows, div(rows + (self.tile_rows - 1), self.tile_rows), self.tile_rows)
-
     def split_rows(self, split):
-        """Rows that the warpgroups of a split have together."""
-        base, extra = divmod(self.rows, self.workers)
-        return base * self.warpgroups + clip(extra - split * self.warpgroups, 0, self.warpgroups)
+        """How many rows a split has: numbers that differ by at most one."""
+        base, extra = divmod(self.rows, self.splits)
+        return base + one_if(split < extra)
+
+    def worker_range(self, split, warpgroup):
+        """The `RowRange` of a split's warpgroup: they share its rows, in order and as evenly as they go."""
+        base, extra = divmod(self.rows, self.splits)
+        of_split = self.split_rows(split)
+        before = split * base + minimum(split, extra)
+        base, extra = div(of_split, self.warpgroups), rem(of_split, self.warpgroups)
+        rows = base + one_if(warpgroup < extra)
+        first = before + warpgroup * base + minimum(warpgroup, extra)
+        return RowRange(first, rows, div(rows + (self.tile_rows - 1), self.tile_rows), self.tile_rows)
 
     def merge_place(self, index):
         """(group, block of 128 columns) of a merge's block of threads."""
@@ -180,9 +193,10 @@ class Tiling:
         """The first column of a merge's block; the last block ends with the row."""
         return minimum(block * WARPGROUP, self.width - WARPGROUP)
 
-    def entry(self, index):
-        """(split, copy) of one of the `entries`."""
-        return div(index, self.fold), rem(index, self.fold)
+    def entry(self, index, together):
+        """(first split, copy) of one of the `entries`."""
+        of_copy = -(-self.splits // together)
+        return rem(index, of_copy) * together, div(index, of_copy)
 
     def copy_start(self, start, copy):
         """Where the columns of the same channels as those from `start` on begin, in the copy of that number."""
@@ -190,8 +204,8 @@ class Tiling:
 
 
 @dataclass(frozen=True)
-class ResidentTiling(Tiling):
-    """What a `Resident` makes of an array: `splits` are a unit's row ranges, `stages` the tiles that a warpgroup keeps.
+class OneLaunchTiling(Tiling):
+    """What a `OneLaunch` makes of an array: `splits` are a unit's row ranges.
 
     A unit is what is merged together, and a slot a place on the chip for one, which `members` blocks of threads fill.
     """
@@ -275,8 +289,8 @@ def fold_of(rows, channels, itemsize):
 
 
 def warpgroups_of(rows):
-    """Warpgroups of a block whose column blocks have so many (folded) rows: each finds `UNROLL` rows or more."""
-    return next((number for number in (MOST_WARPGROUPS, 2) if rows >= number * UNROLL), 1)
+    """Warpgroups of a block whose column blocks have so many (folded) rows: each finds `LEAST_ROWS` or more."""
+    return next((number for number in (MOST_WARPGROUPS, 2) if rows >= number * LEAST_ROWS), 1)
 
 
 def can_cut(rows, channels, itemsize, fold, columns, splits, warpgroups):
@@ -291,3 +305,30 @@ def can_cut(rows, channels, itemsize, fold, columns, splits, warpgroups):
         and splits >= 1
         and splits * warpgroups <= rows // fold
     )
+
+
+def ring_bytes(chip, columns, warpgroups, vectors):
+    """Shared memory of a block for its rings: all but what its warpgroups exchange, of so many vectors, and `Rows`."""
+    exchanged = warpgroups * columns * 4 * vectors
+    return chip.shared_memory_per_block - BARRIERS - exchanged - warpgroups * FRAGMENT * 4
+
+
+def ring_of(least, most, room, columns):
+    """(tiles, tile_rows, stages) for workers of `least` to `most` rows, with room for so many rows of tiles; or None.
+
+    Every row is kept if there is room, and as many of them as possible otherwise. Few rows are in two tiles; a tile has
+    whole turns of the kernels' loops where it can; and enough tiles are there for some to be on their way.
+    """
+    turn = FRAGMENT // columns * FRAGMENTS_AT_ONCE
+    candidates = []
+    for stages in range(1, MOST_STAGES + 1):
+        longest = min(least, room // stages, LONGEST_TILE)
+        for tile_rows in {longest // 2**power * 2**power for power in range(turn.bit_length())} - {0}:
+            tiles = -(-most // tile_rows)
+            if tiles < stages or tiles > stages < LEAST_STAGES:
+                continue
+            twice = tiles * tile_rows / most - 1
+            again = max(0, 1 - stages * tile_rows / most)
+            halved = math.log2(turn / math.gcd(tile_rows, turn))
+            candidates.append((twice + again + 0.05 * halved + 0.05 / stages, tiles, tile_rows, stages))
+    return min(candidates)[1:] if candidates else None

@@ -1,0 +1,174 @@
+"""How the backend `pallas_gpu` cuts an array for an operation in one launch: the `OneLaunch`.
+
+Pure functions of sizes: they are tested exhaustively on small sizes.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+from bn_fused.kernels.backends.pallas_gpu.tiles import (
+    ALIGNMENT,
+    LEAST_ROWS,
+    LEAST_STAGES,
+    LONGEST_TILE,
+    MOST_STAGES,
+    WARPGROUP,
+    WIDEST,
+    OneLaunchTiling,
+    can_cut,
+    fold_of,
+    ring_bytes,
+    ring_of,
+    warpgroups_of,
+)
+
+# Blocks in a cluster that every chip can place.
+LARGEST_CLUSTER = 8
+# Vectors that the warpgroups of a block exchange in all the rounds of its merge.
+EXCHANGED = 2
+# What a block could move through memory while the blocks of a unit meet and merge, about 4 us.
+MEETING_BYTES = 128 * 1024
+# Of what L2 holds, so much is counted on when the second pass comes to what is not kept.
+CACHED_BYTES = 20 << 20
+
+
+@dataclass(frozen=True)
+class OneLaunch:
+    """Tiles of a kernel that is a whole operation: see `pallas_gpu.one_launch`.
+
+    A unit is what is merged together: the rows of a group in one block of columns, or, where rows are folded, in all
+    of them. `members` blocks of threads share it, and wait for each other when they have found their sums.
+
+    - `fold`, `columns`, `warpgroups`: as of `Plan`.
+    - `members`: blocks of threads of a unit. All of them must be on the chip at once.
+    - `at_once`: units that are worked on at the same time, `members * at_once` blocks in all, one on a multiprocessor.
+    - `slabs`: how often these blocks go on to the next `at_once` units.
+    - `tiles`: into how many a warpgroup's rows are cut, at most; `tile_rows`: the rows of each.
+    - `stages`: tiles that each warpgroup has in shared memory. It reads so many of them once, and the others twice.
+    - `cluster`: a unit's blocks are launched as one cluster, which the hardware starts together or not at all.
+    """
+
+    fold: int
+    columns: int
+    warpgroups: int
+    members: int
+    at_once: int
+    slabs: int
+    tiles: int
+    tile_rows: int
+    stages: int
+    cluster: bool
+
+    @property
+    def kept(self):
+        """The share of the rows that are read once."""
+        return min(1, self.stages / self.tiles)
+
+
+def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outputs, sums, clusters_only=False):
+    """The `OneLaunch` of an operation, or None where it does not fit.
+
+    Its kernel reads `inputs` arrays [groups, rows, channels], `again` of them a second time where they are not kept,
+    writes `outputs`, and merges `sums` values per column. With `clusters_only`, its units are clusters.
+
+    Of the ways to fold rows, of blocks of 128 and 256 columns and of numbers of slabs, the one in which a
+    multiprocessor moves the fewest bytes, those counted that it could have moved while it waits and merges.
+    """
+    fold_and_columns = fold_of(rows, channels, itemsize)
+    if fold_and_columns is None:
+        return None
+    folds = {fold_and_columns[0]}
+    if channels >= WARPGROUP and channels * itemsize % ALIGNMENT == 0:
+        folds.add(1)
+    candidates = []
+    for fold, columns in itertools.product(sorted(folds), (WARPGROUP, WIDEST)):
+        width = fold * channels
+        if columns > width:
+            continue
+        blocks = -(-width // columns)
+        unit_blocks = blocks if fold > 1 else 1
+        units = groups * blocks // unit_blocks
+        together = LARGEST_CLUSTER if clusters_only else chip.cores
+        if unit_blocks > together:
+            continue
+        warpgroups = warpgroups_of(rows // fold)
+        room = ring_bytes(chip, columns, warpgroups, sums + EXCHANGED) // (warpgroups * inputs * columns * itemsize)
+        for slabs in sorted({1, 2, 3, 4, 6, 8, -(-units * unit_blocks // chip.cores), units}):
+            at_once = -(-units // slabs)
+            if at_once * unit_blocks > chip.cores or slabs != -(-units // at_once):
+                continue
+            most = min(together, chip.cores // at_once) // unit_blocks
+            most = max(1, min(most, rows // fold // (warpgroups * LEAST_ROWS)))
+            for splits in sorted({most, -(-most // 2), -(-most // 4)}):
+                of_block, more = divmod(rows // fold, splits)
+                ring = ring_of(of_block // warpgroups, -(-(of_block + (more > 0)) // warpgroups), room, columns)
+                if ring is None:
+                    continue
+                shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
+                plan = OneLaunch(*shape, *ring, clusters_only)
+                cost = _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums)
+                candidates.append((cost, fold, columns, plan))
+    return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+
+
+def _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums):
+    """Bytes that the busiest multiprocessor moves, or could have moved while it waits and merges."""
+    unit_blocks = blocks if plan.fold > 1 else 1
+    splits = plan.members // unit_blocks
+    of_block = -(-rows // (plan.fold * splits)) * plan.columns * itemsize
+    whole = of_block * plan.members * plan.at_once * plan.slabs
+    cached = CACHED_BYTES / (whole * again)
+    missing = max(0, 1 - plan.kept - cached) + min(1 - plan.kept, cached) / 2
+    # Every block reads the parts of all of them, twice where there are more than its warpgroups hold.
+    parts = splits * plan.fold * sums * plan.columns * 4
+    meeting = MEETING_BYTES + parts if plan.members > 1 else MEETING_BYTES / 4
+    return plan.slabs * (of_block * (inputs + outputs + again * missing) + meeting)
+
+
+def one_launch_tiling(plan, groups, rows, channels, itemsize, inputs):
+    """What a `OneLaunch` makes of `inputs` arrays [groups, rows, channels].
+
+    ValueError where it (one given by hand) does not fit them; whether it fits the chip, `not_co_resident` says.
+    """
+    p = plan
+    width, folded = p.fold * channels, rows // p.fold
+    blocks = -(-width // p.columns)
+    unit_blocks = blocks if p.fold > 1 else 1
+    splits = p.members // unit_blocks
+    tiling = OneLaunchTiling(
+        groups, folded, width, channels, p.fold, p.columns, splits, p.warpgroups, p.stages, p.tile_rows, p.at_once,
+        p.cluster,
+    )  # fmt: skip
+    fits = (
+        can_cut(rows, channels, itemsize, p.fold, p.columns, splits, p.warpgroups)
+        and p.members == splits * unit_blocks
+        and 1 <= p.at_once <= tiling.units
+        and p.slabs == -(-tiling.units // p.at_once)
+        and 1 <= p.tile_rows <= min(LONGEST_TILE, tiling.worker_range(splits - 1, p.warpgroups - 1).rows)
+        and min(LEAST_STAGES, p.tiles) <= p.stages <= MOST_STAGES
+        and tiling.worker_range(0, 0).tiles == p.tiles
+    )
+    if not fits:
+        raise ValueError(f"{p} does not fit {inputs} arrays [{groups}, {rows}, {channels}] of {itemsize} bytes")
+    return tiling
+
+
+def not_co_resident(plan, chip, itemsize, inputs, sums):
+    """None, or one sentence: why the blocks of a `OneLaunch` may not all be on the chip at the same time.
+
+    Blocks that wait for each other would then wait for ever. A multiprocessor takes one block of such a kernel at
+    least: of 128 threads for each warpgroup, with the registers that 512 of them can have, if its shared memory does.
+    """
+    p = plan
+    asked = p.warpgroups * p.stages * p.tile_rows * p.columns * itemsize * inputs
+    room = ring_bytes(chip, p.columns, p.warpgroups, sums + EXCHANGED)
+    if asked > room:
+        return f"a block has {asked} bytes of tiles, and {chip.name} has room for {room}"
+    if p.cluster:
+        return (
+            None if p.members <= LARGEST_CLUSTER else f"{p.members} blocks are more than a cluster's {LARGEST_CLUSTER}"
+        )
+    blocks = p.members * p.at_once
+    if blocks > chip.cores:
+        return f"{blocks} blocks wait for each other, and {chip.name} has {chip.cores} multiprocessors for one each"
+    return None
