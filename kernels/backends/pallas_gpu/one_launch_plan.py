@@ -77,7 +77,8 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
     fold_and_columns = fold_of(rows, channels, itemsize)
     if fold_and_columns is None:
         return None
-    folds = {fold_and_columns[0]}
+    whole = [width // channels for width in (WARPGROUP, WIDEST) if width % channels == 0]
+    folds = {fold_and_columns[0], *(fold for fold in whole if rows % fold == 0)}
     if channels >= WARPGROUP and channels * itemsize % ALIGNMENT == 0:
         folds.add(1)
     candidates = []
