@@ -251,7 +251,7 @@ def barrier_wait(counter, number, seconds):
         ld.acquire.gpu.global.u32 seen, [$1];
         setp.ge.u32 there, seen, {number};
         @there bra DONE;
-        nanosleep.u32 64;
+        nanosleep.u32 20;
         mov.u64 now, %globaltimer;
         sub.u64 now, now, begin;
         setp.lt.u64 patient, now, {seconds * 10**9};

@@ -20,7 +20,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.tiles import WARPGROUP, div, rem
+from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, div, rem
 from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
@@ -106,16 +106,16 @@ def unrolled(start, stop, number, load, use, carry):
 
 
 class Rows:
-    """Vectors as fragments and fragments as vectors, by way of a warpgroup's own shared memory [rows, columns]."""
+    """Vectors as fragments and fragments as vectors, by way of a warpgroup's own memory [at once, rows, columns]."""
 
     def __init__(self, memory, warpgroup):
-        self.memory, self.shape = memory.at[warpgroup], memory.shape[1:]
+        self.memory, self.shape = memory.at[warpgroup], memory.shape[2:]
 
     @staticmethod
     def scratch(warpgroups, rows, columns):
         """The type of that memory for all warpgroups."""
         _, plgpu = pallas()
-        return plgpu.SMEM((warpgroups, rows, columns), F32)
+        return plgpu.SMEM((warpgroups, ROWS_AT_ONCE, rows, columns), F32)
 
     def number(self):
         """The fragment of the rows' numbers."""
@@ -125,24 +125,52 @@ class Rows:
         """So many fragments of zeros."""
         return tuple(as_fragment(jnp.zeros(self.shape, F32)) for _ in range(number))
 
-    def spread(self, vector):
-        """The fragment in whose every row the vector stands."""
-        _, plgpu = pallas()
-        for row in range(self.shape[0]):
-            self.memory[row] = vector
-        plgpu.commit_smem()
-        fragment = as_fragment(self.memory[...])
-        plgpu.commit_smem()  # all threads of the warpgroup have read it
-        return fragment
+    def spread(self, vectors):
+        """The fragments in whose every row these vectors stand."""
+        rows = range(self.shape[0])
 
-    def sum(self, fragment):
-        """The vector of the sums over a fragment's rows."""
+        def write(place, vector):
+            for row in rows:
+                self.memory[place, row] = vector
+
+        return self._exchange(vectors, write, lambda place: as_fragment(self.memory[place]))
+
+    def sums(self, fragments):
+        """The vectors of the sums over these fragments' rows."""
+
+        def write(place, fragment):
+            self.memory[place] = fragment
+
+        def read(place):
+            return functools.reduce(jnp.add, [self.memory[place, row] for row in range(self.shape[0])])
+
+        return self._exchange(fragments, write, read)
+
+    def copy_out(self, refs, vectors, copy):
+        """Have the copy engine write vectors: `copy(ref, memory)` starts that for one, which stands in memory."""
         _, plgpu = pallas()
-        self.memory[...] = fragment
-        plgpu.commit_smem()
-        vector = functools.reduce(jnp.add, [self.memory[row] for row in range(self.shape[0])])
-        plgpu.commit_smem()
-        return vector
+        rows = self.shape[0]
+        at_once = ROWS_AT_ONCE * rows
+        for first in range(0, len(vectors), at_once):
+            some = list(zip(refs, vectors, strict=True))[first : first + at_once]
+            for index, (_, vector) in enumerate(some):
+                self.memory[divmod(index, rows)] = vector
+            plgpu.commit_smem()
+            for index, (ref, _) in enumerate(some):
+                copy(ref, self.memory.at[divmod(index, rows)])
+            plgpu.wait_smem_to_gmem(0)
+
+    def _exchange(self, values, write, read):
+        _, plgpu = pallas()
+        exchanged = []
+        for first in range(0, len(values), ROWS_AT_ONCE):
+            some = values[first : first + ROWS_AT_ONCE]
+            for place, value in enumerate(some):
+                write(place, value)
+            plgpu.commit_smem()  # all threads of the warpgroup have written
+            exchanged += [read(place) for place in range(len(some))]
+            plgpu.commit_smem()  # and have read, before they write again
+        return exchanged
 
 
 class Exchange:
@@ -302,7 +330,8 @@ class Worker:
     def pivot(self):
         """The mean of the first array's first tile, 0 where that is not finite: a vector."""
         (total,) = self._tile(jnp.int32(0), lambda values: (values, ()), self.rows.zeros(1), 1)
-        return _finite_or_zero(self.rows.sum(total) * (1 / self.tiling.tile_rows))
+        (total,) = self.rows.sums([total])
+        return _finite_or_zero(total * (1 / self.tiling.tile_rows))
 
     def moments(self, pivot, sums):
         """Pivot, delta and squares about the mean, of the sums of deviations from the pivot and of their squares."""

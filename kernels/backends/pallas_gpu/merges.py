@@ -21,11 +21,13 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     taker,
     vectors_of,
 )
-from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, share
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, minimum
 from bn_fused.kernels.contract import blend_channels
 
-# Where partial results are merged in a launch of its own, 1024 threads share the work of 128 channels.
-MERGE_WARPGROUPS = 8
+# Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
+MERGE_WARPGROUPS = 4
+# Fragments of partial results that the threads of a block keep in registers, for each of its warpgroups together.
+HELD = 20
 COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 
 
@@ -52,9 +54,9 @@ def moments_merge(tiling, blends, eps):
     def reduce(parts):
         # Each column starts with its own copy of the channel: two columns of a channel may differ in the last bits.
         pivot = parts.pivot()
-        common = parts.rows.spread(pivot)
+        (common,) = parts.rows.spread([pivot])
         (delta,) = parts.total(lambda part, n: [((part[0] - common) + part[1]) * (n * (1 / tiling.samples))], 1)
-        mean = parts.rows.spread(delta)
+        (mean,) = parts.rows.spread([delta])
 
         def squares(part, n):
             return [part[2] + jnp.square(((part[0] - common) + part[1]) - mean) * n]
@@ -83,9 +85,47 @@ def sums_merge(finish, needed):
     return Merge(reduce, finish, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS)
 
 
-def cut_to(channels, values):
-    """Values [groups, width] as [groups, channels]."""
-    return [value if value.shape[1] == channels else value[:, :channels] for value in values]
+class Results:
+    """How a kernel writes results per channel, vectors of its columns, as arrays [groups, channels].
+
+    Where rows are folded, the columns that are the first copy of a channel are written by the copy engine, if it can
+    (multiples of 16 bytes), and cut out by XLA otherwise.
+    """
+
+    def __init__(self, tiling, columns):
+        self.tiling, self.columns = tiling, columns
+        self.cuts = tiling.fold > 1 and tiling.channels % COPIED == 0
+        self.width = tiling.channels if self.cuts else tiling.width
+
+    def types(self, number):
+        """The types of so many results."""
+        return [jax.ShapeDtypeStruct((self.tiling.groups, self.width), F32)] * number
+
+    def write(self, refs, vectors, group, start, block, rows):
+        """By one warpgroup, with its `Rows`: the vectors of the columns from `start` on, the block of this number."""
+        pl, plgpu = pallas()
+        if not self.cuts:
+            for ref, vector in zip(refs, vectors, strict=True):
+                ref[group, pl.ds(start, self.columns)] = vector
+            return
+        full_blocks, rest = divmod(self.tiling.channels, self.columns)
+
+        def write(number):
+            def copy(ref, memory):
+                there = ref.at[group, pl.ds(block * self.columns, number)]
+                plgpu.copy_smem_to_gmem(memory.at[pl.ds(0, number)], there)
+
+            rows.copy_out(refs, vectors, copy)
+
+        if full_blocks:
+            pl.when(block < full_blocks)(lambda: write(self.columns))
+        if rest:
+            pl.when(block == full_blocks)(lambda: write(rest))
+
+    def cut(self, values):
+        """What was written, as [groups, channels]."""
+        channels = self.tiling.channels
+        return [value if value.shape[1] == channels else value[:, :channels] for value in values]
 
 
 def times(coefficient, value):
@@ -98,48 +138,64 @@ class Parts:
     """The partial results of `columns` columns from `start` on, which the warpgroups of a block add up together.
 
     `partial_ref` are the partial results [groups or units, vectors, padded splits, width]; `whole` is the group or the
-    unit. They are read as fragments, whose rows are splits.
+    unit. They are read as fragments, whose rows are splits. The warpgroups take them in turn, and each keeps its own
+    ones in registers, if there is room: then their loads wait for memory once, and not for each other.
     """
 
     def __init__(self, tiling, partial_ref, whole, start, columns, warpgroup, exchange, rows):
         self.tiling, self.partial_ref, self.whole = tiling, partial_ref, whole
         self.start, self.columns = start, columns
         self.warpgroup, self.exchange, self.rows, self.turns = warpgroup, exchange, rows, 0
-        self.together = rows.shape[0]
+        self.first_pivot = self._vector(0, 0)
+        self.mine = -(-self.tiling.entries(rows.shape[0]) // exchange.warpgroups)
+        self.at_once = min(self.mine, HELD // exchange.warpgroups)
+        self.held = [self._load(jnp.int32(index)) for index in range(self.mine)] if self.at_once == self.mine else None
 
     def pivot(self):
         """The first part's first vector."""
-        pl, _ = pallas()
-        return self.partial_ref[self.whole, 0, 0, pl.ds(self.start, self.columns)]
+        return self.first_pivot
 
-    def fragments(self, entry):
-        """The fragments of one of the tiling's `entries`, and its first split."""
+    def _vector(self, index, split):
         pl, _ = pallas()
-        first_split, copy = self.tiling.entry(entry, self.together)
-        splits, here = pl.ds(first_split, self.together), pl.ds(self.tiling.copy_start(self.start, copy), self.columns)
+        return self.partial_ref[self.whole, index, split, pl.ds(self.start, self.columns)]
+
+    def _load(self, index):
+        """One of the warpgroup's fragments of parts: the values, the number of each row's split, and which count."""
+        pl, _ = pallas()
+        t, together = self.tiling, self.rows.shape[0]
+        entry = index * self.exchange.warpgroups + self.warpgroup
+        first_split, copy = t.entry(minimum(entry, t.entries(together) - 1), together)
+        splits, here = pl.ds(first_split, together), pl.ds(t.copy_start(self.start, copy), self.columns)
         vectors = range(self.partial_ref.shape[1])
-        values = [as_fragment(self.partial_ref[self.whole, index, splits, here]) for index in vectors]
-        return values, first_split
+        values = [as_fragment(self.partial_ref[self.whole, vector, splits, here]) for vector in vectors]
+        split = first_split + self.rows.number()
+        return values, split, split < jnp.where(entry < t.entries(together), t.splits, 0)
 
     def total(self, terms, number):
         """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.
 
-        Terms are fragments. The warpgroups share the parts, in order, and then their sums in the next round of the
-        exchange. To be called by all of them.
+        Terms are fragments. To be called by all warpgroups, which add up their sums in the next round of the exchange.
         """
         turn = self.turns
         self.turns += 1
 
-        def add(entry, sums):
-            values, first_split = self.fragments(entry)
-            split = first_split + self.rows.number()
-            there = split < self.tiling.splits
+        def add(loaded, sums):
+            values, split, counts = loaded
             new = terms(values, self.tiling.split_rows(split).astype(F32))
-            return added(sums, [jnp.where(there, term, jnp.zeros_like(term)) for term in new])
+            return added(sums, [jnp.where(counts, term, jnp.zeros_like(term)) for term in new])
 
-        first, end = share(self.tiling.entries(self.together), self.warpgroup, self.exchange.warpgroups)
-        sums = lax.fori_loop(first, end, add, self.rows.zeros(number))
-        self.exchange.show(turn, self.warpgroup, [self.rows.sum(total) for total in sums])
+        def several(turn, sums):
+            for loaded in [self._load(turn * self.at_once + index) for index in range(self.at_once)]:
+                sums = add(loaded, sums)
+            return sums
+
+        sums = self.rows.zeros(number)
+        if self.held is None:
+            sums = lax.fori_loop(jnp.int32(0), jnp.int32(-(-self.mine // self.at_once)), several, sums)
+        else:
+            for loaded in self.held:
+                sums = add(loaded, sums)
+        self.exchange.show(turn, self.warpgroup, self.rows.sums(sums))
         return self.exchange.sums(turn, number)
 
 
@@ -167,26 +223,21 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
     A column's result is that of its channel: where rows are folded, the copies of a channel are merged in each block
     that has one of them, so that the next pass reads values per column without anything in between.
 
-    Returns the vectors that the next pass needs, [groups, width], and the results [groups, channels]: where rows are
-    folded these are cut to size by the copy engine, if it can (multiples of 16 bytes), and by XLA otherwise.
+    Returns the vectors that the next pass needs, [groups, width], and the results [groups, channels].
     """
-    pl, plgpu = pallas()
-    t = tiling
-    cuts = t.fold > 1 and t.channels % COPIED == 0
-    whole, cut_out = (merge.needed, merge.results) if cuts else (merge.finished, 0)
-    out_types = [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * whole
-    out_types += [jax.ShapeDtypeStruct((t.groups, t.channels), F32)] * cut_out
+    pl, _ = pallas()
+    t, results = tiling, Results(tiling, WARPGROUP)
+    # Results that the next pass needs are written once, unless they are cut.
+    whole, written = (merge.needed, merge.results) if results.cuts else (0, merge.finished)
+    out_types = [*[jax.ShapeDtypeStruct((t.groups, t.width), F32)] * whole, *results.types(written)]
     scratch = Exchange.scratch(merge.rounds, MERGE_WARPGROUPS, merge.exchanged, WARPGROUP)
     scratch.append(Rows.scratch(MERGE_WARPGROUPS, SPLITS_TOGETHER, WARPGROUP))
-    if cuts:
-        scratch.append(plgpu.SMEM((cut_out, WARPGROUP), F32))
 
     def body(partial_ref, *refs):
         take = taker(refs)
         channel_refs, scalar_refs = take(len(channels)), take(len(scalars))
-        whole_refs, cut_out_refs = take(whole), take(cut_out)
+        whole_refs, result_refs = take(whole), take(written)
         exchange, (rows_memory,) = Exchange(*take(2)), take(1)
-        (cut,) = take(1) if cuts else (None,)
         warpgroup = lax.axis_index("warpgroup")
         group, block = t.merge_place(lax.axis_index("block"))
         start = t.merge_start(block)
@@ -194,28 +245,14 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
         rows = Rows(rows_memory, warpgroup)
         reduced = merge.reduce(Parts(t, partial_ref, group, start, WARPGROUP, warpgroup, exchange, rows))
 
-        def write_cut(number):
-            for index, out_ref in enumerate(cut_out_refs):
-                there = out_ref.at[group, pl.ds(block * WARPGROUP, number)]
-                plgpu.copy_smem_to_gmem(cut.at[index, pl.ds(0, number)], there)
-
         @pl.when(warpgroup == 0)
         def _():
             values = vectors_of(channel_refs, group, columns)
             finished = merge.finish(reduced, values, numbers_of(scalar_refs, group))
-            for out_ref, value in zip(whole_refs, finished[:whole], strict=True):
-                out_ref[group, columns] = value
-            if cuts:
-                for index, value in enumerate(finished[-cut_out:]):
-                    cut[index] = value
-                plgpu.commit_smem()
-                full_blocks, rest = divmod(t.channels, WARPGROUP)
-                if full_blocks:
-                    pl.when(block < full_blocks)(lambda: write_cut(WARPGROUP))
-                if rest:
-                    pl.when(block == full_blocks)(lambda: write_cut(rest))
-                plgpu.wait_smem_to_gmem(0)
+            for ref, vector in zip(whole_refs, finished[:whole], strict=True):
+                ref[group, columns] = vector
+            results.write(result_refs, finished[-written:], group, start, block, rows)
 
     kernel = launch(body, name, out_types, scratch, {"block": t.groups * t.merge_blocks}, MERGE_WARPGROUPS)
-    written = kernel(partial, *channels, *scalars)
-    return written[: merge.needed], cut_to(t.channels, written[-merge.results :])
+    found = kernel(partial, *channels, *scalars)
+    return found[: merge.needed], results.cut(found[-merge.results :])

@@ -34,7 +34,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     taker,
     vectors_of,
 )
-from bn_fused.kernels.backends.pallas_gpu.merges import Parts, cut_to
+from bn_fused.kernels.backends.pallas_gpu.merges import Parts, Results
 from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS, minimum
 
 
@@ -56,7 +56,8 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
     t, inputs = tiling, len(arrays)
     vectors = MOMENTS if moments else sums
     out_types = [jax.ShapeDtypeStruct((t.groups, t.rows, t.width), arrays[0].dtype)] * (1 + outputs)
-    out_types += [jax.ShapeDtypeStruct((t.groups, t.width), F32)] * merge.results
+    results_per_channel = Results(t, t.columns)
+    out_types += results_per_channel.types(merge.results)
     out_types.append(jax.ShapeDtypeStruct((t.units, vectors, t.padded_splits, t.partial_width), F32))
     barrier = barriers.barrier_type(t.members, t.units)
     scratch = [
@@ -106,11 +107,11 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
             group, start = part_of(unit)
             columns, partial_start = pl.ds(start, t.columns), t.partial_start(start)
             per_channel, per_group = vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group)
-            constants = [worker.rows.spread(vector) for vector in first.constants(per_channel, per_group)]
+            constants = worker.rows.spread(first.constants(per_channel, per_group))
             if moments:
                 worker.wait(jnp.int32(0))
                 pivot = worker.pivot()
-                constants.append(worker.rows.spread(pivot))
+                constants += worker.rows.spread([pivot])
 
             totals = worker.walk(
                 lambda values: first.row(values, constants),
@@ -121,7 +122,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
                 written=[functools.partial(worker.tile_of, ref, group, start) for ref in first_refs],
                 read_again=True,
             )
-            totals = [worker.rows.sum(total) for total in totals]
+            totals = worker.rows.sums(totals)
             if moments:
                 totals = worker.moments(pivot, totals)
             in_block.show(0, worker.warpgroup, totals)
@@ -139,11 +140,10 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
 
             @pl.when((worker.warpgroup == 0) & (split == 0))
             def _():
-                for result_ref, result in zip(result_refs, results, strict=True):
-                    result_ref[group, columns] = result
+                results_per_channel.write(result_refs, results, group, start, within, worker.rows)
 
             constants = second.constants([*needed, *per_channel], per_group)
-            constants = [worker.rows.spread(vector) for vector in constants]
+            constants = worker.rows.spread(constants)
 
             def refill(index):
                 pl.when(index >= t.stages)(lambda: fetch(again_refs, unit, index - t.stages))
@@ -173,4 +173,4 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
     blocks, cluster = ({"slot": t.at_once}, {"member": t.members}) if t.cluster else ({"slot": t.grid}, None)
     kernel = launch(body, name, out_types, scratch, blocks, t.warpgroups, cluster)
     results = kernel(*arrays, *channels, *scalars)
-    return results[: 1 + outputs], cut_to(t.channels, results[1 + outputs : 1 + outputs + merge.results])
+    return results[: 1 + outputs], results_per_channel.cut(results[1 + outputs : 1 + outputs + merge.results])

@@ -22,6 +22,8 @@ from bn_fused.kernels.backends.pallas_gpu.tiles import (
     warpgroups_of,
 )
 
+# Warpgroups of a block: more of them exchange more, and have smaller tiles.
+MOST_WARPGROUPS = 2
 # Blocks in a cluster that every chip can place.
 LARGEST_CLUSTER = 8
 # Vectors that the warpgroups of a block exchange in all the rounds of its merge.
@@ -92,7 +94,7 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
         together = LARGEST_CLUSTER if clusters_only else chip.cores
         if unit_blocks > together:
             continue
-        warpgroups = warpgroups_of(rows // fold)
+        warpgroups = min(MOST_WARPGROUPS, warpgroups_of(rows // fold))
         room = ring_bytes(chip, columns, warpgroups, sums + EXCHANGED) // (warpgroups * inputs * columns * itemsize)
         for slabs in sorted({1, 2, 3, 4, 6, 8, -(-units * unit_blocks // chip.cores), units}):
             at_once = -(-units // slabs)

@@ -101,11 +101,11 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
             pl.when(step < tiles)(functools.partial(fetch, tiles - 1 - step if reverse else jnp.int32(step)))
         columns = pl.ds(start, t.columns)
         constants = work.constants(vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group))
-        constants = [worker.rows.spread(vector) for vector in constants]
+        constants = worker.rows.spread(constants)
         if moments:
             worker.wait(jnp.int32(0))
             pivot = worker.pivot()
-            constants.append(worker.rows.spread(pivot))
+            constants += worker.rows.spread([pivot])
 
         totals = worker.walk(
             lambda values: work.row(values, constants),
@@ -118,7 +118,7 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
         )
         if not sums:
             return
-        totals = [worker.rows.sum(total) for total in totals]
+        totals = worker.rows.sums(totals)
         if moments:
             totals = worker.moments(pivot, totals)
         exchange = Exchange(*take(2))

@@ -20,6 +20,8 @@ MOST_WARPGROUPS = 4
 FRAGMENT = 4 * WARPGROUP
 # Fragments that a thread loads before it uses the first: enough to hide shared memory's latency.
 FRAGMENTS_AT_ONCE = 4
+# Vectors that a warpgroup turns into fragments at once, or fragments into vectors.
+ROWS_AT_ONCE = 3
 # Shared memory for barriers and for the alignment of what stands beside them.
 BARRIERS = 2048
 # Rows that a warpgroup should have at least.
@@ -67,12 +69,6 @@ def minimum(one, other):
 def one_if(condition):
     """1 where the condition holds, else 0."""
     return int(condition) if isinstance(condition, bool) else condition.astype(jnp.int32)
-
-
-def share(number, index, parts):
-    """(first, end) of one of the `parts` ranges among which so many things are shared out."""
-    first, end = (div((index + more) * number, parts) for more in (0, 1))
-    return first, end
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------
@@ -310,7 +306,7 @@ def can_cut(rows, channels, itemsize, fold, columns, splits, warpgroups):
 def ring_bytes(chip, columns, warpgroups, vectors):
     """Shared memory of a block for its rings: all but what its warpgroups exchange, of so many vectors, and `Rows`."""
     exchanged = warpgroups * columns * 4 * vectors
-    return chip.shared_memory_per_block - BARRIERS - exchanged - warpgroups * FRAGMENT * 4
+    return chip.shared_memory_per_block - BARRIERS - exchanged - ROWS_AT_ONCE * warpgroups * FRAGMENT * 4
 
 
 def ring_of(least, most, room, columns):
@@ -323,12 +319,20 @@ def ring_of(least, most, room, columns):
     candidates = []
     for stages in range(1, MOST_STAGES + 1):
         longest = min(least, room // stages, LONGEST_TILE)
-        for tile_rows in {longest // 2**power * 2**power for power in range(turn.bit_length())} - {0}:
+        multiples = [2**power for power in range(turn.bit_length())]
+        enough = -(-most // stages)  # for all of them to be kept
+        for tile_rows in {rows for m in multiples for rows in (longest // m * m, -(-enough // m) * m)}:
+            if not 1 <= tile_rows <= longest:
+                continue
             tiles = -(-most // tile_rows)
             if tiles < stages or tiles > stages < LEAST_STAGES:
                 continue
             twice = tiles * tile_rows / most - 1
             again = max(0, 1 - stages * tile_rows / most)
+            # Nothing is added up until the first tile is there, and a tile costs as many instructions as ten rows more.
+            cost = twice + again + 0.4 / stages + 0.3 * 10 * tiles / most
+            # Fewer fragments at once, and narrower loads.
             halved = math.log2(turn / math.gcd(tile_rows, turn))
-            candidates.append((twice + again + 0.05 * halved + 0.05 / stages, tiles, tile_rows, stages))
+            narrow = math.log2(FRAGMENT // columns / math.gcd(tile_rows, FRAGMENT // columns))
+            candidates.append((cost + 0.05 * halved + 0.1 * narrow, tiles, tile_rows, stages))
     return min(candidates)[1:] if candidates else None
