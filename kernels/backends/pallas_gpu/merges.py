@@ -26,8 +26,8 @@ from bn_fused.kernels.contract import blend_channels
 
 # Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
 MERGE_WARPGROUPS = 4
-# Fragments of partial results that the threads of a block keep in registers, for each of its warpgroups together.
-HELD = 20
+# Fragments of partial results that a warpgroup keeps in registers, of up to so many warpgroups: 12 registers each.
+HELD = {1: 8, 2: 8, 4: 5}
 COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 
 
@@ -148,7 +148,7 @@ class Parts:
         self.warpgroup, self.exchange, self.rows, self.turns = warpgroup, exchange, rows, 0
         self.first_pivot = self._vector(0, 0)
         self.mine = -(-self.tiling.entries(rows.shape[0]) // exchange.warpgroups)
-        self.at_once = min(self.mine, HELD // exchange.warpgroups)
+        self.at_once = min(self.mine, HELD[exchange.warpgroups])
         self.held = [self._load(jnp.int32(index)) for index in range(self.mine)] if self.at_once == self.mine else None
 
     def pivot(self):

@@ -22,14 +22,17 @@ from bn_fused.kernels.backends.pallas_gpu.tiles import (
     warpgroups_of,
 )
 
-# Warpgroups of a block: more of them exchange more, and have smaller tiles.
-MOST_WARPGROUPS = 2
+# Warpgroups of a block: more of them were never faster.
+WARPGROUPS = (1, 2)
 # Blocks in a cluster that every chip can place.
 LARGEST_CLUSTER = 8
 # Vectors that the warpgroups of a block exchange in all the rounds of its merge.
 EXCHANGED = 2
-# What a block could move through memory while the blocks of a unit meet and merge, about 4 us.
-MEETING_BYTES = 128 * 1024
+# What a block could move through memory while the blocks of a unit meet and merge, about 4 us; and while its warpgroups
+# exchange their part of it, for each after the first.
+MEETING_BYTES, EXCHANGE_BYTES = 128 * 1024, 32 * 1024
+# What one warpgroup loses against two where tiles come and go.
+ALONE = 0.02
 # Of what L2 holds, so much is counted on when the second pass comes to what is not kept.
 CACHED_BYTES = 20 << 20
 
@@ -84,9 +87,9 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
     if channels >= WARPGROUP and channels * itemsize % ALIGNMENT == 0:
         folds.add(1)
     candidates = []
-    for fold, columns in itertools.product(sorted(folds), (WARPGROUP, WIDEST)):
+    for fold, columns, warpgroups in itertools.product(sorted(folds), (WARPGROUP, WIDEST), WARPGROUPS):
         width = fold * channels
-        if columns > width:
+        if columns > width or warpgroups > warpgroups_of(rows // fold):
             continue
         blocks = -(-width // columns)
         unit_blocks = blocks if fold > 1 else 1
@@ -94,7 +97,6 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
         together = LARGEST_CLUSTER if clusters_only else chip.cores
         if unit_blocks > together:
             continue
-        warpgroups = min(MOST_WARPGROUPS, warpgroups_of(rows // fold))
         room = ring_bytes(chip, columns, warpgroups, sums + EXCHANGED) // (warpgroups * inputs * columns * itemsize)
         for slabs in sorted({1, 2, 3, 4, 6, 8, -(-units * unit_blocks // chip.cores), units}):
             at_once = -(-units // slabs)
@@ -122,10 +124,12 @@ def _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums):
     whole = of_block * plan.members * plan.at_once * plan.slabs
     cached = CACHED_BYTES / (whole * again)
     missing = max(0, 1 - plan.kept - cached) + min(1 - plan.kept, cached) / 2
-    # Every block reads the parts of all of them, twice where there are more than its warpgroups hold.
-    parts = splits * plan.fold * sums * plan.columns * 4
+    moved = of_block * (inputs + outputs + again * missing)
+    alone = plan.warpgroups == 1 and (plan.kept < 1 or plan.slabs > 1)
+    # Every block reads the parts of all of them.
+    parts = splits * plan.fold * sums * plan.columns * 4 * (0.2 + 0.8 / plan.warpgroups)
     meeting = MEETING_BYTES + parts if plan.members > 1 else MEETING_BYTES / 4
-    return plan.slabs * (of_block * (inputs + outputs + again * missing) + meeting)
+    return plan.slabs * (moved * (1 + ALONE * alone) + meeting + EXCHANGE_BYTES * (plan.warpgroups - 1))
 
 
 def one_launch_tiling(plan, groups, rows, channels, itemsize, inputs):
