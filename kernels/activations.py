@@ -53,7 +53,7 @@ ACTIVATIONS = {
     "relu": Activation(
         definition=jax.nn.relu,
         function=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
-        derivative=lambda x: (x > 0).astype(x.dtype),
+        derivative=lambda x: jax.lax.select(x > 0, jnp.ones_like(x), jnp.zeros_like(x)),
         transcendental=False,
         steps=(0.0, 0.0),
     ),

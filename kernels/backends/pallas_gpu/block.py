@@ -20,7 +20,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, div, rem
+from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, div, minimum, rem
 from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
@@ -84,25 +84,14 @@ def as_fragment(value):
     return plgpu.layout_cast(value, plgpu.Layout.WG_STRIDED(value.shape, vec_size=neighbours))
 
 
+def or_zero(condition, value):
+    """The value where the condition holds, and zero elsewhere. Without jnp's own functions, which are calls inside."""
+    return lax.select(condition, value, lax.full_like(value, 0))
+
+
 def added(some, others):
     """The sums of values with values."""
     return tuple(a + b for a, b in zip(some, others, strict=True))
-
-
-def unrolled(start, stop, number, load, use, carry):
-    """fori_loop over [start, stop) of carry = use(i, load(i), carry), `number` at a time: first loads, then uses.
-
-    `number` has to divide stop - start.
-    """
-
-    def several(index, carry):
-        indices = [start + index * number + offset for offset in range(number)]
-        loaded = [load(i) for i in indices]
-        for i, values in zip(indices, loaded, strict=True):
-            carry = use(i, values, carry)
-        return carry
-
-    return lax.fori_loop(jnp.int32(0), div(stop - start, number), several, carry)
 
 
 class Rows:
@@ -209,6 +198,32 @@ class Exchange:
         ]
 
 
+class Copies:
+    """Vectors of a folded row, and the same with its channels' other copies in each column, for one warpgroup."""
+
+    def __init__(self, tiling, refs):
+        self.tiling, self.twice = tiling, refs[0] if refs else None
+
+    @staticmethod
+    def scratch(tiling, number):
+        """The types of its scratch memory, for so many vectors."""
+        _, plgpu = pallas()
+        return [plgpu.SMEM((number, 2 * tiling.columns), F32)] if tiling.copies_in_block > 1 else []
+
+    def of(self, vectors):
+        """For each copy of a channel the vectors in whose columns it stands, the column's own copy first."""
+        pl, plgpu = pallas()
+        t = self.tiling
+        for index, vector in enumerate(vectors):
+            for again in range(2):
+                self.twice[index, pl.ds(again * t.columns, t.columns)] = vector
+        plgpu.commit_smem()
+        starts = [copy * t.channels for copy in range(t.fold)]
+        found = [[self.twice[index, pl.ds(start, t.columns)] for index in range(len(vectors))] for start in starts]
+        plgpu.commit_smem()
+        return found
+
+
 class Worker:
     """A warpgroup that works on a range of the rows of a block of columns, tile by tile.
 
@@ -239,20 +254,30 @@ class Worker:
         """The place of a tile in the warpgroup's rings."""
         return self.warpgroup * self.tiling.stages + rem(index, self.tiling.stages)
 
-    def tile_of(self, array, group, start, index):
+    def tile_of(self, array, group, start, first_row):
         """A tile of this block's columns, from `start` on, of an array [groups, rows, width]."""
         pl, _ = pallas()
-        first_row, _ = self.range.tile(index)
         return array.at[group, pl.ds(first_row, self.tiling.tile_rows), pl.ds(start, self.tiling.columns)]
 
     def fetch(self, arrays, group, start, index):
         """Have the copy engine bring a tile of these arrays, which are as many as there are rings, or fewer."""
         _, plgpu = pallas()
-        slot = self.slot(index)
+        slot, first_row = self.slot(index), self.range.tile_row(index)
+        filled = self.filled.at[slot]
         for array, ring in zip(arrays, self.rings, strict=False):
-            plgpu.copy_gmem_to_smem(self.tile_of(array, group, start, index), ring.at[slot], self.filled.at[slot])
+            plgpu.copy_gmem_to_smem(self.tile_of(array, group, start, first_row), ring.at[slot], filled)
         for _ in self.rings[len(arrays) :]:
-            plgpu.barrier_arrive(self.filled.at[slot])
+            plgpu.barrier_arrive(filled)
+
+    def fetch_all(self, fetch, backwards=False):
+        """The first tiles that are worked on, as many as there is room for, by `fetch(index)` each."""
+        tiles = self.range.tiles
+
+        def one(step, carry):
+            fetch(tiles - 1 - step if backwards else step)
+            return carry
+
+        lax.fori_loop(jnp.int32(0), minimum(tiles, self.tiling.stages), one, ())
 
     def wait(self, index):
         """Until the tile is there."""
@@ -265,7 +290,7 @@ class Worker:
         - `row(values)`: of a fragment of each of the first `inputs` rings, (terms to add to the totals, results).
         - `refill(index)`: that tile is done with; fetch another into its slot, if there is one.
         - `there`: so many tiles, the first that are worked on, were waited for already.
-        - `written`: functions of a tile's index, the tiles in memory to which the results go.
+        - `written`: functions of a tile's first row, the tiles in memory to which the results go.
         - `read_again`: they are read from there afterwards.
         """
         pl, plgpu = pallas()
@@ -286,8 +311,9 @@ class Worker:
                 return totals
             # Rows that two tiles have are written twice, with the same bits; one after the other nevertheless.
             pl.when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
+            slot, first_row = self.slot(index), self.range.tile_row(index)
             for ring, to in zip(self.rings[:outputs], written, strict=True):
-                plgpu.copy_smem_to_gmem(ring.at[self.slot(index)], to(index))
+                plgpu.copy_smem_to_gmem(ring.at[slot], to(first_row))
             # A slot is filled again a step later, so that its results have had time to leave.
             plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)
             pl.when(step > 0)(lambda: refill(index_of(step - 1)))
@@ -299,37 +325,51 @@ class Worker:
             refill(index_of(tiles - 1))
         return totals
 
-    def _tile(self, index, row, totals, inputs, outputs=0):
-        """One tile: the totals with the terms of the rows that no tile before it has; the results of all its rows."""
+    def _tile(self, index, row, totals, inputs, outputs=0, *, first=False):
+        """One tile: the totals with the terms of the rows that no tile before it has; the results of all its rows.
+
+        `first`: it is the first one.
+        """
         pl, _ = pallas()
-        t, slot, (_, skipped) = self.tiling, self.slot(index), self.range.tile(index)
-        fragments, at_once = t.tile_rows // t.fragment_rows, t.fragments_at_once
+        t, slot = self.tiling, self.slot(index)
+        tiles = [ring.at[slot] for ring in self.rings[:inputs]]
+        rows, turn_rows = t.fragment_rows, t.fragment_rows * t.fragments_at_once
 
-        def load(i):
-            rows = pl.ds(i * t.fragment_rows, t.fragment_rows)
-            return [as_fragment(ring[slot, rows]).astype(F32) for ring in self.rings[:inputs]]
+        def load(refs, place):
+            return [as_fragment(ref[place]).astype(F32) for ref in refs]
 
-        def use(i, values, totals, counted=None):
+        def use(refs, place, values, totals, counted=None):
             terms, results = row(values)
-            for ring, result in zip(self.rings[:outputs], results, strict=True):
-                ring[slot, pl.ds(i * t.fragment_rows, t.fragment_rows)] = result.astype(ring.dtype)
+            for ref, result in zip(refs[:outputs], results, strict=True):
+                ref[place] = result.astype(ref.dtype)
             if counted is not None:
-                terms = [jnp.where(counted, term, jnp.zeros_like(term)) for term in terms]
+                terms = [or_zero(counted, term) for term in terms]
             return added(totals, terms)
 
-        def use_in_part(i, totals):
-            return use(i, load(i), totals, self.rows.number() + i * t.fragment_rows >= skipped)
+        def one_turn(turn, totals):
+            refs = [tile.at[pl.ds(turn * turn_rows, turn_rows)] for tile in tiles]
+            places = [pl.ds(start, rows) for start in range(0, turn_rows, rows)]
+            loaded = [load(refs, place) for place in places]  # all of them before the first is used
+            for place, values in zip(places, loaded, strict=True):
+                totals = use(refs, place, values, totals)
+            return totals
 
-        whole = jnp.int32(0)
-        if totals:  # fragments with rows that another tile has, up to the first that the loop below can start with
-            whole = div(skipped + (t.fragment_rows * at_once - 1), t.fragment_rows * at_once) * at_once
-            first = jnp.int32(0) if outputs else div(skipped, t.fragment_rows)
-            totals = lax.fori_loop(first, whole, use_in_part, totals)
-        return unrolled(whole, jnp.int32(fragments), at_once, load, use, totals)
+        whole_turns = jnp.int32(0)
+        if totals and not first:  # fragments with rows that another tile has, up to the first turn without
+            skipped = self.range.skipped(index)
+
+            def fragment_in_part(i, totals):
+                place = pl.ds(i * rows, rows)
+                return use(tiles, place, load(tiles, place), totals, self.rows.number() + i * rows >= skipped)
+
+            whole_turns = div(skipped + (turn_rows - 1), turn_rows)
+            start = jnp.int32(0) if outputs else div(skipped, rows)
+            totals = lax.fori_loop(start, whole_turns * t.fragments_at_once, fragment_in_part, totals)
+        return lax.fori_loop(whole_turns, jnp.int32(t.tile_rows // turn_rows), one_turn, totals)
 
     def pivot(self):
         """The mean of the first array's first tile, 0 where that is not finite: a vector."""
-        (total,) = self._tile(jnp.int32(0), lambda values: (values, ()), self.rows.zeros(1), 1)
+        (total,) = self._tile(jnp.int32(0), lambda values: (values, ()), self.rows.zeros(1), 1, first=True)
         (total,) = self.rows.sums([total])
         return _finite_or_zero(total * (1 / self.tiling.tile_rows))
 
@@ -339,13 +379,20 @@ class Worker:
         delta = total / number
         return pivot, delta, squares_about_mean(square_sum, total, delta)
 
-    def merged(self, exchange, moments):
+    def merged(self, exchange, copies, moments):
         """The block's partial result, of those that its warpgroups have shown."""
         t, vectors = self.tiling, exchange.shown.shape[2]
-        if not moments:
-            return exchange.sums(0, vectors)
-        numbers = [t.worker_range(self.split, w).rows.astype(F32) for w in range(t.warpgroups)]
-        return _merge([exchange.vectors(0, w, vectors) for w in range(t.warpgroups)], numbers)
+        if moments:
+            numbers = [t.worker_range(self.split, w).rows.astype(F32) for w in range(t.warpgroups)]
+            merged = _merge([exchange.vectors(0, w, vectors) for w in range(t.warpgroups)], numbers)
+        else:
+            merged = exchange.sums(0, vectors)
+        if t.copies_in_block == 1:
+            return merged
+        parts = copies.of(merged)
+        if moments:
+            return _merge(parts, [t.split_rows(self.split).astype(F32)] * len(parts))
+        return functools.reduce(added, parts)
 
     def write_partial(self, partial_ref, whole, start, block, vectors):
         """Write the block's partial result for the columns from `start` on, which are the block of this number.
@@ -356,7 +403,7 @@ class Worker:
         t = self.tiling
         for index, value in enumerate(vectors):
             partial_ref[whole, index, self.split, pl.ds(start, t.columns)] = value
-        if t.fold > 1:
+        if t.copies > 1:
 
             @pl.when(block == 0)
             def _():
@@ -365,7 +412,7 @@ class Worker:
 
 
 def _finite_or_zero(value):
-    return jnp.where(jnp.abs(value) < jnp.inf, value, jnp.zeros_like(value))
+    return or_zero(lax.abs(value) < jnp.inf, value)
 
 
 def _merge(parts, numbers):

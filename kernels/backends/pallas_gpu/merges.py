@@ -5,6 +5,8 @@ them up. A resident kernel does that itself. Between two passes of a stream, `me
 launches of O(channels) that do it and compute the values per channel that the second pass needs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,30 +19,35 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     as_fragment,
     launch,
     numbers_of,
+    or_zero,
     pallas,
     taker,
     vectors_of,
 )
-from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, minimum
-from bn_fused.kernels.contract import blend_channels
+from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, minimum, one_if
+from bn_fused.kernels.contract import blend_channels, squares_about_mean
 
 # Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
 MERGE_WARPGROUPS = 4
-# Fragments of partial results that a warpgroup keeps in registers, of up to so many warpgroups: 12 registers each.
-HELD = {1: 8, 2: 8, 4: 5}
+# Fragments of partial results that a warpgroup keeps in registers, or waits for at the same time: 12 registers each.
+HELD = 5
 COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 
 
 class Merge:
     """What a merge computes: `reduce(parts)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
 
+    - `condense`: three functions that make one of a warpgroup's own parts: `begin(values)` of the first one's,
+      `add(state, values, number)`, and `end(state)`: (values, number).
     - `rounds`: the calls of `Parts.total` in `reduce`; `exchanged`: the most vectors that one of them adds up.
     - `finished`: the vectors that `finish` returns. The first `needed` are what the rows are computed with, the last
       `results` are results of the operation; some may be both.
     """
 
-    def __init__(self, reduce, finish, *, rounds, exchanged, finished, needed, results):
-        self.reduce, self.finish, self.rounds, self.exchanged = reduce, finish, rounds, exchanged
+    def __init__(self, reduce, finish, condense, *, rounds, exchanged, finished, needed, results):
+        self.reduce, self.finish, self.condense, self.rounds, self.exchanged = (
+            reduce, finish, condense, rounds, exchanged,
+        )  # fmt: skip
         self.finished, self.needed, self.results = finished, needed, results
 
 
@@ -73,7 +80,34 @@ def moments_merge(tiling, blends, eps):
         return pivot, new.offset, rstd, *others, new.new_running_mean, new.new_running_var
 
     finished, needed = (7, 3) if blends else (3, 0)
-    return Merge(reduce, finish, rounds=2, exchanged=1, finished=finished, needed=needed, results=finished)
+    condense = _begin_moments, _add_moments, _end_moments
+    return Merge(
+        reduce, finish, condense, rounds=2, exchanged=1, finished=finished, needed=needed, results=finished
+    )  # fmt: skip
+
+
+# The moments of a few parts about the first one's pivot. The sums lose no more digits than there are parts: whatever
+# lies far from the others, so far is the variance of them all.
+
+
+def _begin_moments(values):
+    pivot = values[0]
+    nothing = as_fragment(jnp.zeros_like(pivot))
+    return pivot, nothing, nothing, nothing
+
+
+def _add_moments(state, values, number):
+    pivot, count, total, square_sum = state
+    part_pivot, delta, squares = values
+    offset = (part_pivot - pivot) + delta
+    weighted = offset * number
+    return pivot, count + number, total + weighted, square_sum + (squares + offset * weighted)
+
+
+def _end_moments(state):
+    pivot, count, total, square_sum = state
+    delta = total / lax.max(count, jnp.ones_like(count))
+    return (pivot, delta, squares_about_mean(square_sum, total, delta)), count
 
 
 def sums_merge(finish, needed):
@@ -82,7 +116,13 @@ def sums_merge(finish, needed):
     def reduce(parts):
         return parts.total(lambda part, n: part, SUMS)
 
-    return Merge(reduce, finish, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS)
+    def begin(values):
+        return tuple(as_fragment(jnp.zeros_like(value)) for value in values)
+
+    condense = begin, lambda state, values, number: added(state, values), lambda state: (state, None)
+    return Merge(
+        reduce, finish, condense, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS
+    )  # fmt: skip
 
 
 class Results:
@@ -130,37 +170,33 @@ class Results:
 
 def times(coefficient, value):
     """`contract.scaled` of a scalar: zero where the coefficient is, whatever the value."""
-    coefficient = jnp.broadcast_to(coefficient, value.shape)
-    return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
+    coefficient = lax.broadcast(coefficient, value.shape)
+    return or_zero(coefficient != 0, coefficient * value)
 
 
 class Parts:
     """The partial results of `columns` columns from `start` on, which the warpgroups of a block add up together.
 
     `partial_ref` are the partial results [groups or units, vectors, padded splits, width]; `whole` is the group or the
-    unit. They are read as fragments, whose rows are splits. The warpgroups take them in turn, and each keeps its own
-    ones in registers, if there is room: then their loads wait for memory once, and not for each other.
+    unit. They are read as fragments, whose rows are splits, and once: the warpgroups take them in turn, and each keeps
+    its own in registers, or, if there are more than `HELD`, what `Merge.condense` makes of them.
     """
 
-    def __init__(self, tiling, partial_ref, whole, start, columns, warpgroup, exchange, rows):
+    def __init__(self, tiling, partial_ref, whole, start, columns, merge, warpgroup, exchange, rows):
         self.tiling, self.partial_ref, self.whole = tiling, partial_ref, whole
-        self.start, self.columns = start, columns
+        self.start, self.columns, self.merge = start, columns, merge
         self.warpgroup, self.exchange, self.rows, self.turns = warpgroup, exchange, rows, 0
-        self.first_pivot = self._vector(0, 0)
-        self.mine = -(-self.tiling.entries(rows.shape[0]) // exchange.warpgroups)
-        self.at_once = min(self.mine, HELD[exchange.warpgroups])
-        self.held = [self._load(jnp.int32(index)) for index in range(self.mine)] if self.at_once == self.mine else None
+        pl, _ = pallas()
+        self.first_pivot = partial_ref[whole, 0, 0, pl.ds(start, columns)]
+        mine = -(-tiling.entries(rows.shape[0]) // exchange.warpgroups)
+        self.held = [self._load(jnp.int32(index)) for index in range(mine)] if mine <= HELD else [self._condensed(mine)]
 
     def pivot(self):
         """The first part's first vector."""
         return self.first_pivot
 
-    def _vector(self, index, split):
-        pl, _ = pallas()
-        return self.partial_ref[self.whole, index, split, pl.ds(self.start, self.columns)]
-
     def _load(self, index):
-        """One of the warpgroup's fragments of parts: the values, the number of each row's split, and which count."""
+        """One of the warpgroup's fragments of parts: the values, and the number of values that each row stands for."""
         pl, _ = pallas()
         t, together = self.tiling, self.rows.shape[0]
         entry = index * self.exchange.warpgroups + self.warpgroup
@@ -169,7 +205,22 @@ class Parts:
         vectors = range(self.partial_ref.shape[1])
         values = [as_fragment(self.partial_ref[self.whole, vector, splits, here]) for vector in vectors]
         split = first_split + self.rows.number()
-        return values, split, split < jnp.where(entry < t.entries(together), t.splits, 0)
+        counts = split < one_if(entry < t.entries(together)) * t.splits
+        # What is not there is memory that nobody wrote.
+        *values, number = (or_zero(counts, value) for value in (*values, t.part_values(split).astype(F32)))
+        return values, number
+
+    def _condensed(self, number):
+        """One in place of so many fragments of parts."""
+        begin, add, end = self.merge.condense
+        values, _ = self._load(jnp.int32(0))
+
+        def several(turn, state):
+            for loaded in [self._load(turn * HELD + index) for index in range(HELD)]:
+                state = add(state, *loaded)
+            return state
+
+        return end(lax.fori_loop(jnp.int32(0), jnp.int32(-(-number // HELD)), several, begin(values)))
 
     def total(self, terms, number):
         """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.
@@ -178,23 +229,7 @@ class Parts:
         """
         turn = self.turns
         self.turns += 1
-
-        def add(loaded, sums):
-            values, split, counts = loaded
-            new = terms(values, self.tiling.split_rows(split).astype(F32))
-            return added(sums, [jnp.where(counts, term, jnp.zeros_like(term)) for term in new])
-
-        def several(turn, sums):
-            for loaded in [self._load(turn * self.at_once + index) for index in range(self.at_once)]:
-                sums = add(loaded, sums)
-            return sums
-
-        sums = self.rows.zeros(number)
-        if self.held is None:
-            sums = lax.fori_loop(jnp.int32(0), jnp.int32(-(-self.mine // self.at_once)), several, sums)
-        else:
-            for loaded in self.held:
-                sums = add(loaded, sums)
+        sums = functools.reduce(added, [terms(*held) for held in self.held])
         self.exchange.show(turn, self.warpgroup, self.rows.sums(sums))
         return self.exchange.sums(turn, number)
 
@@ -243,7 +278,8 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
         start = t.merge_start(block)
         columns = pl.ds(start, WARPGROUP)
         rows = Rows(rows_memory, warpgroup)
-        reduced = merge.reduce(Parts(t, partial_ref, group, start, WARPGROUP, warpgroup, exchange, rows))
+        parts = Parts(t, partial_ref, group, start, WARPGROUP, merge, warpgroup, exchange, rows)
+        reduced = merge.reduce(parts)
 
         @pl.when(warpgroup == 0)
         def _():

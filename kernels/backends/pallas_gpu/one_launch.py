@@ -26,6 +26,7 @@ from jax import lax
 from bn_fused.kernels.backends.pallas_gpu import barrier as barriers
 from bn_fused.kernels.backends.pallas_gpu.block import (
     F32,
+    Copies,
     Exchange,
     Worker,
     launch,
@@ -63,6 +64,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
     scratch = [
         *Worker.scratch(t, [array.dtype for array in arrays]),
         *Exchange.scratch(1, t.warpgroups, vectors, t.columns),
+        *Copies.scratch(t, vectors),
         *Exchange.scratch(merge.rounds, t.warpgroups, merge.exchanged, t.columns),
         *barrier.scratch(),
     ]
@@ -73,7 +75,8 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
         array_refs, channel_refs, scalar_refs = take(inputs), take(len(channels)), take(len(scalars))
         (last_ref,), first_refs, result_refs, (partial_ref,) = take(1), take(outputs), take(merge.results), take(1)
         rings, (filled, rows_memory) = take(inputs), take(2)
-        in_block, between_blocks = Exchange(*take(2)), Exchange(*take(2))
+        in_block, copies = Exchange(*take(2)), Copies(t, take(len(Copies.scratch(t, vectors))))
+        between_blocks = Exchange(*take(2))
         barrier.prepare(take(len(barrier.scratch())))
         again_refs = [*first_refs, *array_refs[outputs:2]] if outputs else array_refs
 
@@ -129,12 +132,13 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
 
             @pl.when(worker.warpgroup == 0)
             def _():
-                worker.write_partial(partial_ref, unit, partial_start, within, worker.merged(in_block, moments))
+                worker.write_partial(partial_ref, unit, partial_start, within, worker.merged(in_block, copies, moments))
                 barrier.signal(unit)
 
             barrier.wait(unit)
 
-            parts = Parts(t, partial_ref, unit, partial_start, t.columns, worker.warpgroup, between_blocks, worker.rows)
+            place = unit, partial_start, t.columns
+            parts = Parts(t, partial_ref, *place, merge, worker.warpgroup, between_blocks, worker.rows)
             finished = merge.finish(merge.reduce(parts), per_channel, per_group)
             needed, results = finished[: merge.needed], finished[-merge.results :]
 
@@ -163,8 +167,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
             )
             return carry
 
-        for index in range(t.stages):
-            pl.when(index < tiles)(functools.partial(fetch_first, slot, jnp.int32(index)))
+        worker.fetch_all(functools.partial(fetch_first, slot))
         if several_units:
             lax.fori_loop(jnp.int32(0), t.turns(slot), one_unit, ())
         else:

@@ -111,15 +111,14 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
                     continue
                 shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
                 plan = OneLaunch(*shape, *ring, clusters_only)
-                cost = _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums)
+                cost = _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums)
                 candidates.append((cost, fold, columns, plan))
     return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
 
 
-def _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums):
+def _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums):
     """Bytes that the busiest multiprocessor moves, or could have moved while it waits and merges."""
-    unit_blocks = blocks if plan.fold > 1 else 1
-    splits = plan.members // unit_blocks
+    splits = plan.members // (-(-plan.fold * channels // plan.columns) if plan.fold > 1 else 1)
     of_block = -(-rows // (plan.fold * splits)) * plan.columns * itemsize
     whole = of_block * plan.members * plan.at_once * plan.slabs
     cached = CACHED_BYTES / (whole * again)
@@ -127,7 +126,8 @@ def _cost(plan, rows, blocks, itemsize, inputs, again, outputs, sums):
     moved = of_block * (inputs + outputs + again * missing)
     alone = plan.warpgroups == 1 and (plan.kept < 1 or plan.slabs > 1)
     # Every block reads the parts of all of them.
-    parts = splits * plan.fold * sums * plan.columns * 4 * (0.2 + 0.8 / plan.warpgroups)
+    copies = 1 if plan.fold * channels == plan.columns else plan.fold
+    parts = splits * copies * sums * plan.columns * 4 * (0.2 + 0.8 / plan.warpgroups)
     meeting = MEETING_BYTES + parts if plan.members > 1 else MEETING_BYTES / 4
     return plan.slabs * (moved * (1 + ALONE * alone) + meeting + EXCHANGE_BYTES * (plan.warpgroups - 1))
 

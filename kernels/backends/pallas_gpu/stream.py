@@ -32,6 +32,7 @@ from jax import lax
 
 from bn_fused.kernels.backends.pallas_gpu.block import (
     F32,
+    Copies,
     Exchange,
     Worker,
     launch,
@@ -76,7 +77,7 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
     scratch = Worker.scratch(t, [array.dtype for array in arrays])
     if sums:
         out_types.append(jax.ShapeDtypeStruct((t.groups, vectors, t.padded_splits, t.padded_width), F32))
-        scratch += Exchange.scratch(1, t.warpgroups, vectors, t.columns)
+        scratch += [*Exchange.scratch(1, t.warpgroups, vectors, t.columns), *Copies.scratch(t, vectors)]
 
     def body(*refs):
         take = taker(refs)
@@ -97,8 +98,7 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
             following = index - t.stages if reverse else index + t.stages
             pl.when((following >= 0) & (following < tiles))(lambda: fetch(following))
 
-        for step in range(t.stages):
-            pl.when(step < tiles)(functools.partial(fetch, tiles - 1 - step if reverse else jnp.int32(step)))
+        worker.fetch_all(fetch, reverse)
         columns = pl.ds(start, t.columns)
         constants = work.constants(vectors_of(channel_refs, group, columns), numbers_of(scalar_refs, group))
         constants = worker.rows.spread(constants)
@@ -121,12 +121,12 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
         totals = worker.rows.sums(totals)
         if moments:
             totals = worker.moments(pivot, totals)
-        exchange = Exchange(*take(2))
+        exchange, copies = Exchange(*take(2)), Copies(t, take(len(Copies.scratch(t, vectors))))
         exchange.show(0, worker.warpgroup, totals)
 
         @pl.when(worker.warpgroup == 0)
         def _():
-            worker.write_partial(*partial_refs, group, start, block, worker.merged(exchange, moments))
+            worker.write_partial(*partial_refs, group, start, block, worker.merged(exchange, copies, moments))
 
     kernel = launch(body, name, out_types, scratch, {"block": t.grid}, t.warpgroups)
     return kernel(*arrays, *channels, *scalars)

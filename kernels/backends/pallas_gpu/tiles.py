@@ -24,6 +24,8 @@ FRAGMENTS_AT_ONCE = 4
 ROWS_AT_ONCE = 3
 # Shared memory for barriers and for the alignment of what stands beside them.
 BARRIERS = 2048
+# Copies of a channel that a block merges.
+MOST_COPIES = 16
 # Rows that a warpgroup should have at least.
 LEAST_ROWS = 8
 # Partial results of neighbouring splits that are merged as the rows of a fragment, at most.
@@ -63,12 +65,14 @@ def rem(dividend, divisor: int):
 
 def minimum(one, other):
     """The smaller of the two."""
-    return min(one, other) if _of_python(one, other) else jnp.minimum(one, other)
+    return min(one, other) if _of_python(one, other) else lax.min(jnp.int32(one), jnp.int32(other))
 
 
 def one_if(condition):
-    """1 where the condition holds, else 0."""
-    return int(condition) if isinstance(condition, bool) else condition.astype(jnp.int32)
+    """1 where the condition holds, else 0. By a choice: to convert from bool, Mosaic asks ptxas for its version."""
+    if isinstance(condition, bool):
+        return int(condition)
+    return lax.select(condition, *(lax.full(condition.shape, value, jnp.int32) for value in (1, 0)))
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------
@@ -83,10 +87,13 @@ class RowRange:
     tiles: Index
     tile_rows: int
 
-    def tile(self, index):
-        """(first row, rows to skip) of a tile: the last one is moved back to end with the worker's rows."""
-        moved = minimum(index * self.tile_rows, self.rows - self.tile_rows)
-        return self.first + moved, index * self.tile_rows - moved
+    def tile_row(self, index):
+        """The first row of a tile: the last one is moved back to end with the worker's rows."""
+        return self.first + minimum(index * self.tile_rows, self.rows - self.tile_rows)
+
+    def skipped(self, index):
+        """The rows of a tile that the one before it has."""
+        return self.first + index * self.tile_rows - self.tile_row(index)
 
 
 @dataclass(frozen=True)
@@ -126,11 +133,11 @@ class Tiling:
 
     @property
     def padded_width(self) -> int:
-        """Width of the partial results: where rows are folded, the first block's columns stand there twice.
+        """Width of the partial results: where they hold several copies, the first block's columns stand there twice.
 
         So the columns of any 128 neighbouring channels, counted cyclically, are neighbours in memory.
         """
-        return self.width + (self.columns if self.fold > 1 else 0)
+        return self.width + (self.columns if self.copies > 1 else 0)
 
     @property
     def padded_splits(self) -> int:
@@ -147,9 +154,19 @@ class Tiling:
         """Fragments that are loaded before the first is used."""
         return math.gcd(FRAGMENTS_AT_ONCE, self.tile_rows // self.fragment_rows)
 
+    @property
+    def copies_in_block(self) -> int:
+        """Copies of a channel in a folded row that a block merges itself: all of them, if its columns are the row."""
+        return self.fold if self.width == self.columns and self.fold <= MOST_COPIES else 1
+
+    @property
+    def copies(self) -> int:
+        """Copies of a channel in the partial results."""
+        return self.fold // self.copies_in_block
+
     def entries(self, together: int) -> int:
-        """Partial results of a channel, so many splits at a time: of each of its copies in a folded row."""
-        return -(-self.splits // together) * self.fold
+        """Partial results of a channel, so many splits at a time."""
+        return -(-self.splits // together) * self.copies
 
     @property
     def merge_blocks(self) -> int:
@@ -170,6 +187,10 @@ class Tiling:
         """How many rows a split has: numbers that differ by at most one."""
         base, extra = divmod(self.rows, self.splits)
         return base + one_if(split < extra)
+
+    def part_values(self, split):
+        """Values of a channel in a partial result of a split."""
+        return self.split_rows(split) * self.copies_in_block
 
     def worker_range(self, split, warpgroup):
         """The `RowRange` of a split's warpgroup: they share its rows, in order and as evenly as they go."""
@@ -196,7 +217,7 @@ class Tiling:
 
     def copy_start(self, start, copy):
         """Where the columns of the same channels as those from `start` on begin, in the copy of that number."""
-        return rem(start + copy * self.channels, self.width) if self.fold > 1 else start
+        return rem(start + copy * self.channels, self.width) if self.copies > 1 else start
 
 
 @dataclass(frozen=True)
@@ -211,8 +232,8 @@ class OneLaunchTiling(Tiling):
 
     @property
     def unit_blocks(self) -> int:
-        """Blocks of columns that are merged together: the copies of a channel lie anywhere in a folded row."""
-        return self.blocks if self.fold > 1 else 1
+        """Blocks of columns that are merged together: the copies of a channel may lie anywhere in a folded row."""
+        return self.blocks if self.copies > 1 else 1
 
     @property
     def units(self) -> int:
@@ -232,7 +253,7 @@ class OneLaunchTiling(Tiling):
     @property
     def partial_width(self) -> int:
         """Width of a unit's partial results."""
-        return self.padded_width if self.fold > 1 else self.columns
+        return self.padded_width if self.copies > 1 else self.columns
 
     def slot(self, index):
         """(slot, member) of a block of threads that is not in a cluster, whose members the hardware numbers."""
@@ -252,11 +273,11 @@ class OneLaunchTiling(Tiling):
 
     def unit_place(self, unit, within):
         """(group, block of columns) of a unit's block of columns."""
-        return (unit, within) if self.fold > 1 else (div(unit, self.blocks), rem(unit, self.blocks))
+        return (unit, within) if self.copies > 1 else (div(unit, self.blocks), rem(unit, self.blocks))
 
     def partial_start(self, start):
         """Where columns that start there in the row start in the partial results of their unit."""
-        return start if self.fold > 1 else 0
+        return start if self.copies > 1 else 0
 
 
 # --- how an array can be cut ----------------------------------------------------------------------------------
@@ -304,9 +325,10 @@ def can_cut(rows, channels, itemsize, fold, columns, splits, warpgroups):
 
 
 def ring_bytes(chip, columns, warpgroups, vectors):
-    """Shared memory of a block for its rings: all but what its warpgroups exchange, of so many vectors, and `Rows`."""
-    exchanged = warpgroups * columns * 4 * vectors
-    return chip.shared_memory_per_block - BARRIERS - exchanged - ROWS_AT_ONCE * warpgroups * FRAGMENT * 4
+    """Shared memory of a block for its rings: what its warpgroups exchange, of so many vectors, is not of it."""
+    exchanged = 4 * columns * (warpgroups * vectors + 2 * MOMENTS)
+    rows = 4 * FRAGMENT * ROWS_AT_ONCE * warpgroups
+    return chip.shared_memory_per_block - BARRIERS - exchanged - rows
 
 
 def ring_of(least, most, room, columns):
