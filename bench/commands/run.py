@@ -63,11 +63,12 @@ from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 @click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
 @click.option("--plot", "plot_file", type=OutputFile(".png"), help="Draw a PNG of the shares of the copy's bandwidth.")
+@click.option("--details", is_flag=True, help="On a GPU: every kernel of a row, by name.")
 @click.option("--list", "listing", is_flag=True, help="Print the suites and their workloads, and end.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and end.")
 @click.pass_context
 def command(context, *, approaches, backends, rivals, passes, seconds, cold, devices, sync, json_file, csv_file,
-            markdown_file, plot_file, listing, dry_run, **workload_settings):  # fmt: skip
+            markdown_file, plot_file, details, listing, dry_run, **workload_settings):  # fmt: skip
     """Check every layer against float64, then time it, and its rivals, on JAX's default device.
 
     A row whose check fails shows FAILED, is not timed, and makes the exit status 1. An interrupted run keeps the
@@ -109,7 +110,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
     if dry_run:
         _dry_run(console, workloads, settings)
         context.exit(0)
-    record = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "")
+    record = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "", details=details)
     for path, text in ((json_file, records.to_json), (csv_file, records.to_csv), (markdown_file, report.markdown)):
         if path is not None:
             path.write_text(text(record), encoding="utf-8")
@@ -145,7 +146,13 @@ def use_devices(devices: int) -> jax.Device:
 
 
 def run_and_print(
-    console: Console, workloads: Sequence[Workload], settings: Settings, *, suite: str, heading: bool = True
+    console: Console,
+    workloads: Sequence[Workload],
+    settings: Settings,
+    *,
+    suite: str,
+    heading: bool = True,
+    details: bool = False,
 ) -> records.Run:
     """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
     started = now()
@@ -165,7 +172,7 @@ def run_and_print(
                 lambda name, share: progress.update(task, completed=share, description=name),
             ):
                 rows += workload_rows
-                print_workload(console, workload, workload_rows, settings, said)
+                print_workload(console, workload, workload_rows, settings, said, details)
         except KeyboardInterrupt:
             interrupted = True
     say(console)
@@ -191,7 +198,12 @@ def run_and_print(
 
 
 def print_workload(
-    console: Console, workload: Workload, rows: Sequence[records.Row], settings: Settings, said: dict[str, None]
+    console: Console,
+    workload: Workload,
+    rows: Sequence[records.Row],
+    settings: Settings,
+    said: dict[str, None],
+    details: bool = False,
 ) -> None:
     """The table of a workload, and below it how it was timed, the backend that `auto` takes, and who cannot run.
 
@@ -200,7 +212,7 @@ def print_workload(
     auto = explain(workload)
     say(console)
     show(console, report.workload_table(rows, settings.rivals, auto.name))
-    for line in report.timing_lines(rows, settings.cold):
+    for line in (*report.timing_lines(rows, settings.cold), *(report.kernel_lines(rows) if details else ())):
         say(console, line)
     lines = [f"auto takes {auto.name}: {auto.reason}", *report.reasons(rows)]
     for line in lines:

@@ -22,6 +22,12 @@ NOTE = (
     "because it may compute in them."
 )
 
+DEVICE_NOTE = (
+    "On this GPU ms is the time of all kernels, copies and fills of a call on the device, as its profiler has them, "
+    "and the copy is the fastest there is, the device's own or XLA's. clock ms: the median by the clock of the same "
+    "calls one after the other in one program, launches and gaps included."
+)
+
 SYNC_NOTE = (
     "/ no sync: the time over that of the same layer on the same devices, each with statistics of its own, the median "
     "over the paired rounds. The parameters' gradients are summed over the devices with and without. exchanged B: "
@@ -76,30 +82,37 @@ def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> lis
         _rate(row.bandwidth),
         f"{100 * row.of_copy:.0f} %",
     ]
-    for name, form in devices.items():
-        value = getattr(row, name)
-        texts.append("-" if value is None else format(value, form))
+    for name, _, form, unit in ON_DEVICES:
+        if name in devices:
+            value = getattr(row, name)
+            texts.append("-" if value is None else format(value if unit == 1 else value / unit, form))
     return [*map(Text, texts), error]
 
 
-# Columns that only some runs have: the row's field, the heading, the format.
-ON_DEVICES = (("collective_bytes", "exchanged B", "d"), ("sync_ratio", "/ no sync", ".2f"))
+# Columns that only some runs have: the row's field, the heading, the format, the unit.
+ON_DEVICES = (
+    ("clock", "clock ms", ".3g", 1e-3),
+    ("collective_bytes", "exchanged B", "d", 1),
+    ("sync_ratio", "/ no sync", ".2f", 1),
+)
 
 
 def on_devices(rows: Sequence[Row]) -> dict[str, str]:
     """The fields of `ON_DEVICES` that some row has, with their formats."""
-    return {name: form for name, _, form in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
+    return {name: form for name, _, form, _ in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
 
 
 def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
     """The headings of the columns of figures; `devices`: those of `on_devices`."""
     columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
-    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error / limit"]
+    return [*columns, *(heading for name, heading, *_ in ON_DEVICES if name in devices), "error / limit"]
 
 
 def note(rows: Sequence[Row]) -> str:
     """What the figures mean, in one paragraph."""
-    return f"{NOTE} {SYNC_NOTE}" if "sync_ratio" in on_devices(rows) else NOTE
+    there = on_devices(rows)
+    notes = [NOTE, *[DEVICE_NOTE] * ("clock" in there), *[SYNC_NOTE] * ("sync_ratio" in there)]
+    return " ".join(notes)
 
 
 def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None = None) -> Table:
@@ -124,12 +137,33 @@ def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
     if timed is None:
         return []
     caches = "cold" if cold else "warm"
-    lines = [f"copy of x: {_rate(timed.copy_bandwidth)} GB/s; {caches} caches; {timed.rounds} rounds"]
-    if timed.rounds < FEW_ROUNDS:
+    on_device = timed.timed_by == "device"
+    lines = [
+        f"{timed.copied_by if on_device else 'copy'} of x: {_rate(timed.copy_bandwidth)} GB/s; {caches} caches; "
+        f"{timed.rounds} rounds{' on the device' if on_device else ''}"
+    ]
+    if timed.rounds < FEW_ROUNDS and not on_device:
         lines.append("so few rounds say little: --seconds allows more")
-    if math.prod(timed.shape) < SMALL:
+    lines += [
+        f"{row.layer} {row.pass_name}: more than a copy moves is a wrong measurement"
+        for row in rows
+        if on_device and row.of_copy is not None and row.of_copy > 1
+    ]
+    if math.prod(timed.shape) < SMALL and not on_device:
         lines.append("so small an array takes no time: what it costs to start a program is what is compared")
     return lines
+
+
+def kernel_lines(rows: Sequence[Row]) -> list[str]:
+    """For every row that was timed on the device, its kernels: launches in a call, microseconds of one."""
+    return [
+        f"{row.pass_name} {row.layer}: "
+        + "; ".join(
+            f"{name} x{launches:.3g} {1e6 * seconds:.1f} us" for name, (launches, seconds) in row.kernels.items()
+        )
+        for row in rows
+        if row.kernels
+    ]
 
 
 # Below this, a median over rounds moves by more than what is mostly compared.
@@ -138,9 +172,13 @@ FEW_ROUNDS = 10
 SMALL = 1 << 14
 
 
+# Of rows that were neither checked nor timed.
+ABSENT = ("refused", "missing", "skipped")
+
+
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """Why rows are refused or missing, each reason once."""
-    return list(dict.fromkeys(row.reason for row in rows if row.status in ("refused", "missing")))
+    """Why rows are absent, each reason once."""
+    return list(dict.fromkeys(row.reason for row in rows if row.status in ABSENT))
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
@@ -159,7 +197,7 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
 
 def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
     """What is said where no check failed; who was not compared is named, with the backends that were `skipped`."""
-    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ABSENT)
     absent |= dict.fromkeys((name, "skipped") for name in skipped)
     text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
     if not absent:
