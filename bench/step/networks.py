@@ -22,6 +22,9 @@ from bn_fused.bench.step import resnet
 SGD_MOMENTUM = 0.9
 DTYPES = ("float32", "bfloat16")
 RIVALS = ("equinox", "flax", "torch")
+# What runs only if it is asked for: torch.compile, and the network without any BatchNorm.
+TORCH_COMPILED, NO_NORM = "torch compiled", "no norm"
+MORE_RIVALS = {"torch-compile": TORCH_COMPILED, "no-norm": NO_NORM}
 # At the end of the names of our networks with channels last.
 CHANNELS_LAST = ", nhwc"
 # What the others are compared with.
@@ -75,6 +78,7 @@ class Contender:
     - `function`: for networks whose channels are last, `norm` of `resnet.channels_last`.
     - `module`: the package of a network in another library.
     - `ours`: whether it is `bn_fused`.
+    - `compiled`: of a network in torch, whether torch.compile does.
     """
 
     name: str
@@ -82,6 +86,7 @@ class Contender:
     function: Callable | None = None
     module: str | None = None
     ours: bool = False
+    compiled: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -126,6 +131,11 @@ def _equinox(mode):
         return layer
 
     return norm
+
+
+def _no_norm(x, stats, scale, bias, activation, residual):
+    y = x if residual is None else x + residual
+    return (y if activation is None else jax.nn.relu(y)), stats
 
 
 def refusal(backend: str, setting: Setting, target: str | None = None) -> str | None:
@@ -192,6 +202,10 @@ def contenders(
     if "equinox" in rivals:
         networks.append(Contender("equinox ema", _equinox("ema")))
     networks += [Contender(name, module=name) for name in ("flax", "torch") if name in rivals]
+    if "torch-compile" in rivals:
+        networks.append(Contender(TORCH_COMPILED, module="torch", compiled=True))
+    if "no-norm" in rivals:
+        networks.append(Contender(NO_NORM, function=_no_norm))
     return networks
 
 
