@@ -209,6 +209,9 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(
         def __init__(self, contender, setting):
             call()
 
+        def compile(self):
+            pass
+
         def losses(self, lr):
             call()
             return agreement.Losses(2.0, 1.0)
@@ -286,6 +289,7 @@ def test_a_network_that_rounding_decides_about_is_timed_and_said_to_be_not_compa
 
 def test_the_compared_step_changes_the_loss_by_a_tenth():
     built = timed.JaxRun(contenders(rivals=())[-1], setting())
+    built.compile()
     losses = built.losses(built.learning_rate())
     assert losses.after == pytest.approx((1 - agreement.STEP_SHARE) * losses.before, rel=0.05)
     assert losses == built.losses(built.learning_rate()), "the first weights are kept"
