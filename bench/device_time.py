@@ -32,7 +32,10 @@ LONGEST_NAME = 120
 
 
 class Kernel(NamedTuple):
-    """A kernel, copy or fill: launches in a call, and seconds that one takes (the median)."""
+    """All kernels, copies or fills of one name: launches in a call, and seconds that one takes.
+
+    The mean in a round, the median over the rounds: the product of both is the time in a call.
+    """
 
     launches: float
     seconds: float
@@ -128,17 +131,18 @@ def _consistent(rounds: Sequence[Sequence[Event]]) -> bool:
 
 
 def summary(rounds: Sequence[Sequence[Event]], calls: int) -> DeviceTime:
-    """What rounds of the same kernels say; `calls`: how many are in a round."""
+    """What rounds with the same kernels say; `calls`: how many are in a round."""
     totals = [sum(event.duration for event in events) / calls / 1e9 for events in rounds]
     spans = [(max(e.start + e.duration for e in events) - events[0].start) / calls / 1e9 for events in rounds]
-    durations = collections.defaultdict(list)
-    for events in rounds:
+    durations = [collections.defaultdict(list) for _ in rounds]
+    for times, events in zip(durations, rounds, strict=True):
         for event in events:
-            durations[event.name].append(event.duration / 1e9)
+            times[event.name[:LONGEST_NAME]].append(event.duration / 1e9)
     kernels = {
-        name[:LONGEST_NAME]: Kernel(len(times) / len(rounds) / calls, float(np.median(times)))
-        for name, times in sorted(durations.items(), key=lambda item: -sum(item[1]))
+        name: Kernel(len(times) / calls, float(np.median([np.mean(each[name]) for each in durations])))
+        for name, times in durations[0].items()
     }
+    kernels = dict(sorted(kernels.items(), key=lambda item: -item[1].launches * item[1].seconds))
     return DeviceTime(Samples(np.asarray(totals)), kernels, float(np.median(spans)))
 
 

@@ -63,14 +63,14 @@ def command(part: str, folder: pathlib.Path, limit: float, backends: list[str], 
         return [*bench, "doctor"]
     if part == "numbers":
         # Without the plugins that happen to be installed; the tests fail on a warning of any of them.
-        options = ["-p", "xdist", "-n", "1" if rehearse else "8", "-v", "--tb=short", "-p", "no:cacheprovider"]
+        options = ["-p", "xdist", "-n", "1" if rehearse else "10", "-v", "--tb=short", "-p", "no:cacheprovider"]
         return [sys.executable, "-m", "pytest", *options, "tests/kernels/test_gpu_device.py"]
     if part == "layers":
         options = ["--seconds", f"{limit:.0f}", *["--rehearse"] * rehearse]
         options += [word for shape in shapes for word in ("--shape", ",".join(map(str, shape.shape)))]
         return [sys.executable, "-m", "bn_fused.bench.measure.layers", str(folder), *options]
     if part == "step":
-        against = ("flax", "no-norm") if rehearse else ("flax", "torch", "torch-compile", "no-norm")
+        against = ("no-norm",) if rehearse else ("flax", "torch", "torch-compile", "no-norm")
         options = ["--apart", "--layout", "nhwc", "--details", "--json", str(folder / "step.json")]
         options += [word for name in backends for word in ("--backend", name)]
         options += [word for name in against for word in ("--against", name)]

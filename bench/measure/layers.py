@@ -56,8 +56,8 @@ def asked(shapes: tuple[Workload, ...], rehearse: bool) -> list[Asked]:
     """What is measured, in this order."""
 
     def named(name, **changes):
-        workloads = [dataclasses.replace(WORKLOADS[one], **changes) for one in SUITES[name]]
-        return Asked(name, tuple(_tiny(workload) if rehearse else workload for workload in workloads))
+        workloads = tuple(dataclasses.replace(WORKLOADS[one], **changes) for one in SUITES[name])
+        return Asked(name, tuple(map(_tiny, workloads[:1])) if rehearse else workloads)
 
     last = dict(dtype="bfloat16", layout="nhwc")
     found = []
@@ -68,9 +68,8 @@ def asked(shapes: tuple[Workload, ...], rehearse: bool) -> list[Asked]:
 
 
 def _tiny(workload):
-    """A few elements in place of a workload's, other channels for each, so that they are told apart."""
-    channels = 4 + list(WORKLOADS).index(workload.name)
-    return dataclasses.replace(workload, shape=(4, channels, *[3] * (len(workload.shape) - 2)))
+    """A few elements in place of a workload's."""
+    return dataclasses.replace(workload, shape=(4, 4, *[3] * (len(workload.shape) - 2)))
 
 
 @click.command()

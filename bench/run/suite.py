@@ -284,7 +284,8 @@ def time_prepared(
     work = dict(prepared.work)  # a thread may still add to it
     checks = dict(prepared.checks)
     workload = prepared.workload
-    on_gpu = _on_gpu()
+    # Of several devices the profiler has the kernels of all.
+    on_gpu = _on_gpu() and prepared.inputs.mesh is None
     by_clock = {name: timed for name, timed in work.items() if name != DEVICE_COPY}
     clock = measure(by_clock, seconds=settings.seconds, progress=lambda share: progress(share * (0.5 if on_gpu else 1)))
     device = {}

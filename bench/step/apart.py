@@ -102,6 +102,7 @@ def run(
     """
     rows = {one.name: Row(one.name, "missing", one.missing) for one in networks if one.missing is not None}
     able = [one for one in networks if one.name not in rows]
+    found, interrupted = {one.name: [] for one in able}, False
     with contextlib.ExitStack() as stack:
         cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="bn-bench-cache-"))
         command, variables = [sys.executable, "-m", "bn_fused.bench.step.apart"], environment(cache)
@@ -109,11 +110,15 @@ def run(
         try:
             _build(processes, setting, options, time_limit, progress)
             _compare(processes, setting)
-            samples = _time([one for one in processes if one.able], seconds, progress)
+            _time([one for one in processes if one.able], found, seconds, progress)
         except KeyboardInterrupt:
-            raise RunInterrupted([one.row for one in processes if one.row is not None]) from None
-    rows |= {one.network.name: _row(one, samples, setting) for one in processes}
-    return [rows[one.name] for one in networks]
+            interrupted = True
+    samples = _samples(found, processes)
+    rows |= {one.network.name: _row(one, samples, setting) for one in processes if one.row is not None}
+    finished = [rows[one.name] for one in networks if one.name in rows]
+    if interrupted:
+        raise RunInterrupted(finished)
+    return finished
 
 
 def _build(processes, setting, options, time_limit, progress):
@@ -160,9 +165,8 @@ def _compare(processes, setting):
             one.row = compared(one.network, Losses(*one.values["losses"]), expected, setting, platform)
 
 
-def _time(processes, seconds, progress):
-    """Rounds of all processes in turn, then the kernels of each: the samples by name."""
-    found = {one.network.name: [] for one in processes}
+def _time(processes, found, seconds, progress):
+    """Rounds of all processes in turn, added to what was `found` by name, then the kernels of each."""
     begin = time.monotonic()
     for number in range(MAX_ROUNDS):
         if number >= MIN_ROUNDS and time.monotonic() - begin >= seconds:
@@ -178,8 +182,13 @@ def _time(processes, seconds, progress):
                 # Its times stand: only the kernels are not known.
                 one.row = dataclasses.replace(before, reason=f"kernels: {one.row.reason}")
         progress("kernels", 0.9 + 0.1 * (done + 1) / len(processes))
-    rounds = max(map(len, found.values()), default=0)
-    return {name: Samples(np.asarray(values)) for name, values in found.items() if rounds and len(values) == rounds}
+
+
+def _samples(found, processes):
+    """The samples of the whole rounds, of the processes that were in all of them."""
+    able = {one.network.name: found[one.network.name] for one in processes if one.able}
+    rounds = min(map(len, able.values()), default=0)
+    return {name: Samples(np.asarray(values[:rounds])) for name, values in able.items()} if rounds else {}
 
 
 def _row(process, samples, setting):

@@ -3,8 +3,6 @@
 import csv
 import json
 import re
-import shlex
-import subprocess
 
 import jax
 import pytest
@@ -487,18 +485,3 @@ def test_report_says_when_the_readme_has_no_place_for_it(saved, tmp_path, capsys
 def test_the_readmes_performance_section_is_that_of_the_recorded_runs(capsys):
     arguments = ("--results", str(ROOT / "bench" / "results"), "--readme", str(ROOT / "README.md"))
     assert bn_bench("report", *arguments, "--check") == 0, capsys.readouterr().err
-
-
-# bench/measure_gpu.sh
-
-
-def test_the_script_that_measures_a_gpu_asks_for_runs_that_there_are(tmp_path, capsys):
-    script = ROOT / "bench" / "measure_gpu.sh"
-    assert subprocess.run(["bash", "-n", str(script)], timeout=60).returncode == 0
-    text = script.read_text(encoding="utf-8")
-    rivals = re.search(r'^rivals="(.*)"$', text, re.MULTILINE)[1]
-    runs = re.findall(r"^part \w+ \d+ \$bench (run .*)$", text, re.MULTILINE)
-    assert len(runs) >= 4
-    for line in runs:
-        line = line.replace("$rivals", rivals).replace("$out", str(tmp_path))
-        assert bn_bench(*shlex.split(line), "--dry-run") == 0, capsys.readouterr().err
