@@ -15,6 +15,7 @@ from bn_fused.bench.commands.common import (
     Backend,
     OutputFile,
     approach_option,
+    check_room,
     choose_workloads,
     first_device,
     make_console,
@@ -23,6 +24,7 @@ from bn_fused.bench.commands.common import (
     show,
     workload_options,
 )
+from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.doctor import devices
 from bn_fused.bench.providers import RIVALS, explain
 from bn_fused.bench.run import records, report
@@ -45,7 +47,7 @@ from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
     show_default=True,
     help="Time for the samples of each workload, without compilation and checks.",
@@ -79,6 +81,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
         context.exit(0)
     workloads = choose_workloads(**workload_settings)
     device = use_devices(devices)
+    check_room(workloads, device)
     for workload in workloads:
         if workload.shape[0] % devices:
             raise click.UsageError(
@@ -176,14 +179,18 @@ def run_and_print(
         except KeyboardInterrupt:
             interrupted = True
     say(console)
-    console.print(Text(report.note(rows), "dim"))
     failures = report.failures(rows)
     for line in failures:
         say(console, f"FAILED: {line}", "bold red")
     if interrupted:
         say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
     elif not failures:
+        sentence = report.sentence(rows, settings.rivals, lambda workload: explain(workload).name)
+        if sentence:
+            say(console, sentence, "bold")
         say(console, report.passed(rows, skipped), "green")
+    say(console)
+    console.print(Text(report.note(rows), "dim"))
     return records.Run(
         command=command_line(),
         date=started,
@@ -243,6 +250,8 @@ def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings
     for workload in workloads:
         table = report.empty_table(str(workload), ("layer", "approach", "runs"), ())
         for layer in plan(workload, settings):
-            table.add_row(layer.provider.name, layer.approach, Text(layer.reason or ", ".join(settings.passes)))
+            table.add_row(
+                report.called(layer.provider.name), layer.approach, Text(layer.reason or ", ".join(settings.passes))
+            )
         show(console, table)
         say(console)

@@ -252,7 +252,7 @@ def time_table(rows) -> Table:
     for row in rows:
         percentiles = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
         table.add_row(
-            row.name, _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
+            report.called(row.name), _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
             _number(row.ratio, form=".2f"), percentiles, _number(row.memory, 1e-6, ".0f"),
             _number(row.peak, 1e-6, ".0f"), _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"),
             _verdict(row),
@@ -269,7 +269,7 @@ def kernel_table(rows) -> Table:
     table = _empty("BatchNorm", "busy ms", "span ms", "kernels", "lowered in s", "compiled in s")
     for row in rows:
         table.add_row(
-            row.name, _number(row.busy, 1e3, ".2f"), _number(row.span, 1e3, ".2f"), _number(row.launches, form=".0f"),
+            report.called(row.name), _number(row.busy, 1e3, ".2f"), _number(row.span, 1e3, ".2f"), _number(row.launches, form=".0f"),
             _number(row.lowering, form=".0f"), _number(row.compilation, form=".0f"),
         )  # fmt: skip
     return table
@@ -289,7 +289,7 @@ def audit_table(rows) -> Table:
     table = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
     for row in rows:
         table.add_row(
-            row.name, _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
+            report.called(row.name), _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
             _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
             _verdict(row),
         )  # fmt: skip

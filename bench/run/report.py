@@ -1,25 +1,24 @@
 """Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from bn_fused import kernels
 from bn_fused.bench.check import Check
 from bn_fused.bench.installing import versions_text
 from bn_fused.bench.run.records import Environment, Row, Run
+from bn_fused.bench.workloads import Workload
 
 NOTE = (
-    "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
-    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual or y and writes the "
-    "residual's gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is "
-    "timed in the same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the "
-    "rivals and to the copy are medians over the paired rounds; error is the largest against float64, as a share of a "
-    "scale that rounding acts on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, "
-    "because it may compute in them."
+    "ms: the median, and the 10th and 90th percentile. / rival and of copy: medians over paired rounds; the copy reads "
+    "and writes x once, GB/s counts the passes over x that none can save (fwd: read x, write y; bwd: read x and dy, "
+    "write dx). error: the largest against float64, and its limit (`bn_fused.bench.check`); a rival in 16 bits is "
+    "allowed more."
 )
 
 DEVICE_NOTE = (
@@ -64,9 +63,17 @@ def verdict(ok: bool) -> Text:
     return Text("ok", "green") if ok else Text("FAILED", "bold red")
 
 
+def called(layer: str) -> str:
+    """What a layer, or a network, is called: of ours, whose name begins with the backend's, with whose it is."""
+    backend, *rest = layer.split(" ", 1)
+    if backend not in (*kernels.backend_names(), "auto"):
+        return layer
+    return " ".join([f"bn_fused ({backend})", *rest])
+
+
 def layer_name(row: Row, several_approaches: bool) -> str:
-    """The layer's name, with its approach where there are several."""
-    return f"{row.layer} {row.approach}" if several_approaches else row.layer
+    """What the layer is called, with its approach where there are several."""
+    return f"{called(row.layer)} {row.approach}" if several_approaches else called(row.layer)
 
 
 def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> list[Text]:
@@ -78,7 +85,7 @@ def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> lis
     texts = [
         f"{1e3 * row.median:.3g}",
         f"{1e3 * row.p10:.3g}-{1e3 * row.p90:.3g}",
-        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios else "-" for rival in rivals),
+        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios and rival != row.layer else "-" for rival in rivals),
         _rate(row.bandwidth),
         f"{100 * row.of_copy:.0f} %",
     ]
@@ -104,7 +111,7 @@ def on_devices(rows: Sequence[Row]) -> dict[str, str]:
 
 def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
     """The headings of the columns of figures; `devices`: those of `on_devices`."""
-    columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
+    columns = ["ms", "p10-p90", *(f"/ {called(rival)}" for rival in rivals), "GB/s", "of copy"]
     return [*columns, *(heading for name, heading, *_ in ON_DEVICES if name in devices), "error / limit"]
 
 
@@ -122,7 +129,7 @@ def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None 
     table = empty_table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
     for row in rows:
         name = layer_name(row, several)
-        table.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
+        table.add_row(row.pass_name, f"{name}, auto" if row.layer == auto else name, *_figures(row, rivals, devices))
     return table
 
 
@@ -145,7 +152,7 @@ def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
     if timed.rounds < FEW_ROUNDS and not on_device:
         lines.append("so few rounds say little: --seconds allows more")
     lines += [
-        f"{row.layer} {row.pass_name}: more than a copy moves is a wrong measurement"
+        f"{called(row.layer)} {row.pass_name}: more than a copy moves is a wrong measurement"
         for row in rows
         if on_device and row.of_copy is not None and row.of_copy > 1
     ]
@@ -157,7 +164,7 @@ def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
 def kernel_lines(rows: Sequence[Row]) -> list[str]:
     """For every row that was timed on the device, its kernels: launches in a call, microseconds of one."""
     return [
-        f"{row.pass_name} {row.layer}: "
+        f"{row.pass_name} {called(row.layer)}: "
         + "; ".join(
             f"{name} x{launches:.3g} {1e6 * seconds:.1f} us" for name, (launches, seconds) in row.kernels.items()
         )
@@ -184,7 +191,7 @@ def reasons(rows: Sequence[Row]) -> list[str]:
 def failures(rows: Sequence[Row]) -> list[str]:
     """One line for every row whose check failed."""
     return [
-        f"{row.layer}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
+        f"{called(row.layer)}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
         for row in rows
         if row.status == "failed"
     ]
@@ -206,6 +213,33 @@ def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
     partly = {row.layer for row in rows if row.status == "ok"}
     names = [f"{layer} ({status}{' at some workloads' if layer in partly else ''})" for layer, status in absent]
     return f"{text}; not compared: {', '.join(names)}"
+
+
+# What a pass is called in the sentence at the end.
+IN_WORDS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both ways"}
+
+
+def sentence(rows: Sequence[Row], rivals: Sequence[str], auto: Callable[[Workload], str]) -> str:
+    """What a run found, for people to quote: how many times as fast as each rival our layer is, the one `auto` takes.
+
+    The geometric mean over the workloads, in each pass; empty if there is nothing to compare.
+    """
+    ours = [row for row in rows if row.status == "ok" and row.layer == auto(row.at)]
+    found = []
+    for rival in rivals:
+        parts = []
+        for pass_name in dict.fromkeys(row.pass_name for row in ours):
+            ratios = [row.ratios[rival] for row in ours if row.pass_name == pass_name and rival in row.ratios]
+            if ratios and rival not in {row.layer for row in ours}:
+                times = math.exp(-sum(map(math.log, ratios)) / len(ratios))
+                parts.append(f"{times:.2f} times {IN_WORDS[pass_name]}")
+        if parts:
+            found.append(f"{' and '.join(parts)} as fast as {called(rival)}")
+    if not found:
+        return ""
+    number = len({(row.at, row.approach) for row in ours})
+    where = "at this workload" if number == 1 else f"(the geometric mean of {number} workloads)"
+    return f"Here bn_fused is {'; '.join(found)} {where}, and every number was checked against float64."
 
 
 def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:

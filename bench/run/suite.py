@@ -288,6 +288,9 @@ def time_prepared(
     on_gpu = _on_gpu() and prepared.inputs.mesh is None
     by_clock = {name: timed for name, timed in work.items() if name != DEVICE_COPY}
     clock = measure(by_clock, seconds=settings.seconds, progress=lambda share: progress(share * (0.5 if on_gpu else 1)))
+    # Not to be divided by either.
+    disturbed = {key: why for key, samples in clock.items() if (why := _disturbed(key, samples))}
+    clock = {key: samples for key, samples in clock.items() if key not in disturbed}
     device = {}
     if on_gpu:
         for timed in work.values():
@@ -303,6 +306,9 @@ def time_prepared(
             if any(one not in checks for one in {key, key.alone if settings.sync else key}):
                 rows.append(_row(workload, layer, pass_name, status="skipped", reason=NO_TIME))
                 continue
+            if key in disturbed:
+                rows.append(_row(workload, layer, pass_name, status="refused", reason=disturbed[key]))
+                continue
             check, reason = checks[key], checks[key].reason
             if check.ok and settings.sync and not checks[key.alone].ok:
                 check = checks[key.alone]
@@ -316,6 +322,21 @@ def time_prepared(
                 values["collective_bytes"] = prepared.exchanged[key]
             rows.append(_row(workload, layer, pass_name, **values))
     return rows
+
+
+# Of torch on a CPU, beyond which its median is no time of what it computes.
+MOST_OVER_SMALLEST = 10
+
+
+def _disturbed(key, samples: Samples) -> str:
+    """Why the times of a layer say nothing, if its threads and XLA's were in each other's way; else empty."""
+    smallest = float(np.min(samples.seconds))
+    if key == COPY or key.layer != "torch" or _on_gpu() or samples.median <= MOST_OVER_SMALLEST * smallest:
+        return ""
+    return (
+        f"torch took {1e3 * smallest:.3g} ms at best and {1e3 * samples.median:.3g} in the median: its threads and "
+        "XLA's were in each other's way; OMP_NUM_THREADS=1 keeps them apart"
+    )
 
 
 NO_TIME = "it was not compiled within the time there was"

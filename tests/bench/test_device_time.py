@@ -129,10 +129,10 @@ def test_on_a_gpu_a_row_has_the_device_time_against_the_fastest_copy_and_the_clo
         lines = report.timing_lines(rows, cold=True)
         assert lines[0].startswith("device copy of x:")
         assert [line for line in lines if "wrong measurement" in line] == [
-            "jnp bwd: more than a copy moves is a wrong measurement"
+            "bn_fused (jnp) bwd: more than a copy moves is a wrong measurement"
         ]
         assert "clock ms" in report.headings(("equinox",), report.on_devices(rows))
-        assert report.kernel_lines(rows)[0] == "fwd jnp: kernel x1 1.0 us"
+        assert report.kernel_lines(rows)[0] == "fwd bn_fused (jnp): kernel x1 1.0 us"
 
 
 def test_what_is_not_compiled_before_the_deadline_is_skipped_and_says_so(on_a_gpu):
