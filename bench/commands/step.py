@@ -269,7 +269,8 @@ def kernel_table(rows) -> Table:
     table = _empty("BatchNorm", "busy ms", "span ms", "kernels", "lowered in s", "compiled in s")
     for row in rows:
         table.add_row(
-            report.called(row.name), _number(row.busy, 1e3, ".2f"), _number(row.span, 1e3, ".2f"), _number(row.launches, form=".0f"),
+            report.called(row.name), _number(row.busy, 1e3, ".2f"), _number(row.span, 1e3, ".2f"),
+            _number(row.launches, form=".0f"),
             _number(row.lowering, form=".0f"), _number(row.compilation, form=".0f"),
         )  # fmt: skip
     return table
@@ -289,7 +290,8 @@ def audit_table(rows) -> Table:
     table = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
     for row in rows:
         table.add_row(
-            report.called(row.name), _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
+            report.called(row.name), _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"),
+            _number(row.passes, 1, ".2f"),
             _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
             _verdict(row),
         )  # fmt: skip

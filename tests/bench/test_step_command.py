@@ -18,6 +18,7 @@ import bn_fused
 from bn_fused import kernels
 from bn_fused.bench import deviceless, installing, timing
 from bn_fused.bench.commands.step import command
+from bn_fused.bench.run.report import called
 from bn_fused.bench.step import agreement, audit, resnet, timed
 from bn_fused.bench.step.networks import (
     BASELINE,
@@ -237,7 +238,7 @@ def test_an_interrupted_run_prints_and_saves_what_is_finished(
     assert saved["interrupted"] and [row["status"] for row in saved["rows"]] == statuses
     for row in saved["rows"]:
         assert row["loss"] > 0 and row["rounds"] == rounds and (row["median"] is not None) == (rounds > 0)
-        assert row["name"] in done.output
+        assert called(row["name"]) in done.output
     assert f"interrupted: {statuses.count('ok')} of 2 rows are finished" in done.output
 
 
