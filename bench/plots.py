@@ -104,13 +104,19 @@ def stability_figure(curves: Sequence[Curves], caption: str):
     figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, kind, title in zip(panels, ("losses", "gradients"), ("training loss", "gradient norm"), strict=True):
+        highest, medians = [], []
         for one in curves:
             colour, style = STABILITY_STYLES[one.norm]
             step, median, smallest, largest = curve(getattr(one, kind))
+            medians.append(median)
+            if np.isfinite(largest).any():
+                place = int(np.nanargmax(largest))
+                highest.append((largest[place], step[place], colour))
             panel.fill_between(step, smallest, largest, color=colour, alpha=0.18, linewidth=0)
             label = one.norm if one.norm.startswith("equinox") else f"bn_fused {one.norm}"
             panel.plot(step, median, style, color=colour, linewidth=1.8, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step", title=title)
+        _cut_spikes(panel, medians, highest)
         panel.set_xlim(1, max(one.losses.shape[1] for one in curves))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.grid(True, alpha=0.25)
@@ -119,6 +125,23 @@ def stability_figure(curves: Sequence[Curves], caption: str):
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8.5, columnspacing=1.4)
     figure.supxlabel(caption, fontsize=7.5, color="#444444", linespacing=1.5)
     return figure
+
+
+# A spike of one seed may be a million times what is to be seen: the axis ends at so many times the largest median.
+ABOVE_MEDIANS = 30
+
+
+def _cut_spikes(panel, medians, highest):
+    """End a panel's axis above the medians, and write at its edge how far what is cut off goes: (value, step, colour)."""
+    medians = np.concatenate(medians) if medians else np.array([])
+    medians = medians[np.isfinite(medians)]
+    top = ABOVE_MEDIANS * medians.max() if medians.size else np.inf
+    cut = [one for one in highest if one[0] > top]
+    if not cut:
+        return
+    panel.set_ylim(top=top)
+    for value, step, colour in cut:
+        panel.annotate(f"to {value:.0e}", (step, top), ha="center", va="top", fontsize=7, color=colour)
 
 
 def plot_stability(curves: Sequence[Curves], caption: str, path, command: str) -> None:
