@@ -132,7 +132,10 @@ ABOVE_MEDIANS = 30
 
 
 def _cut_spikes(panel, medians, highest):
-    """End a panel's axis above the medians, and write at its edge how far what is cut off goes: (value, step, colour)."""
+    """End a panel's axis above the medians, and write at its edge how far what is cut off goes.
+
+    `highest`: of each curve the value, the step and the colour.
+    """
     medians = np.concatenate(medians) if medians else np.array([])
     medians = medians[np.isfinite(medians)]
     top = ABOVE_MEDIANS * medians.max() if medians.size else np.inf

@@ -74,7 +74,7 @@ def command(part: str, folder: pathlib.Path, limit: float, backends: list[str], 
         options = ["--apart", "--layout", "nhwc", "--details", "--json", str(folder / "step.json")]
         options += [word for name in backends for word in ("--backend", name)]
         options += [word for name in against for word in ("--against", name)]
-        options += ["--time-limit", f"{0.65 * limit:.0f}", "--seconds", f"{0.08 * limit:.0f}"]
+        options += ["--time-limit", f"{0.7 * limit:.0f}", "--seconds", f"{0.06 * limit:.0f}"]
         if rehearse:
             options += ["--model", "tiny", "--batch", "4", "--image", "16", "--classes", "5"]
         return [*bench, "step", *options]

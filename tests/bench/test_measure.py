@@ -12,12 +12,13 @@ from bn_fused.bench.measure import __main__ as measure
 from bn_fused.bench.run import records
 
 from support import ROOT
+from support.child_process import child_environment
 
 SCRIPT = ROOT / "bench" / "measure_gpu.sh"
 
 
 def test_it_goes_through_all_parts_and_saves_what_report_takes(tmp_path):
-    environment = {**os.environ, "PYTHON": sys.executable}
+    environment = child_environment(PYTHON=sys.executable)
     done = subprocess.run(
         ["bash", str(SCRIPT), str(tmp_path), "--rehearse", "--minutes", "4", "--shape", "16,8"],
         capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT,
