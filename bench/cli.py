@@ -7,6 +7,7 @@ import click
 import bn_fused
 from bn_fused.bench.commands import audit, compare, doctor, report, run, stability, step, tune
 from bn_fused.bench.commands.common import FAILED, INTERRUPTED, UNUSABLE, make_console, say
+from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run.suite import Settings
 from bn_fused.bench.workloads import SUITES, WORKLOADS
 
@@ -17,7 +18,7 @@ from bn_fused.bench.workloads import SUITES, WORKLOADS
 def group(context: click.Context) -> None:
     """Is bn_fused faster for your shapes, on your chip, by how much, and is it right?
 
-    Without a command: `doctor`, then `run` of the quick suite against equinox and jnp, in about a minute.
+    Without a command: `doctor`, then `run` of the quick suite against equinox and flax, in about a minute.
     """  # noqa: D400 a question, for who reads the help
     if context.invoked_subcommand is None:
         context.exit(check_and_time())
@@ -33,7 +34,8 @@ def check_and_time() -> int:
     sick = doctor.print_doctor(console)
     say(console)
     device = run.use_devices(1)
-    settings = Settings(rivals=("equinox", "jnp"), cold=device.platform != "cpu")
+    rivals = tuple(name for name in ("equinox", "flax") if RIVALS[name].missing is None)
+    settings = Settings(rivals=rivals, cold=device.platform != "cpu")
     workloads = [WORKLOADS[name] for name in SUITES["quick"]]
     record = run.run_and_print(console, workloads, settings, suite="quick", heading=False)
     return FAILED if sick else run.exit_status(record)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bn_fused.bench.run.records import Row, Run
+from bn_fused.bench.run.report import called
 from bn_fused.bench.stability import Curves
 
 # Okabe and Ito's colours, which people with any colour vision tell apart.
@@ -12,12 +13,15 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 
 
 def series(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The (layer, approach) of the rows that were timed, in their order."""
-    return list(dict.fromkeys((row.layer, row.approach) for row in rows if row.of_copy is not None))
+    """The (layer, approach) of the rows, in their order."""
+    return list(dict.fromkeys((row.layer, row.approach) for row in rows))
 
 
 def plot_run(run: Run, path: str) -> None:
-    """A PNG of how close every layer comes to the copy's bandwidth, a panel for each pass."""
+    """A PNG of how close every layer comes to the copy's bandwidth, a panel for each pass.
+
+    Where a bar is missing it says why; a line over a bar's end is the spread, from the 10th to the 90th percentile.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -25,30 +29,37 @@ def plot_run(run: Run, path: str) -> None:
     cases = list(dict.fromkeys(str(row.at) for row in run.rows))
     drawn = series(run.rows)
     several = len({approach for _, approach in drawn}) > 1
-    width = max(6.0, 1.5 + len(cases) * max(1, len(drawn)) * 0.35)
-    figure = Figure(figsize=(width, 1 + 2.6 * max(1, len(passes))), dpi=120, layout="constrained")
+    bar = 0.8 / max(1, len(drawn))
+    height = 1.2 + 0.2 * len(cases) * (len(drawn) + 1)
+    figure = Figure(figsize=(2.5 + 3.6 * max(1, len(passes)), height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(max(1, len(passes)), 1, sharex=True, squeeze=False)[:, 0]
-    for panel, pass_name in zip(axes, passes, strict=False):
+    panels = figure.subplots(1, max(1, len(passes)), sharey=True, squeeze=False)[0]
+    for panel, pass_name in zip(panels, passes, strict=False):
+        rows = {(str(row.at), row.layer, row.approach): row for row in run.rows if row.pass_name == pass_name}
         for index, (layer, approach) in enumerate(drawn):
-            shares = {
-                str(row.at): row.of_copy
-                for row in run.rows
-                if (row.layer, row.approach, row.pass_name) == (layer, approach, pass_name)
-            }
-            bar = 0.8 / len(drawn)
-            panel.bar(
-                [place - 0.4 + bar * (index + 0.5) for place in range(len(cases))],
-                [100 * (shares.get(case) or 0) for case in cases],
-                bar,
-                label=f"{layer} {approach}" if several else layer,
-                color=COLOURS[index % len(COLOURS)],
-            )
-        panel.axhline(100, color="grey", linewidth=0.8, linestyle="--")
-        panel.set_ylabel(f"{pass_name}\n% of copy bandwidth")
+            colour = COLOURS[index % len(COLOURS)]
+            name = f"{called(layer)} {approach}" if several else called(layer)
+            found = [rows.get((case, layer, approach)) for case in cases]
+            shares = [100 * (getattr(row, "of_copy", None) or 0) for row in found]
+            places = [place - 0.4 + bar * (index + 0.5) for place in range(len(cases))]
+            panel.barh(places, shares, bar, label=name, color=colour)
+            for row, place, share in zip(found, places, shares, strict=True):
+                if not share:
+                    panel.text(1, place, getattr(row, "status", "not run"), va="center", fontsize=6, color="grey")
+                    continue
+                # A share is larger where a time is smaller.
+                ends = [share * row.median / row.p90, share * row.median / row.p10]
+                panel.plot(ends, [place, place], color="black", linewidth=0.8)
+                panel.text(max(ends) + 1, place, f"{share:.0f}", va="center", fontsize=6)
+        panel.axvline(100, color="grey", linewidth=0.8, linestyle="--")
+        panel.annotate("the copy", (100, 1), xycoords=("data", "axes fraction"), ha="right", va="bottom", fontsize=6,
+                       color="grey")  # fmt: skip
+        panel.set_xlabel(f"{pass_name}, % of the copy's bandwidth", fontsize=8)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xticks(range(len(cases)), cases, rotation=20, ha="right", fontsize=8)
-    axes[0].legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    panels[0].set_yticks(range(len(cases)), cases, fontsize=8)
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", frameon=False, fontsize=8, ncols=4)
     figure.text(0.99, 0.01, f"{run.environment.device}, jax {run.environment.versions.get('jax')}, {run.date[:10]}",
                 ha="right", fontsize=6, color="grey")  # fmt: skip
     figure.savefig(path, metadata={"Title": run.command})
@@ -93,13 +104,19 @@ def stability_figure(curves: Sequence[Curves], caption: str):
     figure = Figure(figsize=(9, 4.4), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2)
     for panel, kind, title in zip(panels, ("losses", "gradients"), ("training loss", "gradient norm"), strict=True):
+        highest, medians = [], []
         for one in curves:
             colour, style = STABILITY_STYLES[one.norm]
             step, median, smallest, largest = curve(getattr(one, kind))
+            medians.append(median)
+            if np.isfinite(largest).any():
+                place = int(np.nanargmax(largest))
+                highest.append((largest[place], step[place], colour))
             panel.fill_between(step, smallest, largest, color=colour, alpha=0.18, linewidth=0)
             label = one.norm if one.norm.startswith("equinox") else f"bn_fused {one.norm}"
             panel.plot(step, median, style, color=colour, linewidth=1.8, label=label)
         panel.set(xscale="log", yscale="log", xlabel="step", title=title)
+        _cut_spikes(panel, medians, highest)
         panel.set_xlim(1, max(one.losses.shape[1] for one in curves))
         panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         panel.grid(True, alpha=0.25)
@@ -108,6 +125,26 @@ def stability_figure(curves: Sequence[Curves], caption: str):
     figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False, fontsize=8.5, columnspacing=1.4)
     figure.supxlabel(caption, fontsize=7.5, color="#444444", linespacing=1.5)
     return figure
+
+
+# A spike of one seed may be a million times what is to be seen: the axis ends at so many times the largest median.
+ABOVE_MEDIANS = 30
+
+
+def _cut_spikes(panel, medians, highest):
+    """End a panel's axis above the medians, and write at its edge how far what is cut off goes.
+
+    `highest`: of each curve the value, the step and the colour.
+    """
+    medians = np.concatenate(medians) if medians else np.array([])
+    medians = medians[np.isfinite(medians)]
+    top = ABOVE_MEDIANS * medians.max() if medians.size else np.inf
+    cut = [one for one in highest if one[0] > top]
+    if not cut:
+        return
+    panel.set_ylim(top=top)
+    for value, step, colour in cut:
+        panel.annotate(f"to {value:.0e}", (step, top), ha="center", va="top", fontsize=7, color=colour)
 
 
 def plot_stability(curves: Sequence[Curves], caption: str, path, command: str) -> None:

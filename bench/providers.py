@@ -170,6 +170,36 @@ def _flax(workload, approach, names, fast=True):
     return apply, stats
 
 
+def nnx_batch_norm(x, mean, var, scale, bias, *, axis, dtype, axis_name=None):
+    """A training step of `flax.nnx.BatchNorm` as a function of arrays: y, and the new running mean and variance."""
+    from flax import nnx
+
+    layer = nnx.BatchNorm(
+        x.shape[axis],
+        use_running_average=False,
+        axis=axis,
+        momentum=0.99,
+        epsilon=1e-5,
+        dtype=dtype,
+        axis_name=axis_name,
+        rngs=nnx.Rngs(0),
+    )
+    layer.mean[...], layer.var[...], layer.scale[...], layer.bias[...] = mean, var, scale, bias
+    return layer(x), layer.mean[...], layer.var[...]
+
+
+def _nnx(workload, approach, names):
+    del approach
+
+    def apply(parameters, stats, x, residual):
+        y, *stats = nnx_batch_norm(
+            x, *stats, *parameters, axis=workload.channel_axis, dtype=workload.dtype, axis_name=names or None
+        )
+        return _finish(y, residual, workload.activation), stats
+
+    return apply, [jnp.zeros(workload.channels), jnp.ones(workload.channels)]
+
+
 def _no_norm(workload, approach, names):
     del approach, names
     return lambda parameters, state, x, residual: (_finish(x, residual, workload.activation), state), ()
@@ -185,8 +215,9 @@ FLAX = Provider("flax", _flax, module="flax")
 FLAX_TWO_PASS = Provider("flax two-pass", functools.partial(_flax, fast=False), module="flax")
 # What a network costs without a BatchNorm.
 NO_NORM = Provider("no norm", _no_norm)
+NNX = Provider("nnx", _nnx, module="flax")
 TORCH = Provider("torch", _torch, module="torch")
 JNP = bn_fused_layer("jnp")
 
 # What `--against` takes. `jnp` is our own form in plain jnp, which XLA compiles: the least that a kernel must beat.
-RIVALS = {provider.name: provider for provider in (EQUINOX, FLAX, TORCH, JNP)}
+RIVALS = {provider.name: provider for provider in (EQUINOX, FLAX, NNX, TORCH, JNP)}

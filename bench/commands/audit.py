@@ -21,10 +21,12 @@ from bn_fused.bench.commands.common import (
     OutputFile,
     Shape,
     activation_option,
+    activations_of,
     make_console,
     say,
     show,
 )
+from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.installing import versions, versions_text
 from bn_fused.bench.providers import timed_backends
 from bn_fused.bench.saved import command_line
@@ -54,7 +56,7 @@ def _repeatable(name, destination, choices, default, text):
               help="Repeatable; default: all but reference.")  # fmt: skip
 @_repeatable("--against", "rivals", (*RIVALS, *FORMS, "none"), (), "The rivals, or one form of a rival; default: all.")
 @_repeatable("--block", "blocks", BLOCKS, (), "Put the layer inside this network block.")
-@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), default=120.0, show_default=True,
+@click.option("--time-limit", type=Number(min=0, min_open=True), default=120.0, show_default=True,
               help="Seconds after which a process that has not compiled its program is ended.")  # fmt: skip
 @click.option("--instructions", is_flag=True,
               help="Count a TPU's kernels' instructions and spills too; in a block it takes a minute and a gigabyte of "
@@ -68,7 +70,7 @@ def _repeatable(name, destination, choices, default, text):
 @click.option("--from", "sources", multiple=True, type=click.Path(path_type=pathlib.Path),
               help="Compile nothing: take the rows that --json saved. Repeatable.")  # fmt: skip
 @click.pass_context
-def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, activation, residual, backends, rivals,
+def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, activations, residual, backends, rivals,
             blocks, time_limit, instructions, details, json_file, markdown_file, summary_file, title,
             sources):  # fmt: skip
     """Compile each layer for a chip that is not there, and count what it moves through the chip's memory.
@@ -93,8 +95,11 @@ def command(context, *, targets, suite, names, shapes, layouts, dtypes, passes, 
     else:
         workloads = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)] + list(shapes)
         workloads = list(dict.fromkeys(workloads)) or [WORKLOADS[name] for name in SUITES["quick"]]
-        named = None if activation == "none" else activation
-        settings = choose_settings(workloads, layouts, dtypes, named, residual, blocks)
+        settings = [
+            setting
+            for activation in activations_of(activations)
+            for setting in choose_settings(workloads, layouts, dtypes, activation, residual, blocks)
+        ]
         layers = choose_layers(backends, rivals)
         pass_names = [name for name in PASSES if name in passes]
         cases = cases_of(list(dict.fromkeys(targets)), settings, layers, pass_names)

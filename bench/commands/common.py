@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -84,24 +85,27 @@ def size_options(function: Callable) -> Callable:
                      help="A workload by its name (`bn-bench run --list` has them); repeatable."),
         click.option("--shape", "shapes", type=Shape(), multiple=True,
                      help="A shape: examples, channels, spatial sizes; repeatable."),
-        click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True),
+        click.option("--dtype", "dtypes", type=click.Choice(DTYPES), multiple=True, default=("float32",),
+                     show_default=True, help="Repeatable."),
         click.option("--examples", type=click.IntRange(min=1), help="Examples, in place of the workloads' own number."),
     )  # fmt: skip
     return _with(options, function)
 
 
 def activation_option(text: str) -> Callable:
-    """`--activation`, described by this text: "none", or a name of the table of activations."""
+    """`--activation`, described by this text: "none", or a name of the table of activations; repeatable."""
     return click.option(
-        "--activation", type=click.Choice(("none", *ACTIVATIONS)), default="none", show_default=True, help=text
-    )
+        "--activation", "activations", type=click.Choice(("none", *ACTIVATIONS)), multiple=True, default=("none",),
+        show_default=True, help=f"{text} Repeatable.",
+    )  # fmt: skip
 
 
 def workload_options(function: Callable) -> Callable:
     """Those of `size_options`, and what is to be done with the workloads; `choose_workloads` takes them."""
     options = (
-        click.option("--layout", type=click.Choice(LAYOUTS, case_sensitive=False), default="nchw", show_default=True,
-                     help="Where the channels are in memory: second or last."),
+        click.option("--layout", "layouts", type=click.Choice(LAYOUTS, case_sensitive=False), multiple=True,
+                     default=("nchw",), show_default=True,
+                     help="Where the channels are in memory: second or last. Repeatable."),
         activation_option("Applied after the normalisation."),
         click.option("--residual", is_flag=True, help="Add an array of x's shape before the activation."),
     )  # fmt: skip
@@ -120,22 +124,54 @@ def choose_workloads(
     names: Sequence[str],
     shapes: Sequence[Workload],
     examples: int | None,
-    dtype: str,
-    layout: str = "nchw",
-    activation: str = "none",
+    dtypes: Sequence[str],
+    layouts: Sequence[str] = ("nchw",),
+    activations: Sequence[str] = ("none",),
     residual: bool = False,
 ) -> list[Workload]:
-    """The workloads that the options of `workload_options` ask for; the quick suite if they name none."""
+    """The workloads that the options of `workload_options` ask for; the quick suite if they name none.
+
+    Each with all combinations of dtypes, layouts and activations.
+    """
     chosen = [WORKLOADS[name] for name in (*(SUITES[suite] if suite else ()), *names)]
     chosen += shapes
     chosen = chosen or [WORKLOADS[name] for name in SUITES["quick"]]
-    settings = dict(
-        layout=layout, dtype=dtype, activation=None if activation == "none" else activation, residual=residual
-    )
-    workloads = [dataclasses.replace(workload, **settings) for workload in dict.fromkeys(chosen)]
+    workloads = [
+        dataclasses.replace(workload, dtype=dtype, layout=layout, activation=activation, residual=residual)
+        for workload in dict.fromkeys(chosen)
+        for dtype in dict.fromkeys(dtypes)
+        for layout in dict.fromkeys(layouts)
+        for activation in activations_of(activations)
+    ]
     if examples is not None:
         workloads = [dataclasses.replace(workload, shape=(examples, *workload.shape[1:])) for workload in workloads]
     return workloads
+
+
+def activations_of(names: Sequence[str]) -> list[str | None]:
+    """The activations that `--activation` names, None for "none"."""
+    return [None if name == "none" else name for name in dict.fromkeys(names)]
+
+
+def check_room(workloads: Sequence[Workload], device: jax.Device) -> None:
+    """End the program with one line if the memory here cannot hold a workload's arrays."""
+    rooms = {"this machine": _memory(), "the device": (device.memory_stats() or {}).get("bytes_limit")}
+    for workload in workloads:
+        # x, y and dy.
+        need = 3 * workload.nbytes
+        for where, room in rooms.items():
+            if room and need > room:
+                raise click.UsageError(
+                    f"{workload}: x, y and dy alone take {need / 1e9:.3g} GB, and {where} has {room / 1e9:.3g}"
+                )
+
+
+def _memory() -> int | None:
+    """The bytes of this machine's memory, None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def approach_option(function: Callable) -> Callable:

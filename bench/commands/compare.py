@@ -47,7 +47,7 @@ def command(context, first, second, force):
         ratio = Text("-" if pair.ratio is None else f"{pair.ratio:.2f}")
         ratios = [Text(_ratio(one, rival)) for one in (pair.first, pair.second)] if beside else []
         cells = [_time(pair.first), _time(pair.second), ratio, *ratios, Text("*" if pair.apart else "")]
-        table.add_row(str(row.at), row.pass_name, f"{row.layer} {row.approach}", *cells)
+        table.add_row(str(row.at), row.pass_name, f"{report.called(row.layer)} {row.approach}", *cells)
     show(console, table)
     apart = sum(pair.apart for pair in joined)
     if apart:
@@ -55,7 +55,9 @@ def command(context, first, second, force):
     else:
         say(console, "no row is apart: everywhere the ranges from p10 to p90 meet")
     for pair in failed(joined):
-        say(console, f"FAILED: {pair.second.layer} at {pair.second.at}: {pair.second.reason}", "bold red")
+        say(
+            console, f"FAILED: {report.called(pair.second.layer)} at {pair.second.at}: {pair.second.reason}", "bold red"
+        )
     context.exit(FAILED if failed(joined) else 0)
 
 

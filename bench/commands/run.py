@@ -15,6 +15,7 @@ from bn_fused.bench.commands.common import (
     Backend,
     OutputFile,
     approach_option,
+    check_room,
     choose_workloads,
     first_device,
     make_console,
@@ -23,6 +24,7 @@ from bn_fused.bench.commands.common import (
     show,
     workload_options,
 )
+from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.doctor import devices
 from bn_fused.bench.providers import RIVALS, explain
 from bn_fused.bench.run import records, report
@@ -45,7 +47,7 @@ from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 )
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     default=10.0,
     show_default=True,
     help="Time for the samples of each workload, without compilation and checks.",
@@ -63,11 +65,12 @@ from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 @click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
 @click.option("--plot", "plot_file", type=OutputFile(".png"), help="Draw a PNG of the shares of the copy's bandwidth.")
+@click.option("--details", is_flag=True, help="On a GPU: every kernel of a row, by name.")
 @click.option("--list", "listing", is_flag=True, help="Print the suites and their workloads, and end.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and end.")
 @click.pass_context
 def command(context, *, approaches, backends, rivals, passes, seconds, cold, devices, sync, json_file, csv_file,
-            markdown_file, plot_file, listing, dry_run, **workload_settings):  # fmt: skip
+            markdown_file, plot_file, details, listing, dry_run, **workload_settings):  # fmt: skip
     """Check every layer against float64, then time it, and its rivals, on JAX's default device.
 
     A row whose check fails shows FAILED, is not timed, and makes the exit status 1. An interrupted run keeps the
@@ -78,6 +81,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
         context.exit(0)
     workloads = choose_workloads(**workload_settings)
     device = use_devices(devices)
+    check_room(workloads, device)
     for workload in workloads:
         if workload.shape[0] % devices:
             raise click.UsageError(
@@ -109,7 +113,7 @@ def command(context, *, approaches, backends, rivals, passes, seconds, cold, dev
     if dry_run:
         _dry_run(console, workloads, settings)
         context.exit(0)
-    record = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "")
+    record = run_and_print(console, workloads, settings, suite=workload_settings["suite"] or "", details=details)
     for path, text in ((json_file, records.to_json), (csv_file, records.to_csv), (markdown_file, report.markdown)):
         if path is not None:
             path.write_text(text(record), encoding="utf-8")
@@ -145,7 +149,13 @@ def use_devices(devices: int) -> jax.Device:
 
 
 def run_and_print(
-    console: Console, workloads: Sequence[Workload], settings: Settings, *, suite: str, heading: bool = True
+    console: Console,
+    workloads: Sequence[Workload],
+    settings: Settings,
+    *,
+    suite: str,
+    heading: bool = True,
+    details: bool = False,
 ) -> records.Run:
     """Run the workloads and print each one's table as soon as it is there; what was found, as it is saved."""
     started = now()
@@ -165,18 +175,22 @@ def run_and_print(
                 lambda name, share: progress.update(task, completed=share, description=name),
             ):
                 rows += workload_rows
-                print_workload(console, workload, workload_rows, settings, said)
+                print_workload(console, workload, workload_rows, settings, said, details)
         except KeyboardInterrupt:
             interrupted = True
     say(console)
-    console.print(Text(report.note(rows), "dim"))
     failures = report.failures(rows)
     for line in failures:
         say(console, f"FAILED: {line}", "bold red")
     if interrupted:
         say(console, f"interrupted: {len(rows)} rows are finished", "yellow")
     elif not failures:
+        sentence = report.sentence(rows, settings.rivals, lambda workload: explain(workload).name)
+        if sentence:
+            say(console, sentence, "bold")
         say(console, report.passed(rows, skipped), "green")
+    say(console)
+    console.print(Text(report.note(rows), "dim"))
     return records.Run(
         command=command_line(),
         date=started,
@@ -191,7 +205,12 @@ def run_and_print(
 
 
 def print_workload(
-    console: Console, workload: Workload, rows: Sequence[records.Row], settings: Settings, said: dict[str, None]
+    console: Console,
+    workload: Workload,
+    rows: Sequence[records.Row],
+    settings: Settings,
+    said: dict[str, None],
+    details: bool = False,
 ) -> None:
     """The table of a workload, and below it how it was timed, the backend that `auto` takes, and who cannot run.
 
@@ -200,7 +219,7 @@ def print_workload(
     auto = explain(workload)
     say(console)
     show(console, report.workload_table(rows, settings.rivals, auto.name))
-    for line in report.timing_lines(rows, settings.cold):
+    for line in (*report.timing_lines(rows, settings.cold), *(report.kernel_lines(rows) if details else ())):
         say(console, line)
     lines = [f"auto takes {auto.name}: {auto.reason}", *report.reasons(rows)]
     for line in lines:
@@ -231,6 +250,8 @@ def _dry_run(console: Console, workloads: Sequence[Workload], settings: Settings
     for workload in workloads:
         table = report.empty_table(str(workload), ("layer", "approach", "runs"), ())
         for layer in plan(workload, settings):
-            table.add_row(layer.provider.name, layer.approach, Text(layer.reason or ", ".join(settings.passes)))
+            table.add_row(
+                report.called(layer.provider.name), layer.approach, Text(layer.reason or ", ".join(settings.passes))
+            )
         show(console, table)
         say(console)

@@ -1,6 +1,7 @@
 """`bn-bench step`: the whole training step of a residual network with each BatchNorm."""
 
 import dataclasses
+import functools
 
 import click
 from rich import box
@@ -23,12 +24,13 @@ from bn_fused.bench.commands.common import (
 from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.installing import versions, versions_text
 from bn_fused.bench.run import records, report
-from bn_fused.bench.step import resnet
+from bn_fused.bench.step import apart as _apart, resnet
 from bn_fused.bench.step.audit import audit
 from bn_fused.bench.step.networks import (
     BASELINE,
     CHANNELS_LAST,
     DTYPES,
+    MORE_RIVALS,
     RIVALS,
     Setting,
     contenders,
@@ -59,9 +61,9 @@ SMALLEST_IMAGE = 16
               show_default=True, help="Of bn_fused; repeatable.")  # fmt: skip
 @click.option("--backend", "backends", type=Backend("auto"), multiple=True,
               help="Repeatable; default: all that can run but the reference.")  # fmt: skip
-@click.option("--against", "rivals", type=click.Choice((*RIVALS, "none")), multiple=True,
-              help="Repeatable; default: all. equinox's mode \"batch\" always runs: the others are compared with "
-              "it.")  # fmt: skip
+@click.option("--against", "rivals", type=click.Choice((*RIVALS, *MORE_RIVALS, "none")), multiple=True,
+              help=f"Repeatable; default: {', '.join(RIVALS)}. equinox's mode \"batch\" always runs: the others are "
+              "compared with it.")  # fmt: skip
 @click.option("--fusion", type=click.Choice(("fused", "plain", "both")), default="fused", show_default=True,
               help="Whether bn_fused is given residual and relu, or they follow it.")  # fmt: skip
 @click.option("--layout", "layouts", type=click.Choice(LAYOUTS, case_sensitive=False), multiple=True,
@@ -72,10 +74,16 @@ SMALLEST_IMAGE = 16
 @click.option("--audit", "target", type=click.Choice(deviceless.COMPILABLE),
               help="Compile for this chip, without having it, and count what is moved; nothing is timed.")  # fmt: skip
 @click.option("--time-limit", type=Number(min=0, min_open=True), default=600.0, show_default=True,
-              help="With --audit: seconds after which a compilation is ended.")  # fmt: skip
+              help="With --audit: seconds after which a compilation is ended. With --apart: for all compilations; who "
+              "is not ready then is left out.")  # fmt: skip
+@click.option("--apart/--together", default=None,
+              help="Each network in a process of its own, compiled at the same time and timed in turn; default: apart "
+              "on a GPU, where the rows have their kernels too.")  # fmt: skip
+@click.option("--details", is_flag=True, help="On a GPU: the kernels of every row that take most, by name.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.pass_context
-def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, target, time_limit, json_file, **sizes):
+def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, target, time_limit,
+            apart, details, json_file, **sizes):  # fmt: skip
     """Time the training step of a ResNet, optimiser included, with bn_fused and with other BatchNorms.
 
     The networks have the same weights and must give the same loss, before and after a step: a row that differs by more
@@ -114,7 +122,10 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         for line in report.environment_lines(records.environment()):
             say(console, line)
         say(console, str(setting))
-        rows, interrupted = _time(console, setting, networks, seconds)
+        if apart is None:
+            apart = device.platform == "gpu"
+        how = functools.partial(_apart.run, options=options, time_limit=time_limit) if apart else run
+        rows, interrupted = _time(console, setting, networks, seconds, how, details)
     for line, style in _reasons(rows):
         say(console, line, style)
     if json_file is not None:
@@ -137,12 +148,12 @@ def _reasons(rows):
         yield f"{names}: {status.upper() if failed else status}: {reason}", "bold red" if failed else ""
 
 
-def _time(console, setting, networks, seconds):
+def _time(console, setting, networks, seconds, how, details):
     rows, interrupted = [], False
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1)
         try:
-            rows = run(
+            rows = how(
                 setting,
                 networks,
                 seconds=seconds,
@@ -152,6 +163,11 @@ def _time(console, setting, networks, seconds):
             rows, interrupted = stopped.rows, True
     if rows:
         show(console, time_table(rows))
+        if any(row.busy is not None for row in rows):
+            show(console, kernel_table(rows))
+            console.print(Text(KERNEL_NOTE, "dim"))
+        for line in kernel_lines(rows) if details else ():
+            say(console, line)
         rounds = max(row.rounds for row in rows)
         if rounds:
             few = "; so few say little: --seconds allows more" if rounds < report.FEW_ROUNDS else ""
@@ -193,6 +209,10 @@ TIME_NOTE = (
     "first step, - where an earlier row needed more or the device does not tell. While it is timed the learning rate "
     "is 0."
 )
+KERNEL_NOTE = (
+    "busy: all kernels, copies and fills of a step; span: from the first one's begin to the last one's end, under the "
+    "profiler. lowered, compiled: with waiting for those that choose the convolutions for all."
+)
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
     "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate "
@@ -232,7 +252,7 @@ def time_table(rows) -> Table:
     for row in rows:
         percentiles = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
         table.add_row(
-            row.name, _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
+            report.called(row.name), _number(row.median, 1e3, ".4g"), _number(row.images_per_second, form=".4g"),
             _number(row.ratio, form=".2f"), percentiles, _number(row.memory, 1e-6, ".0f"),
             _number(row.peak, 1e-6, ".0f"), _number(row.loss, form=".4f"), _number(row.loss_after, form=".4f"),
             _verdict(row),
@@ -240,12 +260,38 @@ def time_table(rows) -> Table:
     return table
 
 
+# Kernels of a row that are printed.
+MOST_KERNELS = 25
+
+
+def kernel_table(rows) -> Table:
+    """What the rows' kernels take on the device."""
+    table = _empty("BatchNorm", "busy ms", "span ms", "kernels", "lowered in s", "compiled in s")
+    for row in rows:
+        table.add_row(
+            report.called(row.name), _number(row.busy, 1e3, ".2f"), _number(row.span, 1e3, ".2f"),
+            _number(row.launches, form=".0f"),
+            _number(row.lowering, form=".0f"), _number(row.compilation, form=".0f"),
+        )  # fmt: skip
+    return table
+
+
+def kernel_lines(rows) -> list[str]:
+    """The kernels that take most of each row's step: launches, microseconds of one."""
+    lines = []
+    for row in rows:
+        for name, (launches, seconds) in list(row.kernels.items())[:MOST_KERNELS]:
+            lines.append(f"{row.name}: {1e3 * launches * seconds:.3f} ms, {launches:g} x {1e6 * seconds:.1f} us {name}")
+    return lines
+
+
 def audit_table(rows) -> Table:
     """What was compiled."""
     table = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
     for row in rows:
         table.add_row(
-            row.name, _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"), _number(row.passes, 1, ".2f"),
+            report.called(row.name), _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"),
+            _number(row.passes, 1, ".2f"),
             _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
             _verdict(row),
         )  # fmt: skip

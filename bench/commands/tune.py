@@ -9,6 +9,7 @@ from bn_fused.bench.commands.common import (
     FAILED,
     INTERRUPTED,
     OutputFile,
+    check_room,
     choose_workloads,
     first_device,
     make_console,
@@ -43,6 +44,7 @@ def command(context, *, seconds, output, **sizes):
     # A configuration depends on rows, channels and dtype alone.
     workloads = choose_workloads(**sizes)
     device = first_device()
+    check_room(workloads, device)
     for workload in workloads:
         sentence = refusal(workload, "triton")
         if sentence is not None:

@@ -48,12 +48,16 @@ class Environment(Frozen):
 class Row(Frozen):
     """One layer in one pass at one workload.
 
-    - `status`: "ok"; "failed": its check failed; "refused": it cannot run that; "missing": it is not installed.
+    - `status`: "ok"; "failed": its check failed; "refused": it cannot run that; "missing": it is not installed;
+        "skipped": there was no time for it.
     - `reason`: why it is not ok.
     - `error`, `limit`: of the quantity that comes closest to its limit; see `bench.check`.
     - `median`, `p10`, `p90`: seconds for one call, of `rounds` rounds.
+    - `timed_by`: whether these are by the "clock", or the sum of the kernels on the "device"; then `clock` is the
+        median by the clock, and `kernels` has for each kernel, copy and fill its launches in a call and the seconds of
+        one.
     - `nbytes`: bytes of the passes that none can save (`Workload.passes`); `bandwidth`: those bytes per second.
-    - `of_copy`: that bandwidth over the copy's, the median over paired rounds.
+    - `of_copy`: that bandwidth over the copy's, the median over paired rounds; `copied_by`: which copy was fastest.
     - `ratios`: the time over each rival's, the median over paired rounds.
     - `collective_bytes`: what the devices exchange in a call; None on one device.
     - `sync_ratio`: where devices share their statistics, the time over that of the same layer on the same devices, each
@@ -69,7 +73,7 @@ class Row(Frozen):
     layer: str
     approach: str
     pass_name: Literal["fwd", "bwd", "fwd+bwd"]
-    status: Literal["ok", "failed", "refused", "missing"]
+    status: Literal["ok", "failed", "refused", "missing", "skipped"]
     reason: str = ""
     error: float | None = None
     limit: float | None = None
@@ -77,9 +81,13 @@ class Row(Frozen):
     p10: float | None = None
     p90: float | None = None
     rounds: int = 0
+    timed_by: Literal["clock", "device"] = "clock"
+    clock: float | None = None
+    kernels: dict[str, tuple[float, float]] = {}
     nbytes: int = 0
     bandwidth: float | None = None
     copy_bandwidth: float | None = None
+    copied_by: str | None = None
     of_copy: float | None = None
     ratios: dict[str, float] = {}
     collective_bytes: int | None = None
@@ -104,7 +112,14 @@ class Row(Frozen):
 
 
 # Of the CSV's columns.
-UNITS = {"median": "s", "p10": "s", "p90": "s", "bandwidth": "bytes_per_s", "copy_bandwidth": "bytes_per_s"}
+UNITS = {
+    "median": "s",
+    "p10": "s",
+    "p90": "s",
+    "clock": "s",
+    "bandwidth": "bytes_per_s",
+    "copy_bandwidth": "bytes_per_s",
+}
 
 
 class Run(Frozen):
@@ -155,12 +170,14 @@ def load(path: str | os.PathLike) -> Run:
 
 
 def to_csv(run: Run) -> str:
-    """The rows as CSV: a column for every field, with its unit, and for every rival's ratio.
+    """The rows as CSV: a column for every field but the kernels, with its unit, and for every rival's ratio.
 
     Shapes are written as `--shape` takes them.
     """
     columns = {
-        name: f"{name}_{UNITS[name]}" if name in UNITS else name for name in Row.model_fields if name != "ratios"
+        name: f"{name}_{UNITS[name]}" if name in UNITS else name
+        for name in Row.model_fields
+        if name not in ("ratios", "kernels")
     }
     text = io.StringIO()
     headings = [*columns.values(), *(f"ratio_to_{rival}" for rival in run.rivals)]

@@ -1,25 +1,30 @@
 """Tables of what was found, for people to read: on a terminal, as Markdown, and the README's."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from bn_fused import kernels
 from bn_fused.bench.check import Check
 from bn_fused.bench.installing import versions_text
 from bn_fused.bench.run.records import Environment, Row, Run
+from bn_fused.bench.workloads import Workload
 
 NOTE = (
-    "GB/s counts the passes over arrays of x's size that none can save: fwd reads x (and the residual) and writes y; "
-    "bwd reads x and dy and writes dx (with residual and activation it also reads the residual or y and writes the "
-    "residual's gradient); fwd+bwd is the sum. The copy (one read, one write, a bit of each value turned over) is "
-    "timed in the same rounds on the same bytes. Times are medians with the 10th and 90th percentile; ratios to the "
-    "rivals and to the copy are medians over the paired rounds; error is the largest against float64, as a share of a "
-    "scale that rounding acts on (`bn_fused.bench.check` has it), and its limit: a rival in 16 bits is allowed more, "
-    "because it may compute in them."
+    "ms: the median, and the 10th and 90th percentile. / rival and of copy: medians over paired rounds; the copy reads "
+    "and writes x once, GB/s counts the passes over x that none can save (fwd: read x, write y; bwd: read x and dy, "
+    "write dx). error: the largest against float64, and its limit (`bn_fused.bench.check`); a rival in 16 bits is "
+    "allowed more."
+)
+
+DEVICE_NOTE = (
+    "On this GPU ms is the time of all kernels, copies and fills of a call on the device, as its profiler has them, "
+    "and the copy is the fastest there is, the device's own or XLA's. clock ms: the median by the clock of the same "
+    "calls one after the other in one program, launches and gaps included."
 )
 
 SYNC_NOTE = (
@@ -58,9 +63,17 @@ def verdict(ok: bool) -> Text:
     return Text("ok", "green") if ok else Text("FAILED", "bold red")
 
 
+def called(layer: str) -> str:
+    """What a layer, or a network, is called: of ours, whose name begins with the backend's, with whose it is."""
+    backend, *rest = layer.split(" ", 1)
+    if backend not in (*kernels.backend_names(), "auto"):
+        return layer
+    return " ".join([f"bn_fused ({backend})", *rest])
+
+
 def layer_name(row: Row, several_approaches: bool) -> str:
-    """The layer's name, with its approach where there are several."""
-    return f"{row.layer} {row.approach}" if several_approaches else row.layer
+    """What the layer is called, with its approach where there are several."""
+    return f"{called(row.layer)} {row.approach}" if several_approaches else called(row.layer)
 
 
 def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> list[Text]:
@@ -72,34 +85,41 @@ def _figures(row: Row, rivals: Sequence[str], devices: Mapping[str, str]) -> lis
     texts = [
         f"{1e3 * row.median:.3g}",
         f"{1e3 * row.p10:.3g}-{1e3 * row.p90:.3g}",
-        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios else "-" for rival in rivals),
+        *(f"{row.ratios[rival]:.2f}" if rival in row.ratios and rival != row.layer else "-" for rival in rivals),
         _rate(row.bandwidth),
         f"{100 * row.of_copy:.0f} %",
     ]
-    for name, form in devices.items():
-        value = getattr(row, name)
-        texts.append("-" if value is None else format(value, form))
+    for name, _, form, unit in ON_DEVICES:
+        if name in devices:
+            value = getattr(row, name)
+            texts.append("-" if value is None else format(value if unit == 1 else value / unit, form))
     return [*map(Text, texts), error]
 
 
-# Columns that only some runs have: the row's field, the heading, the format.
-ON_DEVICES = (("collective_bytes", "exchanged B", "d"), ("sync_ratio", "/ no sync", ".2f"))
+# Columns that only some runs have: the row's field, the heading, the format, the unit.
+ON_DEVICES = (
+    ("clock", "clock ms", ".3g", 1e-3),
+    ("collective_bytes", "exchanged B", "d", 1),
+    ("sync_ratio", "/ no sync", ".2f", 1),
+)
 
 
 def on_devices(rows: Sequence[Row]) -> dict[str, str]:
     """The fields of `ON_DEVICES` that some row has, with their formats."""
-    return {name: form for name, _, form in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
+    return {name: form for name, _, form, _ in ON_DEVICES if any(getattr(row, name) is not None for row in rows)}
 
 
 def headings(rivals: Sequence[str], devices: Mapping[str, str]) -> list[str]:
     """The headings of the columns of figures; `devices`: those of `on_devices`."""
-    columns = ["ms", "p10-p90", *(f"/ {rival}" for rival in rivals), "GB/s", "of copy"]
-    return [*columns, *(heading for name, heading, _ in ON_DEVICES if name in devices), "error / limit"]
+    columns = ["ms", "p10-p90", *(f"/ {called(rival)}" for rival in rivals), "GB/s", "of copy"]
+    return [*columns, *(heading for name, heading, *_ in ON_DEVICES if name in devices), "error / limit"]
 
 
 def note(rows: Sequence[Row]) -> str:
     """What the figures mean, in one paragraph."""
-    return f"{NOTE} {SYNC_NOTE}" if "sync_ratio" in on_devices(rows) else NOTE
+    there = on_devices(rows)
+    notes = [NOTE, *[DEVICE_NOTE] * ("clock" in there), *[SYNC_NOTE] * ("sync_ratio" in there)]
+    return " ".join(notes)
 
 
 def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None = None) -> Table:
@@ -109,7 +129,7 @@ def workload_table(rows: Sequence[Row], rivals: Sequence[str], auto: str | None 
     table = empty_table(str(rows[0].at), ("pass", "layer"), headings(rivals, devices))
     for row in rows:
         name = layer_name(row, several)
-        table.add_row(row.pass_name, f"{name} (auto)" if row.layer == auto else name, *_figures(row, rivals, devices))
+        table.add_row(row.pass_name, f"{name}, auto" if row.layer == auto else name, *_figures(row, rivals, devices))
     return table
 
 
@@ -124,12 +144,33 @@ def timing_lines(rows: Sequence[Row], cold: bool) -> list[str]:
     if timed is None:
         return []
     caches = "cold" if cold else "warm"
-    lines = [f"copy of x: {_rate(timed.copy_bandwidth)} GB/s; {caches} caches; {timed.rounds} rounds"]
-    if timed.rounds < FEW_ROUNDS:
+    on_device = timed.timed_by == "device"
+    lines = [
+        f"{timed.copied_by if on_device else 'copy'} of x: {_rate(timed.copy_bandwidth)} GB/s; {caches} caches; "
+        f"{timed.rounds} rounds{' on the device' if on_device else ''}"
+    ]
+    if timed.rounds < FEW_ROUNDS and not on_device:
         lines.append("so few rounds say little: --seconds allows more")
-    if math.prod(timed.shape) < SMALL:
+    lines += [
+        f"{called(row.layer)} {row.pass_name}: more than a copy moves is a wrong measurement"
+        for row in rows
+        if on_device and row.of_copy is not None and row.of_copy > 1
+    ]
+    if math.prod(timed.shape) < SMALL and not on_device:
         lines.append("so small an array takes no time: what it costs to start a program is what is compared")
     return lines
+
+
+def kernel_lines(rows: Sequence[Row]) -> list[str]:
+    """For every row that was timed on the device, its kernels: launches in a call, microseconds of one."""
+    return [
+        f"{row.pass_name} {called(row.layer)}: "
+        + "; ".join(
+            f"{name} x{launches:.3g} {1e6 * seconds:.1f} us" for name, (launches, seconds) in row.kernels.items()
+        )
+        for row in rows
+        if row.kernels
+    ]
 
 
 # Below this, a median over rounds moves by more than what is mostly compared.
@@ -138,15 +179,19 @@ FEW_ROUNDS = 10
 SMALL = 1 << 14
 
 
+# Of rows that were neither checked nor timed.
+ABSENT = ("refused", "missing", "skipped")
+
+
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """Why rows are refused or missing, each reason once."""
-    return list(dict.fromkeys(row.reason for row in rows if row.status in ("refused", "missing")))
+    """Why rows are absent, each reason once."""
+    return list(dict.fromkeys(row.reason for row in rows if row.status in ABSENT))
 
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """One line for every row whose check failed."""
     return [
-        f"{row.layer}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
+        f"{called(row.layer)}, {row.approach}, {row.pass_name} at {row.at}: {row.reason}"
         for row in rows
         if row.status == "failed"
     ]
@@ -159,7 +204,7 @@ def skipped_lines(skipped: Mapping[str, str]) -> list[str]:
 
 def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
     """What is said where no check failed; who was not compared is named, with the backends that were `skipped`."""
-    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ("refused", "missing"))
+    absent = dict.fromkeys((row.layer, row.status) for row in rows if row.status in ABSENT)
     absent |= dict.fromkeys((name, "skipped") for name in skipped)
     text = "every check passed" if any(row.status == "ok" for row in rows) else "nothing was checked"
     if not absent:
@@ -168,6 +213,33 @@ def passed(rows: Sequence[Row], skipped: Sequence[str] = ()) -> str:
     partly = {row.layer for row in rows if row.status == "ok"}
     names = [f"{layer} ({status}{' at some workloads' if layer in partly else ''})" for layer, status in absent]
     return f"{text}; not compared: {', '.join(names)}"
+
+
+# What a pass is called in the sentence at the end.
+IN_WORDS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both ways"}
+
+
+def sentence(rows: Sequence[Row], rivals: Sequence[str], auto: Callable[[Workload], str]) -> str:
+    """What a run found, for people to quote: how many times as fast as each rival our layer is, the one `auto` takes.
+
+    The geometric mean over the workloads, in each pass; empty if there is nothing to compare.
+    """
+    ours = [row for row in rows if row.status == "ok" and row.layer == auto(row.at)]
+    found = []
+    for rival in rivals:
+        parts = []
+        for pass_name in dict.fromkeys(row.pass_name for row in ours):
+            ratios = [row.ratios[rival] for row in ours if row.pass_name == pass_name and rival in row.ratios]
+            if ratios and rival not in {row.layer for row in ours}:
+                times = math.exp(-sum(map(math.log, ratios)) / len(ratios))
+                parts.append(f"{times:.2f} times {IN_WORDS[pass_name]}")
+        if parts:
+            found.append(f"{' and '.join(parts)} as fast as {called(rival)}")
+    if not found:
+        return ""
+    number = len({(row.at, row.approach) for row in ours})
+    where = "at this workload" if number == 1 else f"(the geometric mean of {number} workloads)"
+    return f"Here bn_fused is {'; '.join(found)} {where}, and every number was checked against float64."
 
 
 def check_table(checks: Sequence[tuple[str, str, Check]]) -> Table:

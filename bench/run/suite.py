@@ -1,7 +1,17 @@
-"""The work of `bn-bench run`: which layers run at which workloads, their checks, and the rows of times."""
+"""The work of `bn-bench run`: which layers run at which workloads, their checks, and the rows of times.
 
+On a GPU workloads are prepared together, which compiles many programs at once, and then timed one after the other; a
+row's time is that of its kernels on the device (`bench.device_time`), with the time by the clock beside it.
+"""
+
+import concurrent.futures
+import contextlib
 import dataclasses
+import functools
 import gc
+import math
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -10,11 +20,22 @@ import numpy as np
 
 import bn_fused
 from bn_fused.bench.check import Check, failure_of
+from bn_fused.bench.device_time import DeviceTime, measure_device
 from bn_fused.bench.providers import DEVICES, RIVALS, Provider, bn_fused_layer, explain, timed_backends
-from bn_fused.bench.run.cases import Case, Inputs, check_case, copy_program, make_inputs, make_oracle, sets_for
+from bn_fused.bench.run.cases import (
+    Case,
+    Inputs,
+    Oracle,
+    check_case,
+    copy_program,
+    device_copy,
+    make_inputs,
+    make_oracle,
+    sets_for,
+)
 from bn_fused.bench.run.jax_case import jax_case
 from bn_fused.bench.run.records import Row
-from bn_fused.bench.timing import Timed, measure
+from bn_fused.bench.timing import Samples, Timed, measure
 from bn_fused.bench.workloads import COPY_PASSES, Workload
 
 
@@ -27,6 +48,8 @@ class Settings:
     - `cold`: whether the caches are made cold; see `bench.run.cases`.
     - `devices`: over how many the examples are split; `sync`: whether they share their statistics. Every layer that
         does is also checked and timed without, for the row's `sync_ratio`.
+    - `deadline`: of `time.monotonic()`, after which no layer is compiled any more.
+    - `threads`: that compile on a GPU; default: one for each core.
     """
 
     approaches: Sequence[str] = ("batch",)
@@ -37,6 +60,8 @@ class Settings:
     cold: bool = False
     devices: int = 1
     sync: bool = False
+    deadline: float = math.inf
+    threads: int | None = None
 
     @property
     def syncs(self) -> tuple[bool, ...]:
@@ -145,54 +170,147 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def run_workload(
-    workload: Workload, settings: Settings, progress: Callable[[float], None] = lambda share: None
-) -> list[Row]:
-    """Check and time every layer at a workload; a pass whose check fails is not timed.
+# What is copied, by names that a row's `copied_by` takes.
+COPY, DEVICE_COPY = "copy", "device copy"
 
-    `progress` is called with the share of the work that is done.
+
+@dataclasses.dataclass
+class Prepared:
+    """A workload with its layers compiled and checked.
+
+    - `work`: what is to be timed: copies by name, passes that are right by `Key`.
+    - `checks`, `exchanged`: of every pass; a pass without a check was not compiled in time.
     """
+
+    workload: Workload
+    planned: Sequence[Planned]
+    inputs: Inputs
+    oracles: dict[tuple[str, bool], Oracle]
+    work: dict[Any, Timed]
+    checks: dict[Key, Check] = dataclasses.field(default_factory=dict)
+    exchanged: dict[Key, int | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def variants(self) -> list[tuple[Planned, bool]]:
+        """The layers that run, each with every way in which it does."""
+        return [(layer, sync) for layer in self.planned if layer.status == "ok" for sync in self.syncs]
+
+    @property
+    def syncs(self) -> tuple[bool, ...]:
+        """See `Settings.syncs`."""
+        return tuple(dict.fromkeys(sync for _, sync in self.oracles)) or (False,)
+
+
+def _on_gpu() -> bool:
+    return jax.devices()[0].platform == "gpu"
+
+
+def begin(workload: Workload, settings: Settings) -> Prepared:
+    """Make the inputs and the right results of a workload."""
     planned = plan(workload, settings)
-    able = [layer for layer in planned if layer.status == "ok"]
     mesh = None
     if settings.devices > 1:
         mesh = jax.sharding.Mesh(np.array(jax.devices()[: settings.devices]), (DEVICES,))
-    sets = sets_for(workload, jax.devices()[0], settings.cold)
-    inputs = make_inputs(workload, sets=sets, mesh=mesh)
+    inputs = make_inputs(workload, sets=sets_for(workload, jax.devices()[0], settings.cold), mesh=mesh)
     oracles = {
         (approach, sync): make_oracle(inputs, approach, 1 if sync else settings.devices)
-        for approach in {layer.approach for layer in able}
+        for approach in {layer.approach for layer in planned if layer.status == "ok"}
         for sync in settings.syncs
     }
-    checks: dict[Key, Check] = {}
-    exchanged: dict[Key, int | None] = {}
-    work: dict[Any, Timed] = {"copy": copy_program(inputs)}
-    variants = [(layer, sync) for layer in able for sync in settings.syncs]
-    for done, (layer, sync) in enumerate(variants):
-        progress(0.4 * done / len(variants))
-        keys = {name: Key(layer.provider.name, layer.approach, name, sync) for name in settings.passes}
-        try:
-            case = make_case(layer.provider, inputs, layer.approach, settings.passes, sync)
-        except Exception as error:  # a layer that does not compile fails, and the others go on
-            checks |= {key: Check(failure=failure_of(error)) for key in keys.values()}
-            continue
-        # In a first step all approaches normalise with the batch's statistics, the other libraries do so in every one.
-        for pass_name, key in keys.items():
-            oracle = oracles[layer.approach, sync]
-            checks[key] = check_case(case, pass_name, oracle, workload, layer.provider.ours)
-            exchanged[key] = case.collective_bytes.get(pass_name)
-            if checks[key].ok:
-                work[key] = case.programs[pass_name]
-    samples = measure(work, seconds=settings.seconds, progress=lambda share: progress(0.4 + 0.6 * share))
+    copies = {COPY: copy_program(inputs)}
+    if mesh is None and _on_gpu():
+        copies[DEVICE_COPY] = device_copy(inputs)
+    return Prepared(workload, planned, inputs, oracles, copies)
+
+
+def compile_and_check(prepared: Prepared, layer: Planned, sync: bool, settings: Settings) -> None:
+    """Compile and check the passes of one layer; a failure becomes a failed check."""
+    keys = {name: Key(layer.provider.name, layer.approach, name, sync) for name in settings.passes}
+    try:
+        case = make_case(layer.provider, prepared.inputs, layer.approach, settings.passes, sync)
+    except Exception as error:  # a layer that does not compile fails, and the others go on
+        prepared.checks |= {key: Check(failure=failure_of(error)) for key in keys.values()}
+        return
+    # In a first step all approaches normalise with the batch's statistics, the other libraries do so in every one.
+    for pass_name, key in keys.items():
+        oracle = prepared.oracles[layer.approach, sync]
+        check = check_case(case, pass_name, oracle, prepared.workload, layer.provider.ours)
+        prepared.exchanged[key] = case.collective_bytes.get(pass_name)
+        if check.ok:
+            prepared.work[key] = case.programs[pass_name]
+        prepared.checks[key] = check
+
+
+def prepare(
+    workloads: Sequence[Workload], settings: Settings, progress: Callable[[float], None] = lambda share: None
+) -> list[Prepared]:
+    """Compile and check every layer at some workloads, on a GPU in threads.
+
+    Those that are not ready at the deadline are left out: what is compiled then goes on in its thread.
+    """
+    if not _on_gpu():
+        started = [begin(workload, settings) for workload in workloads]
+        tasks = [(one, layer, sync) for one in started for layer, sync in one.variants]
+        for done, (one, layer, sync) in enumerate(tasks):
+            progress(done / len(tasks))
+            if time.monotonic() >= settings.deadline:
+                break
+            compile_and_check(one, layer, sync, settings)
+        return started
+    pool = concurrent.futures.ThreadPoolExecutor(settings.threads or len(os.sched_getaffinity(0)))
+    try:
+        started = list(pool.map(lambda workload: begin(workload, settings), workloads))
+        # The first layer of every workload, then the second: without time for all, each has something to compare.
+        ranked = [(rank, one, *variant) for one in started for rank, variant in enumerate(one.variants)]
+        ranked.sort(key=lambda task: task[0])
+        futures = [pool.submit(compile_and_check, *task[1:], settings) for task in ranked]
+        for done, future in enumerate(futures):
+            progress(done / len(futures))
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                future.result(timeout=max(0.0, min(settings.deadline - time.monotonic(), FOR_EVER)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return started
+
+
+# Seconds; a lock takes no infinity.
+FOR_EVER = 1e6
+
+
+def time_prepared(
+    prepared: Prepared, settings: Settings, progress: Callable[[float], None] = lambda share: None
+) -> list[Row]:
+    """Time what was prepared; a pass whose check failed is not timed."""
+    work = dict(prepared.work)  # a thread may still add to it
+    checks = dict(prepared.checks)
+    workload = prepared.workload
+    # Of several devices the profiler has the kernels of all.
+    on_gpu = _on_gpu() and prepared.inputs.mesh is None
+    by_clock = {name: timed for name, timed in work.items() if name != DEVICE_COPY}
+    clock = measure(by_clock, seconds=settings.seconds, progress=lambda share: progress(share * (0.5 if on_gpu else 1)))
+    # Not to be divided by either.
+    disturbed = {key: why for key, samples in clock.items() if (why := _disturbed(key, samples))}
+    clock = {key: samples for key, samples in clock.items() if key not in disturbed}
+    device = {}
+    if on_gpu:
+        for timed in work.values():
+            timed.wait(timed.start())
+        device = measure_device(work, progress=lambda share: progress(0.5 + 0.5 * share))
     rows = []
     for pass_name in settings.passes:
-        for layer in planned:
+        for layer in prepared.planned:
             if layer.status != "ok":
                 rows.append(_row(workload, layer, pass_name, status=layer.status, reason=layer.reason))
                 continue
             key = Key(layer.provider.name, layer.approach, pass_name, settings.sync)
+            if any(one not in checks for one in {key, key.alone if settings.sync else key}):
+                rows.append(_row(workload, layer, pass_name, status="skipped", reason=NO_TIME))
+                continue
+            if key in disturbed:
+                rows.append(_row(workload, layer, pass_name, status="refused", reason=disturbed[key]))
+                continue
             check, reason = checks[key], checks[key].reason
-            if check.ok and not checks[key.alone].ok:
+            if check.ok and settings.sync and not checks[key.alone].ok:
                 check = checks[key.alone]
                 reason = f"without --sync: {check.reason}"
             values = {"status": "ok" if check.ok else "failed", "reason": reason}
@@ -200,14 +318,50 @@ def run_workload(
                 nearest = max(check.errors, key=lambda error: np.nan_to_num(error.share, nan=np.inf))
                 values |= {"error": _finite(nearest.value), "limit": nearest.limit}
             if check.ok:
-                values |= _times(workload, samples, key, settings) | {"collective_bytes": exchanged[key]}
+                values |= _times(workload, clock, device, key, settings)
+                values["collective_bytes"] = prepared.exchanged[key]
             rows.append(_row(workload, layer, pass_name, **values))
     return rows
 
 
-def _times(workload, samples, key, settings):
+# Of torch on a CPU, beyond which its median is no time of what it computes.
+MOST_OVER_SMALLEST = 10
+
+
+def _disturbed(key, samples: Samples) -> str:
+    """Why the times of a layer say nothing, if its threads and XLA's were in each other's way; else empty."""
+    smallest = float(np.min(samples.seconds))
+    if key == COPY or key.layer != "torch" or _on_gpu() or samples.median <= MOST_OVER_SMALLEST * smallest:
+        return ""
+    return (
+        f"torch took {1e3 * smallest:.3g} ms at best and {1e3 * samples.median:.3g} in the median: its threads and "
+        "XLA's were in each other's way; OMP_NUM_THREADS=1 keeps them apart"
+    )
+
+
+NO_TIME = "it was not compiled within the time there was"
+
+
+def run_workload(
+    workload: Workload, settings: Settings, progress: Callable[[float], None] = lambda share: None
+) -> list[Row]:
+    """Check and time every layer at a workload; a pass whose check fails is not timed.
+
+    `progress` is called with the share of the work that is done.
+    """
+    (prepared,) = prepare([workload], settings, lambda share: progress(0.4 * share))
+    return time_prepared(prepared, settings, lambda share: progress(0.4 + 0.6 * share))
+
+
+def _times(workload, clock: dict[Any, Samples], device: dict[Any, DeviceTime], key, settings):
     """What the samples of a layer's pass say, as fields of a row."""
-    times, copy, passes = samples[key], samples["copy"], workload.passes(key.pass_name)
+    passes, values = workload.passes(key.pass_name), {}
+    samples = clock
+    if key in device and any(name in device for name in (COPY, DEVICE_COPY)):
+        samples = {name: time.samples for name, time in device.items()}
+        values = {"timed_by": "device", "clock": clock[key].median, "kernels": device[key].kernels}
+    copied_by = min((name for name in (COPY, DEVICE_COPY) if name in samples), key=lambda name: samples[name].median)
+    times, copy = samples[key], samples[copied_by]
     ratios = {}
     for rival in settings.rivals:
         # A rival that knows one way to train runs once, for all approaches.
@@ -215,7 +369,7 @@ def _times(workload, samples, key, settings):
         other = next((samples[name] for name in names if name in samples), None)
         if other is not None:
             ratios[rival] = times.ratio_to(other)
-    return {
+    return values | {
         "median": times.median,
         "p10": times.p10,
         "p90": times.p90,
@@ -223,23 +377,53 @@ def _times(workload, samples, key, settings):
         "nbytes": passes * workload.nbytes,
         "bandwidth": passes * workload.nbytes / times.median,
         "copy_bandwidth": COPY_PASSES * workload.nbytes / copy.median,
+        "copied_by": copied_by,
         "of_copy": passes / COPY_PASSES / times.ratio_to(copy),
         "ratios": ratios,
         "sync_ratio": times.ratio_to(samples[key.alone]) if key.sync else None,
     }
 
 
+def groups(workloads: Sequence[Workload], settings: Settings) -> list[list[Workload]]:
+    """The workloads that are prepared together: on a GPU as many as have room in half of its memory."""
+    if not _on_gpu():
+        return [[workload] for workload in workloads]
+    room = ((jax.devices()[0].memory_stats() or {}).get("bytes_limit") or 0) / 2
+    grouped, used = [], 0.0
+    for workload in workloads:
+        # x, dy and a residual; each layer keeps about as much again for its backward.
+        layers = len(settings.rivals) + (len(settings.backends) or len(timed_backends()))
+        need = sets_for(workload, jax.devices()[0], settings.cold) * workload.nbytes * 3 * (1 + layers)
+        if not grouped or used + need > room:
+            grouped.append([])
+            used = 0.0
+        grouped[-1].append(workload)
+        used += need
+    return grouped
+
+
 def run(
     workloads: Sequence[Workload], settings: Settings, progress: Callable[[str, float], None] = lambda name, share: None
 ) -> Iterator[tuple[Workload, list[Row]]]:
     """The rows of each workload as soon as they are there; `progress` gets the share of the whole."""
-    for done, workload in enumerate(workloads):
-        yield (
-            workload,
-            run_workload(
-                workload,
-                settings,
-                lambda share, done=done, name=workload.name: progress(name, (done + share) / len(workloads)),
-            ),
-        )
-        gc.collect()
+    done = 0
+
+    def say(name, share, weight=1.0, before=0.0):
+        progress(name, (done + before + weight * share) / len(workloads))
+
+    for together in groups(workloads, settings):
+        if len(together) == 1:
+            (workload,) = together
+            yield workload, run_workload(workload, settings, functools.partial(say, workload.name))
+            done += 1
+            gc.collect()
+            continue
+        waiting = prepare(together, settings, functools.partial(say, "compiling", weight=0.4 * len(together)))
+        while waiting:
+            one = waiting.pop(0)
+            before = 0.4 * (len(waiting) + 1)
+            rows = time_prepared(one, settings, functools.partial(say, one.workload.name, weight=0.6, before=before))
+            yield one.workload, rows
+            done += 1
+            del one
+            gc.collect()

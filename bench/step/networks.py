@@ -16,12 +16,16 @@ import numpy as np
 
 import bn_fused
 from bn_fused.bench.installing import pip_install
-from bn_fused.bench.providers import timed_backends
+from bn_fused.bench.providers import nnx_batch_norm, timed_backends
 from bn_fused.bench.step import resnet
 
 SGD_MOMENTUM = 0.9
 DTYPES = ("float32", "bfloat16")
 RIVALS = ("equinox", "flax", "torch")
+# What runs only if it is asked for: flax.nnx's BatchNorm in our network with channels last, torch.compile, and the
+# network without any BatchNorm.
+TORCH_COMPILED, NO_NORM = "torch compiled", "no norm"
+MORE_RIVALS = {"nnx": "flax nnx", "torch-compile": TORCH_COMPILED, "no-norm": NO_NORM}
 # At the end of the names of our networks with channels last.
 CHANNELS_LAST = ", nhwc"
 # What the others are compared with.
@@ -75,6 +79,7 @@ class Contender:
     - `function`: for networks whose channels are last, `norm` of `resnet.channels_last`.
     - `module`: the package of a network in another library.
     - `ours`: whether it is `bn_fused`.
+    - `compiled`: of a network in torch, whether torch.compile does.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Contender:
     function: Callable | None = None
     module: str | None = None
     ours: bool = False
+    compiled: bool = False
 
     @property
     def missing(self) -> str | None:
@@ -126,6 +132,18 @@ def _equinox(mode):
         return layer
 
     return norm
+
+
+def _nnx(x, stats, scale, bias, activation, residual):
+    # As `RunningStats`, which keeps the sums that are not corrected; here they are the averages.
+    y, mean, var = nnx_batch_norm(x, stats.mean, stats.var, scale, bias, axis=-1, dtype=x.dtype)
+    y = y if residual is None else y + residual
+    return (y if activation is None else jax.nn.relu(y)), stats._replace(mean=mean, var=var)
+
+
+def _no_norm(x, stats, scale, bias, activation, residual):
+    y = x if residual is None else x + residual
+    return (y if activation is None else jax.nn.relu(y)), stats
 
 
 def refusal(backend: str, setting: Setting, target: str | None = None) -> str | None:
@@ -192,6 +210,12 @@ def contenders(
     if "equinox" in rivals:
         networks.append(Contender("equinox ema", _equinox("ema")))
     networks += [Contender(name, module=name) for name in ("flax", "torch") if name in rivals]
+    if "nnx" in rivals:
+        networks.append(Contender(MORE_RIVALS["nnx"], function=_nnx, module="flax"))
+    if "torch-compile" in rivals:
+        networks.append(Contender(TORCH_COMPILED, module="torch", compiled=True))
+    if "no-norm" in rivals:
+        networks.append(Contender(NO_NORM, function=_no_norm))
     return networks
 
 
@@ -225,10 +249,10 @@ def equinox_model(setting: Setting, norm: Callable):
 
 def program(contender: Contender, setting: Setting) -> Program:
     """The training step of a network in JAX."""
-    if contender.module == "flax":
-        return _flax_program(setting)
     if contender.function is not None:
         return _channels_last_program(setting, contender.function)
+    if contender.module == "flax":
+        return _flax_program(setting)
     model, state = equinox_model(setting, contender.norm(setting))
     parameters, static = eqx.partition(model, eqx.is_inexact_array)
 

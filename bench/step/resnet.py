@@ -75,6 +75,8 @@ class BlockSizes:
 ARCHITECTURES = {
     "resnet18": Architecture((2, 2, 2, 2), bottleneck=False),
     "resnet50": Architecture((3, 4, 6, 3), bottleneck=True),
+    # To try the command with.
+    "tiny": Architecture((1,), bottleneck=False, width=4),
 }
 
 

@@ -27,12 +27,21 @@ from bn_fused.bench.step.agreement import (
     incomparable,
     tolerance,
 )
-from bn_fused.bench.step.networks import BASELINE, SGD_MOMENTUM, Contender, Setting, data, plain_equinox, program
+from bn_fused.bench.step.networks import (
+    BASELINE,
+    NO_NORM,
+    SGD_MOMENTUM,
+    Contender,
+    Setting,
+    data,
+    plain_equinox,
+    program,
+)
 from bn_fused.bench.timing import Interrupted, Samples, Timed, measure
 
 
 class JaxRun:
-    """A compiled program with its arrays on the device."""
+    """A program with its arrays on the device, lowered when it is made; the rest wants it compiled: `compile`."""
 
     def __init__(self, contender: Contender, setting: Setting):
         training = program(contender, setting)
@@ -43,10 +52,14 @@ class JaxRun:
         self._first = jax.device_get(training.carry)
         lr = jnp.float32(0)
         step = jax.jit(training.step, donate_argnums=0)
-        self._step = step.lower(training.carry, self.images, self.labels, lr).compile()
-        del training
+        self._lowered = step.lower(training.carry, self.images, self.labels, lr)
+        self._step = None
         self._still = lr
         self._carry = None
+
+    def compile(self) -> None:
+        """Compile the step."""
+        self._step, self._lowered = self._lowered.compile(), None
 
     def losses(self, lr: float, images=None) -> Losses:
         """Of the initial weights, and of the weights after a step with this learning rate.
@@ -98,14 +111,22 @@ class TorchRun:
         if platform == "gpu" and not torch.cuda.is_available():
             raise bn_fused.BackendError("this torch has no GPU: it is not compared with what runs on one")
         self.torch, self.setting = torch, setting
+        torch.backends.cudnn.benchmark = True
         self.device = torch.device("cuda" if platform == "gpu" else "cpu")
         order = torch.channels_last
         self.model = resnet.torch_model(plain_equinox(setting), setting.architecture)
         self.model = self.model.to(self.device, memory_format=order).train()
+        if contender.compiled:
+            self.model = torch.compile(self.model)
         images, labels = data(setting)
         self.images = torch.from_numpy(images).to(self.device, memory_format=order)
         self.labels = torch.from_numpy(labels).long().to(self.device)
         self.optimiser = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=SGD_MOMENTUM)
+
+    def compile(self) -> None:
+        """A step, for which torch compiles what it compiles and chooses convolutions; then the state is as before."""
+        self.once()
+        self.optimiser.state.clear()
 
     def _step(self):
         self.optimiser.zero_grad(set_to_none=True)
@@ -137,6 +158,11 @@ class TorchRun:
         return self.torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
 
 
+def make_run(contender: Contender, setting: Setting) -> JaxRun | TorchRun:
+    """The network of a contender with its arrays, not compiled yet."""
+    return (TorchRun if contender.module == "torch" else JaxRun)(contender, setting)
+
+
 def compiled_memory(compiled) -> int | None:
     """Bytes that a compiled program holds at once: arguments, results and temporaries; None if XLA does not say."""
     analysis = compiled.memory_analysis()
@@ -158,13 +184,17 @@ class Row:
     """One network.
 
     - `status`: "ok"; "not compared": it was timed, and no loss can tell whether it is right; "failed"; "refused": it
-        cannot run this here; "missing": it is not installed; "untimed": the run was interrupted before it was timed.
+        cannot run this here; "missing": it is not installed; "untimed": the run was interrupted before it was timed, or
+        it was not compiled in time.
     - `reason`: why it is not ok.
     - `loss`, `loss_after`: of the initial weights, and after one step; see the module's text.
     - `median`, `p10`, `p90`: seconds for a step, of `rounds` rounds; `images_per_second`.
     - `ratio`: the time over the baseline's, the median over paired rounds; `ratio_p10`, `ratio_p90`: their spread.
     - `memory`: bytes that the compiled program holds at once (torch: its allocator's peak).
     - `peak`: bytes that the device had in use at most while the first step ran, if that was the most so far.
+    - `lowering`, `compilation`: seconds, with waiting for others, of a network in a process of its own.
+    - `busy`: on a GPU, seconds of all kernels in a step; `span`: from the first one's begin to the last one's end;
+        `launches`: their number; `kernels`: of each name launches and seconds of one. See `bench.device_time`.
     """
 
     name: str
@@ -182,6 +212,12 @@ class Row:
     ratio_p90: float | None = None
     memory: int | None = None
     peak: int | None = None
+    lowering: float | None = None
+    compilation: float | None = None
+    busy: float | None = None
+    span: float | None = None
+    launches: float | None = None
+    kernels: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
 
 def one_line(error: BaseException) -> str:
@@ -219,7 +255,7 @@ def run(
         samples, interrupted = stopped.samples, True
     except KeyboardInterrupt:
         interrupted = True
-    finished = [_timed(rows[one.name], samples, setting) for one in networks if one.name in rows]
+    finished = [timed(rows[one.name], samples, setting) for one in networks if one.name in rows]
     if interrupted:
         raise RunInterrupted(finished)
     return finished
@@ -237,9 +273,7 @@ def _build(setting, networks, rows, runs, progress):
     """Build and compare the networks: fills `rows`, and `runs` with those that are to be timed."""
     device = jax.devices()[0]
     unit = epsilon(setting.dtype, device.platform)
-    sizes = resnet.norm_shapes(setting.architecture, setting.image)
-    allowed = tolerance(setting.dtype, len(sizes), device.platform)
-    lr, expected, why = 0.0, None, ""
+    lr, expected = 0.0, None
     # The baseline first: the others are compared with it.
     order = sorted(networks, key=lambda one: one.name != BASELINE)
     for place, one in enumerate(order):
@@ -249,7 +283,8 @@ def _build(setting, networks, rows, runs, progress):
             continue
         before = _peak(device.memory_stats())
         try:
-            built = (TorchRun if one.module == "torch" else JaxRun)(one, setting)
+            built = make_run(one, setting)
+            built.compile()
             if one.name == BASELINE:
                 lr = built.learning_rate()
             losses = built.losses(lr)
@@ -264,23 +299,28 @@ def _build(setting, networks, rows, runs, progress):
             continue
         after = _peak(device.memory_stats())
         risen = before is not None and after is not None and after > before
-        wrong = disagreement(losses, expected, allowed, BASELINE)
-        if one.name == BASELINE and not wrong:
-            fewest = setting.batch * min(math.prod(size[1:]) for size in sizes)
-            why = incomparable(expected, allowed, fewest)
-        rows[one.name] = Row(
-            one.name,
-            "failed" if wrong else "not compared" if why else "ok",
-            wrong or why,
-            *losses,
-            memory=memory,
-            peak=after if risen else None,
-        )
-        if not wrong:
+        row = compared(one, losses, expected, setting, device.platform)
+        rows[one.name] = dataclasses.replace(row, memory=memory, peak=after if risen else None)
+        if rows[one.name].status in TIMED:
             runs[one.name] = built
 
 
-def _timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
+def compared(one: Contender, losses: Losses, expected: Expected | None, setting: Setting, platform: str) -> Row:
+    """The row of a network with these losses, those of the baseline being `expected` (None: it gave none)."""
+    sizes = resnet.norm_shapes(setting.architecture, setting.image)
+    allowed = tolerance(setting.dtype, len(sizes), platform)
+    if one.name == NO_NORM:
+        wrong, why = "", "without a BatchNorm its losses are others"
+    else:
+        wrong, why = disagreement(losses, expected, allowed, BASELINE), ""
+    if not wrong and not why:
+        fewest = setting.batch * min(math.prod(size[1:]) for size in sizes)
+        why = incomparable(expected, allowed, fewest)
+    return Row(one.name, "failed" if wrong else "not compared" if why else "ok", wrong or why, *losses)
+
+
+def timed(row: Row, samples: Mapping[str, Samples], setting: Setting) -> Row:
+    """The row with what the samples of its network say."""
     times = samples.get(row.name)
     if times is None and row.status in TIMED:
         return dataclasses.replace(row, status="untimed", reason="interrupted before it was timed")

@@ -198,3 +198,18 @@ def test_a_missing_package_is_named_with_what_to_install(package, monkeypatch):
     done = run()
     assert done.exit_code == 2
     assert f'{module.NEEDED[package]}: pip install "bn_fused[bench]"' in done.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("spike", "cut"), [(1e7, True), (20.0, False)])
+def test_a_spike_does_not_squeeze_the_range_that_people_look_at(spike, cut):
+    """One of three seeds goes wild for a step: the medians keep the axis, and the spike's height is written on it."""
+    pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
+    losses = np.ones((3, 10))
+    gradients = losses.copy()
+    gradients[0, 4] = spike
+    figure = plots.stability_figure([stability.Curves("batch", losses, gradients)], "")
+    figure.draw_without_rendering()
+    panel = figure.axes[1]
+    top = panel.get_ylim()[1]
+    assert top == pytest.approx(plots.ABOVE_MEDIANS) if cut else top > spike
+    assert [text.get_text() for text in panel.texts] == (["to 1e+07"] if cut else [])

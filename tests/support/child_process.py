@@ -11,7 +11,8 @@ from support import ROOT
 def child_environment(hidden=("XLA_FLAGS",), **settings):
     """The environment of a process that imports `support`: the one here without the variables of `hidden`."""
     inherited = {name: value for name, value in os.environ.items() if name not in hidden}
-    return {**inherited, "PYTHONPATH": str(ROOT / "tests"), **settings}
+    path = os.pathsep.join(filter(None, [str(ROOT / "tests"), inherited.get("PYTHONPATH")]))
+    return {**inherited, "PYTHONPATH": path, **settings}
 
 
 def answer(program, given, environment=(), timeout=580):
