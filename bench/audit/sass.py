@@ -325,7 +325,11 @@ def main(arguments: list[str] | None = None) -> int:
     for path in options.paths:
         files = (dumped(path) or sorted(path.glob("*.ptx"), key=_number)) if path.is_dir() else [path]
         for file in files:
-            for kernel in kernels(disassembled(file)):
+            try:
+                text = disassembled(file)
+            except (OSError, subprocess.CalledProcessError) as error:
+                parser.error(f"{file}: {error}")
+            for kernel in kernels(text):
                 loops = tuple(dataclasses.replace(loop, arrays=options.arrays) for loop in kernel.loops)
                 kernel = dataclasses.replace(kernel, loops=loops)
                 print(json.dumps(dataclasses.asdict(kernel)) if options.json else "\n".join(_lines(kernel)))

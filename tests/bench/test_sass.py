@@ -335,3 +335,10 @@ def test_the_command_prints_the_kernels_of_a_folder_in_the_order_of_their_loweri
     assert "    .L_rows innermost: 16 instructions, 4.00 for each of 4 elements, 2 LDS.64, 1 STS.64; rounds" in lines[3]
     assert sass.main([str(tmp_path / "a_10.sass_ctrl"), "--json"]) == 0
     assert sass.kernel_from_json(json.loads(capsys.readouterr().out)).name == "a"
+
+
+@pytest.mark.parametrize("name", ["none.sass", "none.cubin"])
+def test_a_file_that_cannot_be_read_is_named_with_status_2(name, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        sass.main([str(tmp_path / name)])
+    assert left.value.code == 2 and name in capsys.readouterr().err
