@@ -132,6 +132,11 @@ def compile_for(target: str, fn, *specs):
     **Raises:** ValueError for an unknown target; `DevicelessUnavailable` if its compiler is not installed or does not
     start, or if this process has compiled for another GPU before.
     """
+    return lower_for(target, fn, *specs).compile()
+
+
+def lower_for(target: str, fn, *specs):
+    """The `jax.stages.Lowered` that `compile_for` compiles: the function traced, and lowered for the target."""
     import jax
     import numpy as np
 
@@ -150,8 +155,7 @@ def compile_for(target: str, fn, *specs):
     # Without arguments there is nothing that says where the results should be, other than this.
     function = jax.jit(fn, out_shardings=sharding)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = function.trace(*placed).lower(lowering_platforms=(description.platform,))
-    return lowered.compile()
+        return function.trace(*placed).lower(lowering_platforms=(description.platform,))
 
 
 def _gpu_topology(target: GpuChip):

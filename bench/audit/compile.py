@@ -2,7 +2,9 @@
 
 `audit(cases)` gives a `Row` for every case. The cases of a target are compiled in a process of its own (this module
 run as `python -m bn_fused.bench.audit.compile`): XLA keeps one GPU's description for a process, and a compiler that
-aborts takes its process along.
+aborts takes its process along. What compilers tell of our kernels they write into files, which takes them up to three
+times as long: a program with such kernels is compiled again for that, in one more process, and the seconds that a row
+has are those without it.
 
 Counted in the compiled program (`traffic`) are the passes over arrays of x's size that are made around our kernels.
 What a kernel does inside, HLO does not say: its plan does. A plan may have a method
@@ -15,7 +17,10 @@ XLA has brought onto the chip beforehand (a TPU's VMEM), and results that it kee
 of what the plan says, the share counts that lies in memory.
 """
 
+import contextlib
+import dataclasses
 import glob
+import importlib
 import os
 import pathlib
 import re
@@ -25,7 +30,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bn_fused.bench import deviceless
+from bn_fused.bench import deviceless, installing
+from bn_fused.bench.audit import sass
 from bn_fused.bench.audit.blocks import Setting, layer_named, make_program
 from bn_fused.bench.audit.hlo import ON_CHIP, Module, parse
 from bn_fused.bench.audit.rows import (
@@ -43,10 +49,16 @@ from bn_fused.bench.child import Child, ChildEnded, answer_requests
 from bn_fused.bench.providers import NO_NORM, explain
 from bn_fused.kernels.chips import CHIPS
 
+# Why the instructions of our Pallas kernels for GPUs are not known.
+NO_DISASSEMBLER = (
+    "instructions are not counted: they need nvdisasm, which comes with Triton: "
+    + installing.pip_install(f"--no-deps $({installing.python()} -m bn_fused.bench.deviceless triton)")
+)
 # The operations of `kernels.contract` that a pass runs.
 OPERATIONS = {"fwd": ("forward",), "bwd": ("backward",), "fwd+bwd": ("forward", "backward")}
 # Custom calls that are kernels of ours: Pallas for GPUs and for TPUs, Triton.
-KERNEL_TARGETS = ("mosaic_gpu", "tpu_custom_call", "triton_kernel_call")
+MOSAIC_GPU = "mosaic_gpu"
+KERNEL_TARGETS = (MOSAIC_GPU, "tpu_custom_call", "triton_kernel_call")
 
 # ------------------------------------------------------------------------------------- counting one compiled program
 
@@ -152,6 +164,34 @@ def gpu_resources(folder: pathlib.Path) -> dict[str, int]:
     return {name: max(values) for name, values in resources.items() if values}
 
 
+def gpu_kernels(folder: pathlib.Path, arrays_of: Mapping[str, int]) -> tuple[sass.Kernel, ...]:
+    """Mosaic GPU's kernels in its dump; `arrays_of`: how many arrays of x's size a kernel of this name reads.
+
+    Where a forward adds up moments, it stores nothing, and reads x without the residual.
+    """
+    found = []
+    for path in sass.dumped(folder):
+        for kernel in sass.kernels(path.read_text(errors="replace")):
+            name = kernel.name.removesuffix("_mosaic_gpu_kernel")
+            loops = []
+            for loop in kernel.loops:
+                of_x_alone = "forward" in name and not loop.stores
+                loops.append(dataclasses.replace(loop, arrays=1 if of_x_alone else arrays_of.get(name)))
+            found.append(dataclasses.replace(kernel, name=name, loops=tuple(loops)))
+    return tuple(found)
+
+
+def arrays_read(hlo_text: str, elements: int, nbytes: int) -> dict[str, int]:
+    """How many arrays of x's size the Pallas kernels of a program read, by the names that they were given."""
+    reads = {access.instruction: access.reads for access in passes(hlo_text, elements, nbytes).details}
+    names = {call: _NAME.search(attributes) for call, attributes in kernel_calls(parse(hlo_text)).items()}
+    return {name[1]: round(reads[call]) for call, name in names.items() if name and round(reads.get(call, 0))}
+
+
+# A kernel's name in the scopes of its operation; the last one is the primitive's.
+_NAME = re.compile(r'op_name="[^"]*/(\w+)/[^/"]*"')
+
+
 # The column of a TPU's compiler for stores to memory because there are no registers left, each of a whole register.
 _SPILL, _VECTOR_REGISTER = "VSTORE:SPILL", 8 * 128 * 4
 
@@ -182,13 +222,17 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
 
     import bn_fused
 
-    setting, start = case.setting, time.perf_counter()
+    setting = case.setting
     try:
         with jax.enable_x64(setting.dtype == "float64"):
             auto = explain(setting.compiled, "auto", case.target)
             choice = explain(setting.compiled, case.layer, case.target) if case.ours else None
             program = make_program(setting, case.layer, case.pass_name)
-            compiled = deviceless.compile_for(case.target, program.function, *program.specs)
+            times = [time.perf_counter()]
+            lowered = deviceless.lower_for(case.target, program.function, *program.specs)
+            times.append(time.perf_counter())
+            compiled = lowered.compile()
+            times.append(time.perf_counter())
     except bn_fused.BackendError as error:
         return Row(case, "refused", _line(error))
     except (deviceless.DevicelessUnavailable, ModuleNotFoundError) as error:
@@ -201,8 +245,15 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
     memory = compiled.memory_analysis()
     if memory is not None:
         fields["temporary_bytes"] = memory.temp_size_in_bytes
+    calls = kernel_calls(parse(hlo_text))
+    if any(MOSAIC_GPU in attributes for attributes in calls.values()):
+        fields["sass"] = ()
     if dump is not None:
-        fields |= gpu_resources(dump) | tpu_resources(dump, kernel_calls(parse(hlo_text)))
+        fields |= gpu_resources(dump) | tpu_resources(dump, calls)
+        if "sass" in fields:
+            fields["sass"] = gpu_kernels(dump, arrays_read(hlo_text, setting.elements, setting.nbytes))
+            if sass.nvdisasm() is None:
+                fields["reason"] = NO_DISASSEMBLER
     return row_of(
         case,
         {
@@ -210,7 +261,8 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
             "auto": auto.name == case.layer,
             "kept_bytes": program.kept_bytes,
             "plan": _plan_text(plan, OPERATIONS[case.pass_name]),
-            "seconds": time.perf_counter() - start,
+            "lowering_seconds": times[1] - times[0],
+            "compiling_seconds": times[2] - times[1],
             **fields,
         },
     )
@@ -247,63 +299,101 @@ def audit(
     "failed" and is replaced by a new one for the cases that are left. With `instructions`, TPU's kernels'
     instructions and spills are counted; their compiler then writes down all it does, which takes up to a minute and a
     gigabyte a program. `before` is called when a case's turn comes; `command` is the process's program. Closing the
-    iterator ends the process with all it started.
+    iterator ends the processes with all they started.
     """
-    child, target = None, None
-    with tempfile.TemporaryDirectory(prefix="bn_fused_audit_") as dump:
+    with contextlib.closing(_Process(command)) as process:
+        for case in cases:
+            before(case)
+            sentence = deviceless.missing(case.target) or layer_named(case.layer).missing
+            if sentence is not None:
+                yield Row(case, "missing", sentence)
+                continue
+            row = process.row(case, time_limit)
+            on_tpu = CHIPS[case.target].platform == deviceless.TPU
+            if row.sass is not None or (on_tpu and instructions and row.kernels):
+                with (
+                    tempfile.TemporaryDirectory(prefix="bn_fused_audit_") as dump,
+                    # A process compiles, and dumps, a kernel once: a later program with the same one would find none.
+                    contextlib.closing(_Process(command, dump)) as dumping,
+                ):
+                    row = _with_dumped(row, dumping.row(case, time_limit))
+            yield row
+
+
+class _Process:
+    """The process that compiles the cases of a target; `dump`: the folder where its compiler dumps kernels."""
+
+    def __init__(self, command: Sequence[str], dump: str | None = None):
+        self.command, self.dump = command, dump
+        self.child: Child | None = None
+        self.target: str | None = None
+
+    def row(self, case: Case, time_limit: float) -> Row:
+        """The row of a case."""
+        if self.child is None or self.target != case.target:
+            self.close()
+            self.child, self.target = Child(self.command, _environment(case.target, self.dump)), case.target
         try:
-            for case in cases:
-                before(case)
-                sentence = deviceless.missing(case.target) or layer_named(case.layer).missing
-                if sentence is not None:
-                    yield Row(case, "missing", sentence)
-                    continue
-                if child is None or target != case.target:
-                    if child is not None:
-                        child.close()
-                    child, target = Child(command, _environment(case.target, dump, instructions)), case.target
-                try:
-                    row = row_from_json(child.ask(case_to_json(case), time_limit))
-                except ChildEnded as ended:
-                    child.close()
-                    child, row = None, Row(case, "failed", str(ended))
-                yield row
-        finally:
-            if child is not None:
-                child.close()
+            return row_from_json(self.child.ask(case_to_json(case), time_limit))
+        except ChildEnded as ended:
+            self.close()
+            return Row(case, "failed", str(ended))
+
+    def close(self) -> None:
+        """End the process."""
+        if self.child is not None:
+            self.child.close()
+        self.child = None
 
 
-# Where a compiling process finds its folder for dumps.
+# What a row has from dumps alone.
+_FROM_DUMPS = ("on_chip_bytes", "registers", "spill_bytes", "bundles", "sass", "reason")
+
+
+def _with_dumped(row, again):
+    """A row with what compiling it again has told, with dumps."""
+    if again.status != "compiled":
+        return dataclasses.replace(row, reason=f"what its kernels use is not known: {again.reason}")
+    told = {name: getattr(again, name) for name in _FROM_DUMPS}
+    return dataclasses.replace(row, **{name: value for name, value in told.items() if value is not None})
+
+
+# Where a compiling process finds its folder for dumps, if it is to dump.
 _DUMP = "BN_FUSED_AUDIT_DUMP"
 
 
-def _environment(target: str, dump: str, instructions: bool) -> dict[str, str]:
+def _environment(target: str, dump: str | None) -> dict[str, str]:
     """What a compiling process finds in its environment."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         # The TPU's compiler may be loaded by several processes at once: it does not touch a TPU.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        _DUMP: dump,
     }
+    if dump is None:
+        return environment
     if CHIPS[target].platform == deviceless.CUDA:
-        environment |= {"MOSAIC_GPU_DUMP_TO": dump, "MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
-    elif instructions:
-        flags = (os.environ.get("LIBTPU_INIT_ARGS", ""), f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true")
-        environment["LIBTPU_INIT_ARGS"] = " ".join(flags).strip()
-    return environment
+        kinds = dict.fromkeys(("MOSAIC_GPU_DUMP_PTX", "MOSAIC_GPU_DUMP_PTXAS", "MOSAIC_GPU_DUMP_SASS"), "1")
+        return environment | {_DUMP: dump, "MOSAIC_GPU_DUMP_TO": dump, **kinds}
+    flags = (os.environ.get("LIBTPU_INIT_ARGS", ""), f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true")
+    return environment | {_DUMP: dump, "LIBTPU_INIT_ARGS": " ".join(flags).strip()}
 
 
 def serve() -> None:
     """Compile the cases that come on standard input; the other end of `audit`."""
-    dump = pathlib.Path(os.environ[_DUMP])
+    dump = pathlib.Path(os.environ[_DUMP]) if _DUMP in os.environ else None
+    if "MOSAIC_GPU_DUMP_TO" in os.environ:
+        _show_disassembler()
 
-    def answer(request):
-        for path in dump.iterdir():
-            path.unlink()
-        return row_to_json(compile_case(case_from_json(request), dump))
+    answer_requests(lambda request: row_to_json(compile_case(case_from_json(request), dump)))
 
-    answer_requests(answer)
+
+def _show_disassembler():
+    """Tell Mosaic GPU where nvdisasm is: what it finds by itself, on import, is that of a CUDA toolkit."""
+    nvdisasm = sass.nvdisasm()
+    if nvdisasm is not None:
+        importlib.import_module("jax.experimental.mosaic.gpu")
+        os.environ["MOSAIC_GPU_CUDA_ROOT"] = str(nvdisasm.parent.parent)
 
 
 def cases_of(

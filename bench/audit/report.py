@@ -22,7 +22,9 @@ NOTE = (
     "JAX's derivative has it (in one program XLA recomputes some of it); both in x's. ideal: the norm's own passes, "
     "resident where x stays on the chip between them, streaming where it comes from memory each time. on chip (a "
     "multiprocessor's shared memory, or VMEM), registers of a thread, spills: the most of any of our kernels; - where "
-    "the compiler does not tell."
+    "the compiler does not tell. seconds: to trace and lower a program + to compile it, in a process that has compiled "
+    "what stands above it. instructions: those that a thread issues for an element of x in each loop over x, kernel "
+    "after kernel, of our Pallas kernels for GPUs."
 )
 NOT_COMPILED = "not compiled"
 
@@ -57,6 +59,8 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "temporary": lambda row: _in_x(row.temporary_bytes, row),
         "kept": lambda row: _in_x(row.kept_bytes, row),
     }
+    if any(row.lowering_seconds is not None for row in rows):
+        texts["seconds"] = _seconds
     told = {
         "on chip": ("on_chip_bytes", lambda value: f"{value / 1024:.0f} KiB"),
         "registers": ("registers", str),
@@ -66,6 +70,8 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for heading, (field, text) in told.items():
         if any(getattr(row, field) is not None for row in rows):
             texts[heading] = lambda row, field=field, text=text: _or_dash(getattr(row, field), text)
+    if any(row.sass is not None for row in rows):
+        texts["instructions"] = _instructions
     lines = []
     for pass_name in PASSES:
         # What is not installed is named below the table.
@@ -93,6 +99,19 @@ def _inside(row: Row) -> str:
     if row.inside_reads is None:
         return f"opaque (>= {Passes(row.operand_reads, row.operand_writes)})"
     return str(Passes(row.inside_reads, row.inside_writes))
+
+
+def _seconds(row: Row) -> str:
+    if row.lowering_seconds is None:
+        return "-"
+    return f"{row.lowering_seconds:.1f}+{row.compiling_seconds:.1f} s"
+
+
+def _instructions(row: Row) -> str:
+    """The instructions for an element of x in each loop over x; kernels without one, which merge, are left out."""
+    figures = [[loop.per_element for loop in kernel.over_x] for kernel in row.sass or ()]
+    texts = ["/".join(f"{figure:.1f}" for figure in loops if figure is not None) for loops in figures]
+    return ", ".join(filter(None, texts)) or "-"
 
 
 def _over(row: Row, base: Row | None) -> str:
@@ -131,13 +150,16 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def notes(rows: Sequence[Row], *, details: bool = False) -> list[str]:
-    """What the table does not say: why a row was not compiled, and if wanted the kernels' plans and every access."""
+    """What the table does not say.
+
+    Why a row was not compiled, or what is not known of it; if wanted, the kernels' plans and every access.
+    """
     lines = []
-    for reason in dict.fromkeys(row.reason for row in rows if row.reason):
+    for reason, compiled in dict.fromkeys((row.reason, row.status == "compiled") for row in rows if row.reason):
         of_reason = [row for row in rows if row.reason == reason]
         names = ", ".join(dict.fromkeys(row.case.layer for row in of_reason))
-        everything = len(of_reason) == len(rows)
-        lines.append(f"{NOT_COMPILED}: {reason}" if everything else f"{names}: {NOT_COMPILED}: {reason}")
+        said = reason if compiled else f"{NOT_COMPILED}: {reason}"
+        lines.append(said if len(of_reason) == len(rows) else f"{names}: {said}")
     plans = {row.case.layer: row.plan for row in rows if row.kernels and row.plan} if details else {}
     lines += [f"{layer}: {plan}" for layer, plan in plans.items()]
     for row in rows if details else ():

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from bn_fused.bench import saved
 from bn_fused.bench.audit.blocks import Setting, layer_named
+from bn_fused.bench.audit.sass import Kernel, kernel_from_json
 
 Status = Literal["compiled", "refused", "missing", "failed"]
 
@@ -39,7 +40,7 @@ class Row:
     """What was found for a case. Passes are over x, sizes in bytes; None stands for what is not known.
 
     - `status`: "compiled"; "refused": the backend cannot run there; "missing": something is not installed; "failed".
-    - `reason`: why it was not compiled, in one line.
+    - `reason`: why it was not compiled, or what is not known of what was, in one line.
     - `auto`: whether `backend="auto"` takes this backend here.
     - `reads`, `writes`: passes around the kernels.
     - `padded_reads`, `padded_writes`: the same with the padding of tiled layouts, in passes over an unpadded x.
@@ -55,7 +56,8 @@ class Row:
     - `bundles`: instructions of a TPU's kernels, which run several operations each; the most of any kernel.
     - `plan`: the plan in words.
     - `details`: a line for every access to arrays of x's size.
-    - `seconds`: for compiling.
+    - `lowering_seconds`, `compiling_seconds`: how long tracing and lowering took, and compiling.
+    - `sass`: the program's Pallas kernels for GPUs, disassembled; none if they could not be, None if it has none.
     """
 
     case: Case
@@ -83,7 +85,9 @@ class Row:
     bundles: int | None = None
     plan: str = ""
     details: tuple[str, ...] = ()
-    seconds: float | None = None
+    lowering_seconds: float | None = None
+    compiling_seconds: float | None = None
+    sass: tuple[Kernel, ...] | None = None
 
     @property
     def total(self) -> "Passes | None":
@@ -157,6 +161,8 @@ def row_from_json(values: Mapping[str, Any]) -> Row:
     setting = {name: value for name, value in values.items() if name in names[Setting]}
     case = {name: value for name, value in values.items() if name in names[Case]}
     rest = {name: value for name, value in values.items() if name in names[Row]}
+    if rest.get("sass") is not None:
+        rest["sass"] = tuple(map(kernel_from_json, rest["sass"]))
     return row_of(case_from_json({**case, "setting": setting}), rest)
 
 

@@ -25,3 +25,64 @@ def compiled_row(case, **fields):
 def case_for(target="h200", layer="jnp", pass_name="fwd", setting=SETTING):
     """A case of one shape."""
     return Case(target, "shape", setting, layer, pass_name)
+
+
+# A backend whose forward hands y through a kernel that copies it, for the process that compiles. Its plan says that the
+# kernel reads what it copies three times.
+COPYING = """
+import dataclasses
+import jax
+from jax.experimental import pallas as pl
+from bn_fused import kernels
+from bn_fused.kernels.backends import jnp
+from bn_fused.kernels.contract import OPERATIONS
+
+def tpu_copy(y):
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(y_ref, out_ref, scratch):
+        scratch[...] = y_ref[...]
+        out_ref[...] = scratch[...]
+
+    block = pl.BlockSpec((64, 128), lambda i: (i, 0))
+    return pl.pallas_call(
+        kernel, out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(y.shape[0] // 64,), in_specs=[block],
+        out_specs=block, scratch_shapes=[pltpu.VMEM((64, 128), y.dtype)],
+    )(y)
+
+def gpu_copy(y):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    def kernel(y_ref, out_ref, scratch, barrier):
+        rows = pl.ds(jax.lax.axis_index("rows") * 64, 64)
+        plgpu.copy_gmem_to_smem(y_ref.at[rows, :], scratch, barrier)
+        plgpu.barrier_wait(barrier)
+        plgpu.copy_smem_to_gmem(scratch, out_ref.at[rows, :])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        kernel, out_type=jax.ShapeDtypeStruct(y.shape, y.dtype), grid=(y.shape[0] // 64,), grid_names=("rows",),
+        scratch_types=[plgpu.SMEM((64, y.shape[1]), y.dtype), plgpu.Barrier(num_arrivals=1)],
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+    )(y)
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    platform: str
+
+class TellingPlan(Plan):
+    passes = {"forward": (3, 1)}
+
+def forward(*operands, spec, **named):
+    y, *rest = jnp.forward(*operands, spec=spec, **named)
+    return {"tpu": tpu_copy, "cuda": gpu_copy}[spec.plan.platform](y), *rest
+
+operations = {name: getattr(jnp, name) for name in OPERATIONS} | {"forward": forward}
+for name, plan in (("telling", TellingPlan), ("silent", Plan)):
+    kernels.register(
+        kernels.Backend(name, operations, plan=lambda problem, target, plan=plan: plan(target.platform))
+    )
+kernels.register(kernels.Backend("refusing", operations, refusal=lambda problem, target: "it wants more rows"))
+from bn_fused.bench.audit.compile import serve
+serve()
+"""
