@@ -266,7 +266,7 @@ def barrier_wait(counter, number, seconds):
             i32 = ir.IntegerType.get_signless(32)
             in_time = _inline(llvm, i32, [_address(counter)], wait_for, "=r,l")
             in_time = llvm.trunc(ir.IntegerType.get_signless(1), in_time, 0)
-            cf.assert_(in_time, "bn_fused: not all blocks of a resident kernel are on the device at the same time")
+            cf.assert_(in_time, "bn_fused: not all blocks of a kernel are on the device at the same time")
         mgpu.warpgroup_barrier()
 
     wait(counter)

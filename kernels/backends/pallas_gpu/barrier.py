@@ -1,12 +1,11 @@
-"""Where the blocks of a resident kernel wait for each other, and why they do not wait for ever.
+"""Where the blocks of a kernel wait for each other, and why they do not wait for ever.
 
-Waiting for each other is sound only if all blocks of a unit are on the chip together. A cluster is placed together or
-not at all, by the hardware. Where a unit needs more blocks than a cluster has, no more blocks are launched than there
-are multiprocessors, each of which takes one: `one_launch_plan.not_co_resident` refuses everything else before it is
-lowered, with the number of multiprocessors that the device itself reports if that is less than the chip's table says
-(a slice of a GPU: MIG; a share under MPS). In a program for several devices only clusters are taken: a collective that
-runs beside such a kernel holds multiprocessors until it has met those of the other devices, which may be waiting for
-multiprocessors in the same way. What is left to go wrong at run time:
+Waiting for each other is sound only if all blocks of a unit are on the chip together. No more blocks are launched than
+there are multiprocessors, each of which takes one: `one_launch_plan.not_co_resident` refuses everything else before it
+is lowered, with the number of multiprocessors that the device itself reports if that is less than the chip's table says
+(a slice of a GPU: MIG; a share under MPS). In a program for several devices a unit is a cluster, which the hardware
+places together or not at all: a collective that runs beside such a kernel holds multiprocessors until it has met those
+of the other devices, which may be waiting for multiprocessors in the same way. What is left to go wrong at run time:
 
 - A program that was compiled for a whole chip and is run, from a file, on a part of one.
 - Two of these kernels at the same time on one device, each of which holds multiprocessors that the other one needs.

@@ -1,7 +1,7 @@
 """How the kernels of the backend `pallas_gpu` merge the partial results of their blocks.
 
 A `Merge` is what is computed of them, per channel; `Parts` are the partial results as the warpgroups of a block add
-them up. A resident kernel does that itself. Between two passes of a stream, `merge_moments` and `merge_sums` are
+them up. A kernel of one launch does that itself. Between the passes of streams, `merge_moments` and `merge_sums` are
 launches of O(channels) that do it and compute the values per channel that the second pass needs.
 """
 

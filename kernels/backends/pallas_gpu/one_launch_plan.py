@@ -31,6 +31,8 @@ EXCHANGED = 2
 # What a block could move through memory while the blocks of a unit meet and merge, about 4 us; and while its warpgroups
 # exchange their part of it, for each after the first.
 MEETING_BYTES, EXCHANGE_BYTES = 128 * 1024, 32 * 1024
+# And while streaming kernels are launched one after the other, and merge, about 10 us.
+STREAMING_BYTES = 320 * 1024
 # What one warpgroup loses against two where tiles come and go.
 ALONE = 0.02
 # Of what L2 holds, so much is counted on when the second pass comes to what is not kept.
@@ -71,13 +73,14 @@ class OneLaunch:
 
 
 def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outputs, sums, clusters_only=False):
-    """The `OneLaunch` of an operation, or None where it does not fit.
+    """The `OneLaunch` of an operation, or None where it does not fit, or does not pay.
 
     Its kernel reads `inputs` arrays [groups, rows, channels], `again` of them a second time where they are not kept,
     writes `outputs`, and merges `sums` values per column. With `clusters_only`, its units are clusters.
 
-    Of the ways to fold rows, of blocks of 128 and 256 columns and of numbers of slabs, the one in which a
-    multiprocessor moves the fewest bytes, those counted that it could have moved while it waits and merges.
+    Of the ways to fold rows, of blocks of 128 and 256 columns, of warpgroups and of numbers of slabs, the one in which
+    a multiprocessor moves the fewest bytes, those counted that it could have moved while it waits and merges; if they
+    are fewer than those of the streaming kernels.
     """
     fold_and_columns = fold_of(rows, channels, itemsize)
     if fold_and_columns is None:
@@ -88,32 +91,46 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
         folds.add(1)
     candidates = []
     for fold, columns, warpgroups in itertools.product(sorted(folds), (WARPGROUP, WIDEST), WARPGROUPS):
-        width = fold * channels
-        if columns > width or warpgroups > warpgroups_of(rows // fold):
-            continue
-        blocks = -(-width // columns)
-        unit_blocks = blocks if fold > 1 else 1
-        units = groups * blocks // unit_blocks
-        together = LARGEST_CLUSTER if clusters_only else chip.cores
-        if unit_blocks > together:
+        if columns > fold * channels or warpgroups > warpgroups_of(rows // fold):
             continue
         room = ring_bytes(chip, columns, warpgroups, sums + EXCHANGED) // (warpgroups * inputs * columns * itemsize)
-        for slabs in sorted({1, 2, 3, 4, 6, 8, -(-units * unit_blocks // chip.cores), units}):
-            at_once = -(-units // slabs)
-            if at_once * unit_blocks > chip.cores or slabs != -(-units // at_once):
-                continue
-            most = min(together, chip.cores // at_once) // unit_blocks
-            most = max(1, min(most, rows // fold // (warpgroups * LEAST_ROWS)))
-            for splits in sorted({most, -(-most // 2), -(-most // 4)}):
-                of_block, more = divmod(rows // fold, splits)
-                ring = ring_of(of_block // warpgroups, -(-(of_block + (more > 0)) // warpgroups), room, columns)
-                if ring is None:
-                    continue
+        for splits, unit_blocks, at_once, slabs in _shapes(
+            groups, rows // fold, fold, -(-fold * channels // columns), warpgroups, chip.cores, clusters_only
+        ):
+            of_block, more = divmod(rows // fold, splits)
+            ring = ring_of(of_block // warpgroups, -(-(of_block + (more > 0)) // warpgroups), room, columns)
+            if ring is not None:
                 shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
                 plan = OneLaunch(*shape, *ring, clusters_only)
                 cost = _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums)
-                candidates.append((cost, fold, columns, plan))
-    return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+                best = min(
+                    best or (cost, fold, columns, plan), (cost, fold, columns, plan), key=lambda found: found[:3]
+                )
+    streamed = groups * rows * channels * itemsize / chip.cores
+    streaming = _moved(streamed, streamed * chip.cores, 0, inputs, again, outputs) + STREAMING_BYTES
+    best = min(candidates, key=lambda candidate: candidate[:3], default=(streaming,))
+    return best[3] if best[0] < streaming else None
+
+
+def _shapes(groups, rows, fold, blocks, warpgroups, cores, clusters_only):
+    """Ways to share out the multiprocessors: (splits, blocks of columns of a unit, units at once, slabs)."""
+    unit_blocks = blocks if fold > 1 else 1
+    units = groups * blocks // unit_blocks
+    together = LARGEST_CLUSTER if clusters_only else cores
+    for slabs in sorted({1, 2, 3, 4, 6, 8, -(-units * unit_blocks // cores), units}):
+        at_once = -(-units // slabs)
+        most = min(together, cores // at_once) // unit_blocks
+        if most >= 1 and slabs == -(-units // at_once):
+            most = max(1, min(most, rows // (warpgroups * LEAST_ROWS)))
+            for splits in sorted({most, -(-most // 2), -(-most // 4)}):
+                yield splits, unit_blocks, at_once, slabs
+
+
+def _moved(of_block, whole, kept, inputs, again, outputs):
+    """Bytes that a block moves, of so many in each array, for its part of whole arrays of so many."""
+    cached = CACHED_BYTES / (whole * again)
+    missing = max(0, 1 - kept - cached) + min(1 - kept, cached) / 2
+    return of_block * (inputs + outputs + again * missing)
 
 
 def _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums):
@@ -121,9 +138,7 @@ def _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums):
     splits = plan.members // (-(-plan.fold * channels // plan.columns) if plan.fold > 1 else 1)
     of_block = -(-rows // (plan.fold * splits)) * plan.columns * itemsize
     whole = of_block * plan.members * plan.at_once * plan.slabs
-    cached = CACHED_BYTES / (whole * again)
-    missing = max(0, 1 - plan.kept - cached) + min(1 - plan.kept, cached) / 2
-    moved = of_block * (inputs + outputs + again * missing)
+    moved = _moved(of_block, whole, plan.kept, inputs, again, outputs)
     alone = plan.warpgroups == 1 and (plan.kept < 1 or plan.slabs > 1)
     # Every block reads the parts of all of them.
     copies = 1 if plan.fold * channels == plan.columns else plan.fold

@@ -1,14 +1,16 @@
 """The backend `pallas_gpu`: every operation of `contract` for NVIDIA Hopper and Blackwell GPUs, with Pallas Mosaic GPU.
 
 Passes over arrays of x's size, R reads and W writes, and launches; r is the residual, k what is kept for the
-activation's derivative where one was added, r or y, and dz, the gradient before the activation, is then a result. Where
-what an operation reads fits on chip, all at once ("resident") or channels after channels ("slab"), it is read once
-(`resident`):
+activation's derivative where one was added, r or y, and dz, the gradient before the activation, is then a result. A
+forward or backward in one launch (`one_launch`) reads once what stays on chip between its two passes, and twice the
+rest, here in parentheses:
 
-    forward              R x (+R r) W y                                                 1 launch
-    backward             R x, R dy (+R k) W dx (+W dz)                                  1 launch
+    forward              R x (+R x) (+R r) W y                                          1 launch
+    backward             R x, R dy (+R x, R dy) W dx                                    1 launch
+      with k             R x, R dy, R k W dz (+R x, R dz) W dx                          1 launch
 
-else it is streamed (`stream`), as are the other operations always:
+Where the blocks may not wait for each other, or where little would stay, each pass is a launch (`stream`), as are those
+of the other operations always:
 
     forward              moments R x, [merge], normalise R x (+R r) W y                 3 launches
     backward             sums R x, R dy, [merge], gradient R x, R dy W dx               3 launches
@@ -20,10 +22,10 @@ else it is streamed (`stream`), as are the other operations always:
 
 [merge] is a launch of O(channels): it merges the blocks' moments (Chan) and computes the blend with the running
 statistics, offset and rstd; or it merges the sums. A second pass goes through the rows backwards: it starts with what
-the first has left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which the
-blocks of a resident kernel wait for each other, and where a row of channels is not a multiple of 256 (or 128) columns,
-several rows are seen as one and the values per channel repeated. Which of the ways is taken, `Plan.kind` says; `plan=`
-with `forward=None, backward=None` streams always. `docs/kernels-gpu.md` says more.
+the first has left in L2. XLA computes no more than O(channels) around the kernels: it zeroes the counters by which
+blocks wait for each other, and where there are few channels several rows are seen as one and the values per channel
+repeated. Which of the ways is taken, `Plan.kind` says; `plan=` with `forward=None, backward=None` streams always.
+`docs/kernels-gpu.md` says more.
 
 x of any layout is seen as [groups, rows, channels]. Where the channels lie last in memory that costs nothing, and
 where XLA chooses the layout (between convolutions on a GPU) it makes them lie last.
@@ -37,7 +39,7 @@ rows or more; a plan given by hand whose blocks wait for each other and may not 
 statistics are blended inside the launch if they are float32, and with jnp after it otherwise: the forward is streamed
 then.
 
-Compiled for those chips and run in an interpreter; never yet on a GPU.
+Compiled for those chips, run in an interpreter and on an H200.
 """
 
 import jax.numpy as jnp
