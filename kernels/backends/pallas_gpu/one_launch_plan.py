@@ -103,9 +103,7 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
                 shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
                 plan = OneLaunch(*shape, *ring, clusters_only)
                 cost = _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums)
-                best = min(
-                    best or (cost, fold, columns, plan), (cost, fold, columns, plan), key=lambda found: found[:3]
-                )
+                candidates.append((cost, fold, columns, plan))
     streamed = groups * rows * channels * itemsize / chip.cores
     streaming = _moved(streamed, streamed * chip.cores, 0, inputs, again, outputs) + STREAMING_BYTES
     best = min(candidates, key=lambda candidate: candidate[:3], default=(streaming,))
