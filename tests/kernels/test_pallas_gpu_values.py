@@ -45,7 +45,9 @@ CALLS = {
     "far from zero": call("far from zero", plan(splits=1, ring=9 * 128 * 4)),
     "folded": call("bfloat16", plan(fold=4, splits=1, warpgroups=1, ring=9 * 128 * 2)),
     # dz is rounded where it is written, and not where it is added up.
-    "folded, dz of 16 bits": call("bfloat16", plan(fold=4, splits=1, warpgroups=1, ring=9 * 128 * 2), activation="gelu", **BACKWARD),
+    "folded, dz of 16 bits": call(
+        "bfloat16", plan(fold=4, splits=1, warpgroups=1, ring=9 * 128 * 2), activation="gelu", **BACKWARD
+    ),
     "overlapping blocks": call("136 channels", plan(splits=1, warpgroups=4)),
     "256 columns": call("float16", plan(columns=256, splits=1, ring=18 * 256 * 2)),
     "groups and races": call("groups", plan(splits=1, ring=9 * 128 * 4)),
