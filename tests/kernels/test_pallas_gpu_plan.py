@@ -141,15 +141,6 @@ def test_the_merge_of_any_cut_is_the_whole(channels, centre):
 # --- what the kernels read and write --------------------------------------------------------------------------
 
 
-def traced(operation, plan, groups, rows, channels, dtype, activation, residual, state="float32"):
-    """(operation as a function of its operands, the operands), of no content; to be traced."""
-    operands = operand_specs(operation, groups, rows, channels, dtype, residual, activation)
-    running = {name: jax.ShapeDtypeStruct((groups, channels), state) for name in ("running_mean", "running_var")}
-    operands |= {name: value for name, value in running.items() if name in operands}
-    spec = Spec("grc", activation=activation, plan=plan)
-    return lambda given: getattr(pallas_gpu, operation)(**given, spec=spec), operands
-
-
 def passes_of_kernels(operation, plan, *case, monkeypatch, state="float32"):
     """(name, reads, writes) of arrays of x's size, of each kernel that an operation launches for them.
 
@@ -174,12 +165,13 @@ def passes_of_kernels(operation, plan, *case, monkeypatch, state="float32"):
         again = 1 - plan.one_launch(operation).kept
         return arrays + again * (2 if outputs else reads), 1 + outputs
 
-    groups, rows, channels, dtype, *_ = case
-    function, operands = traced(operation, plan, *case, state)
+    groups, rows, channels, dtype, activation, residual = case
+    operands = operand_specs(operation, groups, rows, channels, dtype, residual, activation, state)
+    spec = Spec("grc", activation=activation, plan=plan)
     with monkeypatch.context() as patched:
         patched.setattr(pallas_gpu, "stream", recording(pallas_gpu.stream, of_a_stream))
         patched.setattr(pallas_gpu, "one_launch", recording(pallas_gpu.one_launch, of_one_launch))
-        results = jax.eval_shape(function, operands)
+        results = jax.eval_shape(lambda given: getattr(pallas_gpu, operation)(**given, spec=spec), operands)
     expected = []
     for name, kind in OPERATIONS[operation].result_kinds(operands).items():
         of_channels = (groups, channels), state if name.startswith("new_running") else "float32"
