@@ -114,7 +114,7 @@ def test_plans_of_kernels_tell_kind_passes_and_launches_in_one_way():
             reads, writes = plan.passes(operation)
             launches = plan.launches(operation)
             assert reads >= 1 and writes in (0, 1) and len(launches) == len(set(launches)) >= 1
-            assert plan.kind(operation) in ("resident", "slab", "hybrid", "streaming")
+            assert plan.kind(operation) in ("resident", "slab", "partial", "hybrid", "streaming")
             fewest = {"forward": 1, "backward": 2}
             if operation in fewest:
                 assert (plan.kind(operation) in ("resident", "slab")) == (reads == fewest[operation])

@@ -3,6 +3,7 @@
 The tests call the functions that the kernels call, with Python's ints on all indices of small arrays.
 """
 
+import functools
 import itertools
 
 import jax
@@ -11,46 +12,83 @@ import numpy as np
 import pytest
 
 from bn_fused.kernels.backends.pallas_gpu.merges import MERGE_WARPGROUPS
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch, one_launch_tiling
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
-from bn_fused.kernels.backends.pallas_gpu.resident_plan import Resident, resident_tiling, tiles_of
-from bn_fused.kernels.backends.pallas_gpu.tiles import WARPGROUP, ResidentTiling, share
+from bn_fused.kernels.backends.pallas_gpu.tiles import (
+    FRAGMENT,
+    LEAST_STAGES,
+    LONGEST_TILE,
+    MOST_STAGES,
+    SPLITS_TOGETHER,
+    WARPGROUP,
+    OneLaunchTiling,
+    ring_of,
+    share,
+)
+
+
+def plan(fold=1, columns=128, splits=1, warpgroups=1, room=8, itemsize=4):
+    """With room for so many rows of tiles of one array in each warpgroup's ring."""
+    return Plan(fold, columns, splits, warpgroups, ring_bytes=warpgroups * room * columns * itemsize)
 
 
 def small_tilings():
     """Every way to cut a few rows, with tiles as small as the shared memory that is given to them."""
-    for rows, splits, warpgroups, most_rows in itertools.product(range(1, 34), (1, 2, 3, 5), (1, 2, 4), (1, 2, 4, 8)):
+    ways = itertools.product(range(1, 34), (1, 2, 3, 5), (1, 2, 4), (2, 4, 8, 20, 40), (128, 256))
+    for rows, splits, warpgroups, room, columns in ways:
         if splits * warpgroups <= rows:
-            plan = Plan(1, 128, splits, warpgroups, 2, ring_bytes=warpgroups * 2 * most_rows * 128 * 4)
-            yield tiling(plan, 1, rows, 128, 4, inputs=1)
+            yield tiling(plan(1, columns, splits, warpgroups, room), 1, rows, columns, 4, inputs=1)
 
 
-def test_every_row_is_worked_on_exactly_once():
+def workers(t):
+    return itertools.product(range(t.splits), range(t.warpgroups))
+
+
+def test_every_row_is_added_up_exactly_once_and_written_from_the_workers_own_tiles():
     for t in small_tilings():
         seen = []
-        for split, warpgroup in itertools.product(range(t.splits), range(t.warpgroups)):
-            worker = t.worker_range(t.worker(split, warpgroup))
+        for split, warpgroup in workers(t):
+            worker, written = t.worker_range(split, warpgroup), set()
+            own = range(worker.first, worker.first + worker.rows)
             for index in range(worker.tiles):
                 first, skipped = worker.tile(index)
-                assert first >= 0 and first + t.tile_rows <= t.rows and 0 <= skipped < t.tile_rows, t
-                seen += range(first + skipped, first + t.tile_rows)
+                tile = range(first, first + t.tile_rows)
+                assert own.start <= tile.start and tile.stop <= own.stop and 0 <= skipped < t.tile_rows, t
+                # Only the last tile has rows of another, and only of the one before: the two are written in turn.
+                assert not skipped or index == worker.tiles - 1
+                seen += tile[skipped:]
+                written |= set(tile)
+            assert written == set(own), t
         assert seen == list(range(t.rows)), t
-
-
-def test_a_worker_reads_no_rows_but_its_own():
-    for t in small_tilings():
-        for number in range(t.workers):
-            worker = t.worker_range(number)
-            assert worker.rows == t.worker_rows(number) >= t.tile_rows
-            for index in range(worker.tiles):
-                first, _ = worker.tile(index)
-                assert worker.first <= first and first + t.tile_rows <= worker.first + worker.rows
 
 
 def test_the_rows_of_a_split_are_those_of_its_warpgroups():
     for t in small_tilings():
         for split in range(t.splits):
-            workers = [t.worker(split, warpgroup) for warpgroup in range(t.warpgroups)]
-            assert t.split_rows(split) == sum(t.worker_rows(worker) for worker in workers)
+            of_warpgroups = [t.worker_range(split, warpgroup).rows for warpgroup in range(t.warpgroups)]
+            assert t.split_rows(split) == sum(of_warpgroups)
+            assert max(of_warpgroups) - min(of_warpgroups) <= 1 <= min(of_warpgroups)
+
+
+def test_a_tile_is_a_number_of_whole_fragments_which_is_one_of_whole_turns():
+    for t in small_tilings():
+        fragments, more = divmod(t.tile_rows, t.fragment_rows)
+        assert more == 0 and fragments % t.fragments_at_once == 0
+        # Four neighbouring values a thread, or fewer where the rows do not suffice.
+        assert WARPGROUP <= t.fragment_rows * t.columns <= FRAGMENT
+
+
+@pytest.mark.parametrize("columns", [128, 256])
+def test_a_ring_has_room_for_its_tiles_and_as_many_as_it_takes_to_use_one_while_another_comes(columns):
+    for least, more, room in itertools.product([*range(1, 70), 255, 256, 257, 600, 3000], (0, 1), range(90)):
+        most, found = least + more, ring_of(least, least + more, room, columns)
+        if room < min(LEAST_STAGES, most):
+            assert found is None
+            continue
+        tiles, tile_rows, stages = found
+        assert stages * tile_rows <= room and 1 <= tile_rows <= min(least, LONGEST_TILE)
+        assert tiles == -(-most // tile_rows)
+        assert min(LEAST_STAGES, tiles) <= stages <= min(tiles, MOST_STAGES)
 
 
 def test_every_part_of_an_array_is_one_blocks():
@@ -58,7 +96,7 @@ def test_every_part_of_an_array_is_one_blocks():
         (1, 3), (5, 9), (128, 300, 512), (1, 5), (128, 256)
     ):
         if columns <= channels:
-            t = tiling(Plan(1, columns, splits, 1, 1, ring_bytes=1 << 16), groups, rows, channels, 4, inputs=1)
+            t = tiling(plan(1, columns, splits, room=64), groups, rows, channels, 4, inputs=1)
             parts = itertools.product(range(groups), range(t.blocks), range(splits))
             assert [t.place(index) for index in range(t.grid)] == list(parts)
             merged = [t.merge_place(index) for index in range(groups * t.merge_blocks)]
@@ -69,16 +107,19 @@ def test_every_partial_result_is_added_up_once():
     for parts, number in itertools.product((1, 2, 4, MERGE_WARPGROUPS), range(1, 100)):
         shares = [share(number, index, parts) for index in range(parts)]
         assert [entry for first, end in shares for entry in range(first, end)] == list(range(number))
-    for splits, fold in itertools.product((1, 2, 5), (1, 2, 8)):
-        t = tiling(Plan(fold, 128, splits, 1, 1, ring_bytes=1 << 16), 1, 8 * fold, 128, 4, inputs=1)
-        entries = [t.entry(index) for index in range(t.entries)]
-        assert entries == list(itertools.product(range(splits), range(fold)))
+    for splits, fold, together in itertools.product(range(1, 14), (1, 2, 8), (1, 2, SPLITS_TOGETHER)):
+        t = tiling(plan(fold, splits=splits), 1, 16 * fold, 128, 4, inputs=1)
+        seen = []
+        for first, copy in (t.entry(index, together) for index in range(t.entries(together))):
+            # The rows of a fragment that stand behind the last partial result are in memory, and not added up.
+            assert first + together <= t.padded_splits
+            seen += [(split, copy) for split in range(first, first + together) if split < t.splits]
+        assert sorted(seen) == list(itertools.product(range(splits), range(fold)))
 
 
 def test_a_merge_meets_every_copy_of_its_channels_once():
     for channels, fold in ((8, 16), (24, 16), (65, 3), (96, 4), (136, 2), (1, 200)):
-        plan = Plan(fold, 128, 1, 1, 2, ring_bytes=2 * 4 * 128 * 4)
-        t = tiling(plan, 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
+        t = tiling(plan(fold), 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
         for block in range(t.merge_blocks if t else 0):
             start = t.merge_start(block)
             # What the stream's kernel has written: the row, and the first block's columns once more.
@@ -94,24 +135,28 @@ def test_a_merge_meets_every_copy_of_its_channels_once():
 
 def calls(t):
     """The functions of indices that the kernels call, each with all arguments that it is called with there."""
-    workers, splits, blocks, copies = range(t.workers), range(t.splits), range(t.blocks), range(t.fold)
+    splits, warpgroups, blocks, copies = range(t.splits), range(t.warpgroups), range(t.blocks), range(t.fold)
     starts = [t.block_start(block) for block in blocks]
-    most_tiles = range(t.worker_range(0).tiles)
+    most_tiles = range(t.worker_range(0, 0).tiles)
 
-    def worker_range(worker):
-        part = t.worker_range(worker)
+    def worker_range(split, warpgroup):
+        part = t.worker_range(split, warpgroup)
         return part.first, part.rows, part.tiles
 
-    yield t.worker, itertools.product(splits, range(t.warpgroups))
-    yield t.worker_rows, zip(workers)
-    yield worker_range, zip(workers)
-    yield lambda worker, index: t.worker_range(worker).tile(index), itertools.product(workers, most_tiles)
-    yield t.split_rows, zip(splits)
+    def merges(warpgroups, together):
+        entries = t.entries(together)
+        yield lambda warpgroup: share(entries, warpgroup, warpgroups), zip(range(warpgroups))
+        yield lambda index: t.entry(index, together), zip(range(entries))
+        yield t.split_rows, zip(range(t.padded_splits))
+
+    yield worker_range, workers(t)
+    for warpgroup in warpgroups:  # as where the partial results of a block are merged
+        yield functools.partial(worker_range, warpgroup=warpgroup), zip(splits)
+    yield lambda *worker: t.worker_range(*worker[:2]).tile(worker[2]), itertools.product(splits, warpgroups, most_tiles)
     yield t.block_start, zip(blocks)
-    yield t.entry, zip(range(t.entries))
-    if isinstance(t, ResidentTiling):
+    if isinstance(t, OneLaunchTiling):
         slots, members, units = range(t.at_once), range(t.members), range(t.units)
-        yield lambda warpgroup: share(t.entries, warpgroup, t.warpgroups), zip(range(t.warpgroups))
+        yield from merges(t.warpgroups, t.fragment_rows)
         yield t.slot, zip(range(t.grid))
         yield t.member, zip(members)
         yield t.turns, zip(slots)
@@ -119,7 +164,7 @@ def calls(t):
         yield t.unit_place, itertools.product(units, range(t.unit_blocks))
         yield t.copy_start, itertools.product(map(t.partial_start, starts), copies)
     else:
-        yield lambda warpgroup: share(t.entries, warpgroup, MERGE_WARPGROUPS), zip(range(MERGE_WARPGROUPS))
+        yield from merges(MERGE_WARPGROUPS, SPLITS_TOGETHER)
         yield t.place, zip(range(t.grid))
         yield t.merge_place, zip(range(t.groups * t.merge_blocks))
         yield t.merge_start, zip(range(t.merge_blocks))
@@ -139,23 +184,21 @@ CUTS = [
 ]
 
 
-@pytest.mark.parametrize("resident", [False, True], ids=["streaming", "resident"])
+@pytest.mark.parametrize("launches", ["one launch", "streaming"])
 @pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("cut", CUTS, ids=lambda cut: "-".join(map(str, cut)))
-def test_a_kernels_integers_give_the_same_numbers_in_32_bits(cut, x64, resident):
-    groups, rows, channels, fold, columns, splits, warpgroups, most_rows = cut
+def test_a_kernels_integers_give_the_same_numbers_in_32_bits(cut, x64, launches):
+    groups, rows, channels, fold, columns, splits, warpgroups, room = cut
     sizes = groups, rows * fold, channels, 4
     blocks = -(-channels * fold // columns)
-    if resident:
+    if launches == "one launch":
         members, units = (splits, groups * blocks) if fold == 1 else (splits * blocks, groups)
-        tiles, tile_rows = tiles_of(rows, splits * warpgroups, 64)
-        plan = Resident(
-            fold, columns, warpgroups, members, 2 if units > 1 else 1, -(-units // 2), tiles, tile_rows, False
-        )
-        t = resident_tiling(plan, *sizes, inputs=1)
+        at_once = 2 if units > 1 else 1
+        ring = ring_of(rows // (splits * warpgroups), -(-rows // (splits * warpgroups)), room, columns)
+        one = OneLaunch(fold, columns, warpgroups, members, at_once, -(-units // at_once), *ring, cluster=False)
+        t = one_launch_tiling(one, *sizes, inputs=1)
     else:
-        ring_bytes = warpgroups * 2 * most_rows * columns * 4
-        t = tiling(Plan(fold, columns, splits, warpgroups, 2, ring_bytes), *sizes, inputs=1)
+        t = tiling(plan(fold, columns, splits, warpgroups, room), *sizes, inputs=1)
     functions, arguments = zip(*((function, list(each)) for function, each in calls(t)), strict=True)
     expected = [
         [numbers_of(function(*one)) for one in each] for function, each in zip(functions, arguments, strict=True)

@@ -1,7 +1,8 @@
 """A process that compiles operations of a GPU backend for a chip that is not there: `python compiled_operations.py`.
 
 Reads JSON from standard input: [backend, target, cases, programs], a case being [[groups, rows, channels, dtype,
-activation, residual], names of operations], and programs {"entrances": whether to try all of them, "plans": whether to
+activation, residual], names of operations, of which "streamed forward" and "streamed backward" take a plan of
+pallas_gpu that streams], and programs {"entrances": whether to try all of them, "plans": whether to
 try plans of pallas_gpu given by hand, "order": the [shape, dtype, residual] of a step whose launches to list, "blocks":
 dtypes}. Writes what was counted in the compiled programs.
 
@@ -74,18 +75,29 @@ def figures(compiled, elements, nbytes):
 
 def operation_of(backend, target, name, groups, rows, channels, dtype, activation, residual):
     """What is counted in one operation, and what its plan says of it."""
-    operands = operand_specs(name, groups, rows, channels, dtype, residual, activation)
-    spec = Spec("grc", 1e-5, activation, backend)
-    x = operands["x"]
-    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
-    found = figures(compiled, x.size, x.size * x.dtype.itemsize)
     plan = kernels.choose(
         kernels.Problem(groups, rows, channels, dtype, activation, residual),
         kernels.Target("cuda", kernels.chips.CHIPS[target]),
         backend,
     ).plan
-    found |= {"planned_launches": len(plan.launches(name)), "planned_passes": plan.passes(name)}
+    streamed, name = name.startswith("streamed "), name.removeprefix("streamed ")
+    by_hand = dataclasses.replace(plan, forward=None, backward=None) if streamed else None
+    plan = by_hand or plan
+    operands = operand_specs(name, groups, rows, channels, dtype, residual, activation)
+    spec = Spec("grc", 1e-5, activation, backend, by_hand)
+    x = operands["x"]
+    compiled = compile_for(target, lambda values: run(name, spec, **values), operands)
+    found = figures(compiled, x.size, x.size * x.dtype.itemsize)
+    found |= {"planned_launches": len(plan.launches(name)), "planned_passes": seen_passes(plan, name)}
     return found | ({"kind": plan.kind(name)} if hasattr(plan, "kind") else {})
+
+
+def seen_passes(plan, name):
+    """A plan's passes as the program shows them: what a launch reads a second time is one operand of it."""
+    in_one_launch = getattr(plan, name, None)
+    if in_one_launch is not None:
+        plan = dataclasses.replace(plan, **{name: dataclasses.replace(in_one_launch, stages=in_one_launch.tiles)})
+    return plan.passes(name)
 
 
 def block(backend, target, dtype):

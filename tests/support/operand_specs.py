@@ -5,8 +5,11 @@ import jax
 from bn_fused.kernels.contract import OPERATIONS, Spec, kept_for_derivative
 
 
-def operand_specs(operation, groups, rows, channels, dtype, residual, activation):
-    """{name: `jax.ShapeDtypeStruct`} for x [groups, rows, channels]: without a mask, with a residual or without."""
+def operand_specs(operation, groups, rows, channels, dtype, residual, activation, state="float32"):
+    """{name: `jax.ShapeDtypeStruct`} for x [groups, rows, channels]: without a mask, with a residual or without.
+
+    `state`: the dtype of the running statistics.
+    """
     kinds = {
         "x": jax.ShapeDtypeStruct((groups, rows, channels), dtype),
         "channel": jax.ShapeDtypeStruct((groups, channels), "float32"),
@@ -14,6 +17,8 @@ def operand_specs(operation, groups, rows, channels, dtype, residual, activation
         "coefficients": jax.ShapeDtypeStruct((groups, 6), "float32"),
     }
     specs = {name: kinds[kind] for name, kind in OPERATIONS[operation].operands.items() if kind in kinds}
+    running = jax.ShapeDtypeStruct((groups, channels), state)
+    specs |= {name: running for name in ("running_mean", "running_var") if name in specs}
     added = {"residual": kinds["x"]} if residual else {}
     if "y" in specs:
         added = kept_for_derivative(Spec("grc", activation=activation), added.get("residual"), kinds["x"])

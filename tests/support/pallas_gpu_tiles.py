@@ -17,7 +17,7 @@ def merged_by_hand(t, x):
     for split in range(t.splits):
         merged = []
         for warpgroup in range(t.warpgroups):
-            worker = t.worker_range(t.worker(split, warpgroup))
+            worker = t.worker_range(split, warpgroup)
             first, _ = worker.tile(0)
             pivot = x[first : first + t.tile_rows].mean(0, dtype=one)
             sums, squares = np.zeros_like(pivot), np.zeros_like(pivot)
