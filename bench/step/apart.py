@@ -24,7 +24,7 @@ import bn_fused
 from bn_fused.bench.child import Child, ChildEnded, answer_requests
 from bn_fused.bench.device_time import measure_device
 from bn_fused.bench.step.agreement import Expected, Losses, epsilon
-from bn_fused.bench.step.networks import BASELINE, CHANNELS_LAST, Contender, Setting, contenders
+from bn_fused.bench.step.networks import BASELINE, Contender, Setting, contenders
 from bn_fused.bench.step.timed import TIMED, Row, RunInterrupted, compared, make_run, one_line, timed
 from bn_fused.bench.timing import MAX_ROUNDS, MIN_ROUNDS, Samples, Timed
 
@@ -79,11 +79,14 @@ class Process:
         return self.row is None or self.row.status in TIMED
 
 
-def _first(networks: Sequence[Contender]) -> list[Contender]:
-    """Of each layout the first network of ours on jnp: what is there in every run, and quick to lower."""
+def _first(networks: Sequence[Contender]) -> dict[bool, Contender]:
+    """By whether it has channels last, the first network of ours on jnp: quick to lower, and in most runs."""
     plain = [one for one in networks if one.ours and one.name.startswith("jnp")]
-    found = {one.name.endswith(CHANNELS_LAST): one for one in reversed(plain)}
-    return list(found.values())
+    return {_channels_last(one): one for one in reversed(plain)}
+
+
+def _channels_last(network):
+    return network.function is not None or network.module == "flax"
 
 
 def run(
@@ -122,30 +125,34 @@ def run(
 
 
 def _build(processes, setting, options, time_limit, progress):
-    """Lower and compile every network, all at once but for those that go first."""
+    """Lower and compile JAX's networks, all at once but for those that go first, and then torch's.
+
+    torch.compile has a process for each core, and what is compiled beside it takes several times as long.
+    """
     begin = time.monotonic()
     deadline = begin + time_limit
     first = _first([one.network for one in processes])
-    ready = {one.name: threading.Event() for one in first}
+    ready = {one.name: threading.Event() for one in first.values()}
 
     def build(one):
+        goes_first = first.get(_channels_last(one.network))
         try:
             request = {"setting": dataclasses.asdict(setting), "options": dict(options), "name": one.network.name}
             if one.ask(deadline - time.monotonic(), do="lower", **request) is None:
                 return
-            if one.network not in first and one.network.module != "torch":
-                for event in ready.values():
-                    event.wait(max(0.0, begin + FIRST_SHARE * time_limit - time.monotonic()))
+            if goes_first not in (None, one.network):
+                ready[goes_first.name].wait(max(0.0, begin + FIRST_SHARE * time_limit - time.monotonic()))
             one.ask(deadline - time.monotonic(), do="compile")
         finally:
-            if one.network in first:
+            if goes_first is one.network:
                 ready[one.network.name].set()
 
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(processes))) as pool:
-        futures = [pool.submit(build, one) for one in processes]
-        for done, future in enumerate(concurrent.futures.as_completed(futures)):
-            future.result()
-            progress("compiling", 0.7 * (done + 1) / len(futures))
+    torch = [one for one in processes if one.network.module == "torch"]
+    others = [one for one in processes if one not in torch]
+    for done, some in enumerate((others, torch)):
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(some))) as pool:
+            list(pool.map(build, some))
+        progress("compiling", 0.35 * (done + 1))
 
 
 def _compare(processes, setting):
