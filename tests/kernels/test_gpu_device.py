@@ -18,6 +18,7 @@ from bn_fused.kernels.backends.triton import limits
 from support.child_process import child_environment
 from support.kernel_cases import ALL, DEVICE_SETTINGS, DEVICE_SHAPES, Case, on_a_device
 from support.pallas_gpu_calls import check
+from support.pallas_gpu_plans import DEVICE_PLANS
 
 # The lowest compute capability of each backend.
 LEAST = {"pallas_gpu": 9, "triton": 8}
@@ -84,6 +85,12 @@ def test_the_numbers_of_triton_agree_with_float64_and_two_runs_give_the_same_bit
     check(case, tmp_path, on_gpu=True, backend=backend)
 
 
+@pytest.mark.parametrize("name", DEVICE_PLANS)
+def test_plans_by_hand_of_every_kind_give_numbers_that_agree_and_the_same_bits_twice(name, tmp_path):
+    case, plan = DEVICE_PLANS[name]
+    check(case, tmp_path, on_gpu=True, plan=plan)
+
+
 @pytest.mark.parametrize("backend", LEAST)
 @pytest.mark.parametrize("rows", [1568, 28679])
 def test_far_from_zero(rows, backend, tmp_path):
@@ -117,8 +124,9 @@ def step(x, backend="pallas_gpu", plan=None):
     one = jnp.ones(x.shape[-1])
     return kernels.fused_batch_norm(x, one, one, one, one, blend, eps=1e-5, backend=backend, plan=plan)
 
-def agree(x, rows=slice(None)):
-    ours, theirs = (jax.jit(lambda x: step(x, backend))(x) for backend in ("pallas_gpu", "jnp"))
+def agree(x, rows=slice(None), plan=None):
+    ours = jax.jit(lambda x: step(x, plan=plan))(x)
+    theirs = jax.jit(lambda x: step(x, "jnp"))(x)
     for one, other in zip(ours[1:], theirs[1:]):
         np.testing.assert_allclose(np.asarray(one), np.asarray(other), rtol=1e-4, atol=1e-5)
     one, other = (np.asarray(y[rows].astype(jnp.float32)) for y in (ours[0], theirs[0]))
@@ -128,8 +136,11 @@ def agree(x, rows=slice(None)):
 LARGE = """
 rows, channels = json.loads(sys.argv[1])
 x = jax.random.normal(jax.random.key(0), (rows, channels), jnp.bfloat16)
-agree(x, slice(-1000, None))  # behind 2^31 elements
-print(bn_fused.explain((rows, channels), "bfloat16", backend="pallas_gpu").plan.kind("forward"))
+plan = bn_fused.explain((rows, channels), "bfloat16", backend="pallas_gpu").plan
+streaming = dataclasses.replace(plan, forward=None, backward=None)
+for each in (plan, streaming):
+    agree(x, slice(-1000, None), each)  # behind 2^31 elements
+    print(each.kind("forward"))
 """
 
 
@@ -137,7 +148,7 @@ print(bn_fused.explain((rows, channels), "bfloat16", backend="pallas_gpu").plan.
 def test_more_than_2_31_elements(shape, kind):
     process = on_gpu(COMMON + LARGE, json.dumps(shape))
     assert process.returncode == 0, process.stderr[-4000:]
-    assert process.stdout.strip() == kind
+    assert process.stdout.split() == [kind, "streaming"]
 
 
 SLABS = """
@@ -171,8 +182,8 @@ def test_slabs_give_the_same_bits_as_none(backend):
 
 
 REPEATED = """
-x = jax.random.normal(jax.random.key(0), (12544, 512), jnp.bfloat16)
-assert bn_fused.explain(x.shape, x.dtype, backend="pallas_gpu").plan.forward is not None
+x = jax.random.normal(jax.random.key(0), (json.loads(sys.argv[1]), 512), jnp.bfloat16)
+print(bn_fused.explain(x.shape, x.dtype, backend="pallas_gpu").plan.kind("forward"))
 compiled = jax.jit(step)
 first = jax.device_get(compiled(x))
 def same(others):
@@ -199,9 +210,11 @@ for i in (0, 2):
 """
 
 
-def test_kernels_that_wait_in_loops_threads_and_groups_give_the_same_bits():
-    process = on_gpu(COMMON + REPEATED)
+@pytest.mark.parametrize(("rows", "kind"), [(12544, "resident"), (50176, "partial")])
+def test_kernels_of_one_launch_in_loops_threads_and_groups_give_the_same_bits(rows, kind):
+    process = on_gpu(COMMON + REPEATED, json.dumps(rows))
     assert process.returncode == 0, process.stderr[-4000:]
+    assert process.stdout.strip() == kind
 
 
 UNSOUND = """

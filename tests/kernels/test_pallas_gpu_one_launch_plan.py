@@ -24,6 +24,7 @@ from bn_fused.kernels.registry import check_plan, choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
 from support.described_devices import device
+from support.pallas_gpu_plans import DEVICE_PLANS
 from support.pallas_gpu_tiles import SHAPES, merged_by_hand
 from support.tolerances import assert_close
 
@@ -112,10 +113,11 @@ def test_every_worker_has_its_own_rows_in_its_tiles_and_as_many_of_these_as_the_
             end = part.first + part.rows
             tiles.append(part.tiles)
             before = part.first
-            for first, skipped in map(part.tile, {0, part.tiles - 2, part.tiles - 1} & set(range(part.tiles))):
+            for index in {0, part.tiles - 2, part.tiles - 1} & set(range(part.tiles)):
+                first, skipped = part.tile_row(index), part.skipped(index)
                 assert before <= first and first + t.tile_rows <= end and 0 <= skipped < t.tile_rows
             for index in range(min(part.tiles, 50)):  # all of the rows once, in order
-                first, skipped = part.tile(index)
+                first, skipped = part.tile_row(index), part.skipped(index)
                 assert first + skipped == before
                 before = first + t.tile_rows
             assert before == end or part.tiles > 50
@@ -349,6 +351,21 @@ def test_a_plan_by_hand_that_does_not_fit_the_array_is_refused(change):
     assert one_launch_tiling(plan, 1, 25088, 512, 2, 1)
     with pytest.raises(ValueError, match="does not fit"):
         one_launch_tiling(dataclasses.replace(plan, **change), 1, 25088, 512, 2, 1)
+
+
+@pytest.mark.parametrize("name", DEVICE_PLANS)
+def test_the_plans_by_hand_for_a_device_are_what_their_names_say_and_run_on_the_smallest(name):
+    case, plan = DEVICE_PLANS[name]
+    problem = Problem(case.groups, case.rows, case.channels, case.dtype, case.activation, case.residual)
+    choice = own_plan(problem, Target("cuda", CHIPS["h100"]))
+    check_plan(choice, plan, problem, Target("cuda", CHIPS["h100"]))
+    for operation, inputs in (
+        ("forward", 1 + case.residual),
+        ("backward", 2 + (case.residual and case.activation is not None)),
+    ):
+        sizes = case.groups, case.rows, case.channels, jnp.dtype(case.dtype).itemsize
+        assert one_launch_tiling(plan.one_launch(operation), *sizes, inputs).grid <= 132
+        assert plan.kind(operation) == name.split(",")[0]
 
 
 # --- what is chosen -------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def test_every_row_is_added_up_exactly_once_and_written_from_the_workers_own_til
             worker, written = t.worker_range(split, warpgroup), set()
             own = range(worker.first, worker.first + worker.rows)
             for index in range(worker.tiles):
-                first, skipped = worker.tile(index)
+                first, skipped = worker.tile_row(index), worker.skipped(index)
                 tile = range(first, first + t.tile_rows)
                 assert own.start <= tile.start and tile.stop <= own.stop and 0 <= skipped < t.tile_rows, t
                 # Only the last tile has rows of another, and only of the one before: the two are written in turn.
@@ -152,7 +152,9 @@ def calls(t):
     yield worker_range, workers(t)
     for warpgroup in warpgroups:  # as where the partial results of a block are merged
         yield functools.partial(worker_range, warpgroup=warpgroup), zip(splits)
-    yield lambda *worker: t.worker_range(*worker[:2]).tile(worker[2]), itertools.product(splits, warpgroups, most_tiles)
+    every_tile = list(itertools.product(splits, warpgroups, most_tiles))
+    yield lambda *worker: t.worker_range(*worker[:2]).tile_row(worker[2]), every_tile
+    yield lambda *worker: t.worker_range(*worker[:2]).skipped(worker[2]), every_tile
     yield t.block_start, zip(blocks)
     if isinstance(t, OneLaunchTiling):
         slots, members, units = range(t.at_once), range(t.members), range(t.units)

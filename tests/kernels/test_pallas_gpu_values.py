@@ -30,7 +30,13 @@ def one_launch(**fields):
     """A plan whose forward and backward are one launch. The interpreter needs its blocks as clusters, however many."""
     defaults = {"fold": 1, "columns": 128, "warpgroups": 2, "at_once": 1, "slabs": 1, "stages": fields["tiles"]}
     both = OneLaunch(**defaults | fields, cluster=True)
-    streaming = plan(fold=both.fold, columns=both.columns, splits=1, ring=6 * 3 * both.columns * 4)
+    streaming = plan(
+        fold=both.fold,
+        columns=both.columns,
+        splits=1,
+        warpgroups=both.warpgroups,
+        ring=6 * 3 * both.columns * 4,
+    )
     return dataclasses.replace(streaming, forward=both, backward=both)
 
 
@@ -39,6 +45,7 @@ def call(name, plan, **changes):
     return dataclasses.replace(CASES[name], **changes), plan
 
 
+TURNS = Case(87, 128, dtype="bfloat16", activation="gelu", residual=True)
 BACKWARD = {"operations": ("backward",)}  # with `forward`, the operations that may be one launch
 CALLS = {
     # Tiles of 4 rows in ranges of 12 and 11 rows: the last tile of the second range is moved back.
@@ -67,6 +74,20 @@ CALLS = {
     "partial and races": call(
         "groups", one_launch(members=2, warpgroups=1, tiles=5, tile_rows=2, stages=2, slabs=2)
     ),
+    # Fragments and turns that are whole: of a last tile that begins 9 rows early, the third fragment counts in part,
+    # and the second turn whole. dz has 16 bits.
+    "partial, whole turns": (TURNS, one_launch(members=1, warpgroups=1, tiles=3, tile_rows=32, stages=2)),
+    "whole turns": (TURNS, plan(splits=1, warpgroups=1, ring=2 * 3 * 32 * 128 * 2)),
+    "partial, overlapping, 256 columns": call(
+        "float16, gelu", one_launch(columns=256, members=1, warpgroups=2, slabs=3, tiles=5, tile_rows=2, stages=2)
+    ),
+    "partial, folded": call(
+        "65 channels",
+        one_launch(members=3, fold=4, warpgroups=1, tiles=4, tile_rows=3, stages=3),
+        residual=True,
+        **BACKWARD,
+    ),
+    "one row": call("one row", one_launch(members=1, warpgroups=1, tiles=1, tile_rows=1), channels=128),
     "slabs and races": call("384 channels", one_launch(members=2, at_once=2, slabs=3, tiles=2, tile_rows=3)),
     "slabs, overlapping, 256 columns": call(
         "float16, gelu", one_launch(columns=256, members=2, warpgroups=1, slabs=3, tiles=2, tile_rows=6)
@@ -84,6 +105,7 @@ DEFAULT = (
     "resident, folded, several blocks",
     "partial, far from zero",
     "partial and races",
+    "partial, whole turns",
     "slabs and races",
 )
 

@@ -18,11 +18,11 @@ def merged_by_hand(t, x):
         merged = []
         for warpgroup in range(t.warpgroups):
             worker = t.worker_range(split, warpgroup)
-            first, _ = worker.tile(0)
+            first = worker.tile_row(0)
             pivot = x[first : first + t.tile_rows].mean(0, dtype=one)
             sums, squares = np.zeros_like(pivot), np.zeros_like(pivot)
             for index in range(worker.tiles):
-                first, skipped = worker.tile(index)
+                first, skipped = worker.tile_row(index), worker.skipped(index)
                 d = x[first + skipped : first + t.tile_rows] - pivot
                 sums, squares = sums + d.sum(0, dtype=one), squares + (d * d).sum(0, dtype=one)
             n = one(worker.rows)
