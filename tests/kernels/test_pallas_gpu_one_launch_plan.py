@@ -18,7 +18,7 @@ from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import (
     one_launch_tiling,
 )
 from bn_fused.kernels.backends.pallas_gpu.plan import make_plan
-from bn_fused.kernels.backends.pallas_gpu.tiles import BARRIERS, FRAGMENT, LEAST_STAGES, MOMENTS, SUMS, ring_of
+from bn_fused.kernels.backends.pallas_gpu.tiles import BARRIERS, LEAST_STAGES, MOMENTS, ROWS_AT_ONCE, SUMS, ring_of
 from bn_fused.kernels.chips import CHIPS, chip_of
 from bn_fused.kernels.registry import check_plan, choose
 from bn_fused.kernels.target import BackendError, Problem, Target
@@ -74,12 +74,12 @@ def test_every_plan_fits_the_chip_and_its_blocks_are_on_it_together(chip, itemsi
         assert plan.warpgroups <= 4 and plan.warpgroups * plan.stages <= 32
         tiles = plan.warpgroups * plan.stages * plan.tile_rows * plan.columns * itemsize * inputs
         exchanged = (sums + EXCHANGED) * plan.warpgroups * plan.columns * 4
-        fragments = plan.warpgroups * t.fragment_rows * plan.columns * 4
-        assert fragments <= plan.warpgroups * FRAGMENT * 4
-        assert tiles + exchanged + fragments + BARRIERS <= chip.shared_memory_per_block
+        fragments = ROWS_AT_ONCE * plan.warpgroups * t.fragment_rows * plan.columns * 4
+        copies = sums * 2 * plan.columns * 4 if t.copies_in_block > 1 else 0
+        assert tiles + exchanged + fragments + copies + BARRIERS <= chip.shared_memory_per_block
         assert t.rows * t.width == rows * channels and t.samples == rows
         assert plan.slabs == t.turns(0) and all(t.turns(slot) >= 1 for slot in range(t.at_once))
-    assert len(plans) > 700
+    assert len(plans) > (500 if clusters_only else 700)
 
 
 @pytest.mark.parametrize("clusters_only", [False, True], ids=["", "clusters only"])
@@ -127,7 +127,6 @@ def test_every_worker_has_its_own_rows_in_its_tiles_and_as_many_of_these_as_the_
         assert plan.kept == min(1, plan.stages / plan.tiles)
 
 
-@pytest.mark.xfail(strict=True, reason="a worker's rows are not shared out among as few, equal tiles")
 def test_hardly_anything_is_read_twice_because_two_tiles_or_two_blocks_have_it():
     for itemsize in (2, 4):
         for (_, rows, channels, *_), plan, t in planned("h200", itemsize):
@@ -137,34 +136,25 @@ def test_hardly_anything_is_read_twice_because_two_tiles_or_two_blocks_have_it()
                 assert twice <= 1.1, (rows, channels, itemsize, plan)
 
 
-def halves_idle(reason):
-    return pytest.mark.xfail(strict=True, reason=f"half of the cores and more have no work: {reason}")
-
-
-@pytest.mark.parametrize(
-    ("channel_numbers", "clusters_only"),
-    [
-        pytest.param((128, 256, 512, 1024, 2048), False, id="unfolded"),
-        pytest.param(
-            (64,), False, id="folded", marks=halves_idle("the merge of many parts of a folded row costs more")
-        ),
-        pytest.param((64, 128, 256, 512), True, id="clusters", marks=halves_idle("a stream would do better")),
-    ],
-)
-def test_large_arrays_keep_the_whole_chip_busy(channel_numbers, clusters_only):
+def test_large_arrays_keep_the_whole_chip_busy():
     """Blocks for at least 85 % of the cores in each turn, and enough bytes in flight on each."""
-    chip, numbers = CHIPS["h200"], (6272, 25088, 100352, 401408)
+    chip, numbers, channel_numbers = CHIPS["h200"], (6272, 25088, 100352, 401408), (64, 128, 256, 512, 1024, 2048)
     for rows, channels, itemsize, kind in itertools.product(numbers, channel_numbers, (2, 4), KINDS):
         if rows * channels * itemsize < 8e6:
             continue
         inputs, again, outputs, sums = kind
         sizes = 1, rows, channels, itemsize
-        plan = make_one_launch(*sizes, chip, inputs, again, outputs, sums, clusters_only)
+        plan = make_one_launch(*sizes, chip, inputs, again, outputs, sums)
         t = one_launch_tiling(plan, *sizes, inputs)
         assert t.units * t.members >= 0.85 * plan.slabs * chip.cores, (rows, channels, itemsize, plan)
         if plan.kept < 1:
             in_flight = inputs * t.warpgroups * t.stages * t.tile_rows * t.columns * itemsize
             assert in_flight >= 96 * 1024, (rows, channels, itemsize, plan)
+
+
+def test_clusters_that_would_leave_most_of_the_chip_without_work_are_not_made():
+    for rows, channels in ((401408, 64), (100352, 256)):
+        assert make_one_launch(1, rows, channels, 2, CHIPS["h200"], 1, 1, 1, MOMENTS, clusters_only=True) is None
 
 
 @pytest.mark.parametrize("centre", [0.0, 1e4])
@@ -201,6 +191,9 @@ def test_the_partial_results_hold_every_copy_of_a_merges_channels():
         if width * 4 % 16:
             continue
         t = one_launch_tiling(plan, 1, rows, channels, 4, 1)
+        if t.blocks == 1:  # it merges all copies itself
+            assert t.copies == 1 and t.partial_width == columns
+            continue
         # What the blocks write: their columns, and the first one its own once more behind the row.
         padded = np.full(t.partial_width, -1)
         starts = [t.partial_start(t.block_start(block)) for block in range(t.blocks)]
@@ -292,8 +285,8 @@ LARGE = Problem(1, 25088, 512, "bfloat16")  # four units of 33 blocks, of which 
         ("forward", {"at_once": 5}, "165 blocks wait for each other, and h200 has 132 multiprocessors"),
         ("forward", {"members": 133, "at_once": 1}, "133 blocks wait for each other"),
         ("forward", {"cluster": True}, "33 blocks are more than a cluster's 8"),
-        ("forward", {"tile_rows": 40}, "room for"),
-        ("forward", {"stages": 7}, "room for"),
+        ("forward", {"tile_rows": 120}, "room for"),
+        ("forward", {"stages": 9}, "room for"),
         ("backward", {"at_once": 5}, "165 blocks wait for each other"),
     ],
 )
@@ -376,7 +369,7 @@ def test_the_plans_by_hand_for_a_device_are_what_their_names_say_and_run_on_the_
     [
         ((32, 14, 14, 1024), "bfloat16", "resident", "resident"),
         ((32, 7, 7, 2048), "float32", "resident", "resident"),
-        ((128, 7, 7, 4096), "float32", "slab", "slab"),
+        ((128, 7, 7, 4096), "float32", "partial", "slab"),
         ((128, 7, 7, 8192), "bfloat16", "partial", "slab"),
         ((128, 28, 28, 512), "bfloat16", "partial", "partial"),
         ((32, 56, 56, 64), "float32", "resident", "partial"),

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_fused.kernels.backends.pallas_gpu.merges import MERGE_WARPGROUPS
 from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch, one_launch_tiling
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
 from bn_fused.kernels.backends.pallas_gpu.tiles import (
@@ -23,7 +22,6 @@ from bn_fused.kernels.backends.pallas_gpu.tiles import (
     WARPGROUP,
     OneLaunchTiling,
     ring_of,
-    share,
 )
 
 
@@ -104,9 +102,6 @@ def test_every_part_of_an_array_is_one_blocks():
 
 
 def test_every_partial_result_is_added_up_once():
-    for parts, number in itertools.product((1, 2, 4, MERGE_WARPGROUPS), range(1, 100)):
-        shares = [share(number, index, parts) for index in range(parts)]
-        assert [entry for first, end in shares for entry in range(first, end)] == list(range(number))
     for splits, fold, together in itertools.product(range(1, 14), (1, 2, 8), (1, 2, SPLITS_TOGETHER)):
         t = tiling(plan(fold, splits=splits), 1, 16 * fold, 128, 4, inputs=1)
         seen = []
@@ -120,7 +115,7 @@ def test_every_partial_result_is_added_up_once():
 def test_a_merge_meets_every_copy_of_its_channels_once():
     for channels, fold in ((8, 16), (24, 16), (65, 3), (96, 4), (136, 2), (1, 200)):
         t = tiling(plan(fold), 1, 4 * fold, channels, 4, 1) if fold * channels % 4 == 0 else None
-        for block in range(t.merge_blocks if t else 0):
+        for block in range(t.merge_blocks if t and t.copies > 1 else 0):
             start = t.merge_start(block)
             # What the stream's kernel has written: the row, and the first block's columns once more.
             padded = np.arange(t.padded_width) % t.width
@@ -143,9 +138,8 @@ def calls(t):
         part = t.worker_range(split, warpgroup)
         return part.first, part.rows, part.tiles
 
-    def merges(warpgroups, together):
+    def merges(together):
         entries = t.entries(together)
-        yield lambda warpgroup: share(entries, warpgroup, warpgroups), zip(range(warpgroups))
         yield lambda index: t.entry(index, together), zip(range(entries))
         yield t.split_rows, zip(range(t.padded_splits))
 
@@ -158,7 +152,7 @@ def calls(t):
     yield t.block_start, zip(blocks)
     if isinstance(t, OneLaunchTiling):
         slots, members, units = range(t.at_once), range(t.members), range(t.units)
-        yield from merges(t.warpgroups, t.fragment_rows)
+        yield from merges(t.fragment_rows)
         yield t.slot, zip(range(t.grid))
         yield t.member, zip(members)
         yield t.turns, zip(slots)
@@ -166,7 +160,7 @@ def calls(t):
         yield t.unit_place, itertools.product(units, range(t.unit_blocks))
         yield t.copy_start, itertools.product(map(t.partial_start, starts), copies)
     else:
-        yield from merges(MERGE_WARPGROUPS, SPLITS_TOGETHER)
+        yield from merges(SPLITS_TOGETHER)
         yield t.place, zip(range(t.grid))
         yield t.merge_place, zip(range(t.groups * t.merge_blocks))
         yield t.merge_start, zip(range(t.merge_blocks))

@@ -28,16 +28,16 @@ def of(channels, dtype="bfloat16", activation="gelu", residual=True, **fields):
 
 # By kind: 98 rows of a warpgroup, or 49, or 196.
 DEVICE_PLANS = {
-    "resident": by_hand(of(1024, activation="relu", residual=False), 16, 8, 1, 7, 14, 7),
+    "resident": by_hand(of(1024, activation="relu", residual=False, rows=5376), 16, 8, 1, 6, 14, 6),
     "slab": by_hand(of(1024, activation="silu", residual=False), 32, 4, 2, 2, 25, 2),
     # dz is written, and most of it read again; tiles of a number of rows that is no multiple of a fragment's.
     "partial": by_hand(of(1024), 16, 8, 1, 14, 7, 3),
-    "partial, unit after unit": by_hand(of(1024, "float32", groups=2), 16, 3, 6, 7, 16, 2),
+    "partial, unit after unit": by_hand(of(1024, "float32", groups=2), 16, 3, 6, 7, 14, 2),
     # The last units have fewer slots.
     "partial, y": by_hand(of(1024, activation="relu"), 16, 5, 2, 7, 16, 2),
     "partial, clusters": by_hand(of(1024, "float16", None), 8, 8, 1, 13, 16, 4, cluster=True),
     "partial, folded": by_hand(of(64, activation="relu", rows=12544), 64, 1, 1, 5, 5, 2, fold=2),
     "partial, overlapping, 256 columns": by_hand(of(1000, "float16", residual=False), 32, 4, 1, 4, 13, 3, columns=256),
     # Each block has all rows of its columns, and the last tile is moved back by all but one row.
-    "partial, alone": by_hand(of(1024, rows=1025), 1, 8, 1, 9, 32, 2),
+    "partial, alone": by_hand(of(1024, rows=1025), 1, 8, 1, 17, 16, 2),
 }
