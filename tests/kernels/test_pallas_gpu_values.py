@@ -59,6 +59,10 @@ CALLS = {
     "256 columns": call("float16", plan(columns=256, splits=1, ring=18 * 256 * 2)),
     "groups and races": call("groups", plan(splits=1, ring=9 * 128 * 4)),
     "images": call("images", plan()),
+    # A merge of more fragments of partial results than it holds, whose first ones are not full.
+    "many parts, far from zero": (
+        Case(8 * 27, 17, centre=1e4, operations=("moments",)), plan(fold=8, splits=9, warpgroups=1, ring=9 * 128 * 4)
+    ),
     # Ranges of 8, 8 and 7 rows (twice) in tiles of 3.
     "resident, far from zero": call(
         "far from zero", one_launch(members=3, warpgroups=1, tiles=3, tile_rows=3), **BACKWARD
@@ -97,6 +101,7 @@ RACES = ("groups and races", "partial and races", "slabs and races")
 
 # The default ones have each path once.
 DEFAULT = (
+    "many parts, far from zero",
     "folded",
     "folded, dz of 16 bits",
     "groups and races",
@@ -171,8 +176,9 @@ def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
 @missing
 @pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "resident"])
 def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
-    used = plan() if kind == "streaming" else one_launch(members=3, warpgroups=1, tiles=2, tile_rows=3)
-    case = Case(13, 128, operations=())
+    # Three partial results, of a fragment of four that they are merged in.
+    used = plan() if kind == "streaming" else one_launch(members=3, warpgroups=1, tiles=1, tile_rows=4)
+    case = Case(12, 128, operations=())
     clean = operands(case)
     results, expected = (computed(case, arrays, tmp_path, plan=used) for arrays in (spoilt(clean), clean))
     check_spoilt(results, expected)

@@ -20,7 +20,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, div, minimum, rem
+from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, as_float, div, minimum, rem
 from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
@@ -234,7 +234,7 @@ class Worker:
 
     def __init__(self, tiling, split, rings, filled, rows_memory):
         self.tiling, self.split, self.rings, self.filled = tiling, split, rings, filled
-        self.warpgroup = lax.axis_index("warpgroup")
+        self.warpgroup = lax.axis_index("warpgroup") if tiling.warpgroups > 1 else 0
         self.range = tiling.worker_range(split, self.warpgroup)
         self.rows = Rows(rows_memory, self.warpgroup)
 
@@ -277,7 +277,7 @@ class Worker:
             fetch(tiles - 1 - step if backwards else step)
             return carry
 
-        lax.fori_loop(jnp.int32(0), minimum(tiles, self.tiling.stages), one, ())
+        lax.fori_loop(jnp.int32(0), jnp.int32(minimum(tiles, self.tiling.stages)), one, ())
 
     def wait(self, index):
         """Until the tile is there."""
@@ -296,7 +296,7 @@ class Worker:
         pl, plgpu = pallas()
         tiles, outputs = self.range.tiles, len(written)
         step_of_the_second = jnp.int32(1) if backwards else tiles - 1
-        last_overlaps = tiles * self.tiling.tile_rows > self.range.rows
+        last_overlaps = self.range.last_overlaps
 
         def index_of(step):
             return tiles - 1 - step if backwards else step
@@ -310,7 +310,8 @@ class Worker:
                 refill(index)
                 return totals
             # Rows that two tiles have are written twice, with the same bits; one after the other nevertheless.
-            pl.when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
+            if last_overlaps is not False:
+                pl.when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
             slot, first_row = self.slot(index), self.range.tile_row(index)
             for ring, to in zip(self.rings[:outputs], written, strict=True):
                 plgpu.copy_smem_to_gmem(ring.at[slot], to(first_row))
@@ -319,7 +320,7 @@ class Worker:
             pl.when(step > 0)(lambda: refill(index_of(step - 1)))
             return totals
 
-        totals = lax.fori_loop(jnp.int32(0), tiles, one_tile, totals)
+        totals = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one_tile, totals)
         if outputs:
             plgpu.wait_smem_to_gmem(0, wait_read_only=not read_again)
             refill(index_of(tiles - 1))
@@ -355,7 +356,9 @@ class Worker:
             return totals
 
         whole_turns = jnp.int32(0)
-        if totals and not first:  # fragments with rows that another tile has, up to the first turn without
+        if (
+            totals and not first and self.range.last_overlaps is not False
+        ):  # fragments with rows that another tile has, up to the first turn without
             skipped = self.range.skipped(index)
 
             def fragment_in_part(i, totals):
@@ -375,7 +378,7 @@ class Worker:
 
     def moments(self, pivot, sums):
         """Pivot, delta and squares about the mean, of the sums of deviations from the pivot and of their squares."""
-        (total, square_sum), number = sums, self.range.rows.astype(F32)
+        (total, square_sum), number = sums, as_float(self.range.rows)
         delta = total / number
         return pivot, delta, squares_about_mean(square_sum, total, delta)
 
@@ -383,7 +386,7 @@ class Worker:
         """The block's partial result, of those that its warpgroups have shown."""
         t, vectors = self.tiling, exchange.shown.shape[2]
         if moments:
-            numbers = [t.worker_range(self.split, w).rows.astype(F32) for w in range(t.warpgroups)]
+            numbers = [as_float(t.worker_range(self.split, w).rows) for w in range(t.warpgroups)]
             merged = _merge([exchange.vectors(0, w, vectors) for w in range(t.warpgroups)], numbers)
         else:
             merged = exchange.sums(0, vectors)
@@ -391,7 +394,7 @@ class Worker:
             return merged
         parts = copies.of(merged)
         if moments:
-            return _merge(parts, [t.split_rows(self.split).astype(F32)] * len(parts))
+            return _merge(parts, [as_float(t.split_rows(self.split))] * len(parts))
         return functools.reduce(added, parts)
 
     def write_partial(self, partial_ref, whole, start, block, vectors):
@@ -421,7 +424,7 @@ def _merge(parts, numbers):
     About the first part's pivot; Chan, Golub & LeVeque, The American Statistician 37, 1983.
     """
     pivot = parts[0][0]
-    total = functools.reduce(jnp.add, numbers)
+    total = sum(numbers)
     offsets = [(part_pivot - pivot) + delta for part_pivot, delta, _ in parts]
     delta = functools.reduce(jnp.add, [offset * (n / total) for offset, n in zip(offsets, numbers, strict=True)])
     squares = [

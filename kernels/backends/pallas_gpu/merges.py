@@ -29,8 +29,8 @@ from bn_fused.kernels.contract import blend_channels, squares_about_mean
 
 # Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
 MERGE_WARPGROUPS = 4
-# Fragments of partial results that a warpgroup keeps in registers, or waits for at the same time: 12 registers each.
-HELD = 5
+# Fragments of partial results that a warpgroup keeps in registers, 12 of each thread's.
+HELD = 4
 COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 
 
@@ -66,7 +66,8 @@ def moments_merge(tiling, blends, eps):
         (mean,) = parts.rows.spread([delta])
 
         def squares(part, n):
-            return [part[2] + jnp.square(((part[0] - common) + part[1]) - mean) * n]
+            # Where there is no part the square may be infinite, and infinity times zero is no number.
+            return [or_zero(n > 0, part[2] + jnp.square(((part[0] - common) + part[1]) - mean) * n)]
 
         (square_sum,) = parts.total(squares, 1)
         return pivot, delta, square_sum * (1 / tiling.samples)
@@ -86,19 +87,20 @@ def moments_merge(tiling, blends, eps):
     )  # fmt: skip
 
 
-# The moments of a few parts about the first one's pivot. The sums lose no more digits than there are parts: whatever
-# lies far from the others, so far is the variance of them all.
+# The moments of a few parts about the mean of the first one that counts, or its pivot if that is not finite. The sums
+# lose no more digits than there are parts: as far as one lies from the others, so large is the variance of them all.
 
 
 def _begin_moments(values):
-    pivot = values[0]
-    nothing = as_fragment(jnp.zeros_like(pivot))
-    return pivot, nothing, nothing, nothing
+    nothing = as_fragment(jnp.zeros_like(values[0]))
+    return nothing, nothing, nothing, nothing
 
 
 def _add_moments(state, values, number):
     pivot, count, total, square_sum = state
     part_pivot, delta, squares = values
+    mean = part_pivot + delta
+    pivot = lax.select(count > 0, pivot, lax.select(lax.abs(mean) < jnp.inf, mean, part_pivot))
     offset = (part_pivot - pivot) + delta
     weighted = offset * number
     return pivot, count + number, total + weighted, square_sum + (squares + offset * weighted)
@@ -189,7 +191,7 @@ class Parts:
         pl, _ = pallas()
         self.first_pivot = partial_ref[whole, 0, 0, pl.ds(start, columns)]
         mine = -(-tiling.entries(rows.shape[0]) // exchange.warpgroups)
-        self.held = [self._load(jnp.int32(index)) for index in range(mine)] if mine <= HELD else [self._condensed(mine)]
+        self.held = [self._load(index) for index in range(mine)] if mine <= HELD else [self._condensed(mine)]
 
     def pivot(self):
         """The first part's first vector."""
@@ -205,22 +207,24 @@ class Parts:
         vectors = range(self.partial_ref.shape[1])
         values = [as_fragment(self.partial_ref[self.whole, vector, splits, here]) for vector in vectors]
         split = first_split + self.rows.number()
-        counts = split < one_if(entry < t.entries(together)) * t.splits
+        number = jnp.broadcast_to(t.part_values(split), self.rows.shape).astype(F32)
+        if isinstance(entry, int) and first_split + together <= t.splits:
+            return values, number
         # What is not there is memory that nobody wrote.
-        *values, number = (or_zero(counts, value) for value in (*values, t.part_values(split).astype(F32)))
+        counts = split < one_if(entry < t.entries(together)) * t.splits
+        *values, number = (or_zero(counts, value) for value in (*values, number))
         return values, number
 
     def _condensed(self, number):
         """One in place of so many fragments of parts."""
         begin, add, end = self.merge.condense
-        values, _ = self._load(jnp.int32(0))
+        values, _ = self._load(0)
 
-        def several(turn, state):
-            for loaded in [self._load(turn * HELD + index) for index in range(HELD)]:
-                state = add(state, *loaded)
-            return state
-
-        return end(lax.fori_loop(jnp.int32(0), jnp.int32(-(-number // HELD)), several, begin(values)))
+        # LLVM unrolls the loop, and loads of several fragments come before the first is used.
+        state = lax.fori_loop(
+            jnp.int32(0), jnp.int32(number), lambda index, state: add(state, *self._load(index)), begin(values)
+        )
+        return end(state)
 
     def total(self, terms, number):
         """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.

@@ -162,7 +162,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
                 refill,
                 inputs=len(again_refs),
                 backwards=True,
-                there=minimum(tiles, jnp.int32(t.stages)),
+                there=minimum(tiles, t.stages),
                 written=[functools.partial(worker.tile_of, last_ref, group, start)],
             )
             return carry

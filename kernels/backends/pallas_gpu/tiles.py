@@ -75,6 +75,11 @@ def one_if(condition):
     return lax.select(condition, *(lax.full(condition.shape, value, jnp.int32) for value in (1, 0)))
 
 
+def as_float(number):
+    """A number of rows as float32 values are multiplied with."""
+    return float(number) if isinstance(number, int) else number.astype(jnp.float32)
+
+
 # --- tiles ----------------------------------------------------------------------------------------------------
 
 
@@ -90,6 +95,11 @@ class RowRange:
     def tile_row(self, index):
         """The first row of a tile: the last one is moved back to end with the worker's rows."""
         return self.first + minimum(index * self.tile_rows, self.rows - self.tile_rows)
+
+    @property
+    def last_overlaps(self):
+        """Whether the last tile is moved back; a bool where that is known of Python's numbers."""
+        return self.tiles * self.tile_rows > self.rows
 
     def skipped(self, index):
         """The rows of a tile that the one before it has."""
@@ -186,7 +196,7 @@ class Tiling:
     def split_rows(self, split):
         """How many rows a split has: numbers that differ by at most one."""
         base, extra = divmod(self.rows, self.splits)
-        return base + one_if(split < extra)
+        return base + one_if(split < extra) if extra else base
 
     def part_values(self, split):
         """Values of a channel in a partial result of a split."""
@@ -196,7 +206,7 @@ class Tiling:
         """The `RowRange` of a split's warpgroup: they share its rows, in order and as evenly as they go."""
         base, extra = divmod(self.rows, self.splits)
         of_split = self.split_rows(split)
-        before = split * base + minimum(split, extra)
+        before = split * base + (minimum(split, extra) if extra else 0)
         base, extra = div(of_split, self.warpgroups), rem(of_split, self.warpgroups)
         rows = base + one_if(warpgroup < extra)
         first = before + warpgroup * base + minimum(warpgroup, extra)
@@ -334,8 +344,9 @@ def ring_bytes(chip, columns, warpgroups, vectors):
 def ring_of(least, most, room, columns):
     """(tiles, tile_rows, stages) for workers of `least` to `most` rows, with room for so many rows of tiles; or None.
 
-    Every row is kept if there is room, and as many of them as possible otherwise. Few rows are in two tiles; a tile has
-    whole turns of the kernels' loops where it can; and enough tiles are there for some to be on their way.
+    As few rows as possible are read again, because there is no room to keep them or because two tiles have them; a tile
+    has whole turns of the kernels' loops where it can; and there are enough of them for some to be on their way. What
+    these are worth against each other was found by measuring.
     """
     turn = FRAGMENT // columns * FRAGMENTS_AT_ONCE
     candidates = []
