@@ -28,11 +28,13 @@ WARPGROUPS = (1, 2)
 LARGEST_CLUSTER = 8
 # Vectors that the warpgroups of a block exchange in all the rounds of its merge.
 EXCHANGED = 2
-# What a block could move through memory while the blocks of a unit meet and merge, about 4 us; and while its warpgroups
+# What a block could move through memory while the blocks of a unit meet and merge, about 3 us; and while its warpgroups
 # exchange their part of it, for each after the first.
-MEETING_BYTES, EXCHANGE_BYTES = 128 * 1024, 32 * 1024
+MEETING_BYTES, EXCHANGE_BYTES = 96 * 1024, 32 * 1024
 # And while streaming kernels are launched one after the other, and merge, about 10 us.
 STREAMING_BYTES = 320 * 1024
+# A multiprocessor moves so many times its share of the memory's bandwidth where others have nothing to do.
+AHEAD = 1.35
 # What one warpgroup loses against two where tiles come and go.
 ALONE = 0.02
 # Of what L2 holds, so much is counted on when the second pass comes to what is not kept.
@@ -102,7 +104,7 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
             if ring is not None:
                 shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
                 plan = OneLaunch(*shape, *ring, clusters_only)
-                cost = _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums)
+                cost = _cost(plan, rows, channels, itemsize, chip.cores, inputs, again, outputs, sums)
                 candidates.append((cost, fold, columns, plan))
     streamed = groups * rows * channels * itemsize / chip.cores
     streaming = _moved(streamed, streamed * chip.cores, 0, inputs, again, outputs) + STREAMING_BYTES
@@ -131,12 +133,13 @@ def _moved(of_block, whole, kept, inputs, again, outputs):
     return of_block * (inputs + outputs + again * missing)
 
 
-def _cost(plan, rows, channels, itemsize, inputs, again, outputs, sums):
-    """Bytes that the busiest multiprocessor moves, or could have moved while it waits and merges."""
+def _cost(plan, rows, channels, itemsize, cores, inputs, again, outputs, sums):
+    """Bytes that a multiprocessor moves, or could have moved while it waits and merges."""
     splits = plan.members // (-(-plan.fold * channels // plan.columns) if plan.fold > 1 else 1)
     of_block = -(-rows // (plan.fold * splits)) * plan.columns * itemsize
     whole = of_block * plan.members * plan.at_once * plan.slabs
-    moved = _moved(of_block, whole, plan.kept, inputs, again, outputs)
+    share = of_block * max(plan.members * plan.at_once / cores, 1 / AHEAD)
+    moved = _moved(share, whole, plan.kept, inputs, again, outputs)
     alone = plan.warpgroups == 1 and (plan.kept < 1 or plan.slabs > 1)
     # Every block reads the parts of all of them.
     copies = 1 if plan.fold * channels == plan.columns else plan.fold
