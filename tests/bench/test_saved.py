@@ -16,11 +16,15 @@ RUNS = sorted(RESULTS.glob("cpu-*/*.json"))
 
 
 @pytest.mark.parametrize("path", AUDITS, ids=lambda path: path.stem)
-def test_a_recorded_audit_is_written_as_it_was_read(path):
+def test_a_recorded_audit_is_written_with_all_that_was_read(path):
     text = path.read_text(encoding="utf-8")
-    document = rows.load_document(text)
-    around = {name: document[name] for name in ("command", "versions", "interrupted")}
-    assert rows.to_json(rows.load(text), **around) == text
+    recorded = rows.load_document(text)
+    around = {name: recorded[name] for name in ("command", "versions", "interrupted")}
+    written = rows.load_document(rows.to_json(rows.load(text), **around))
+    for before, after in zip(recorded.pop("rows"), written.pop("rows"), strict=True):
+        before.pop("seconds", None)  # of lowering and compiling together, as rows had it once
+        assert before == {name: after[name] for name in before}
+    assert recorded == written
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
