@@ -12,7 +12,7 @@ from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch
 from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
 
 from support.kernel_cases import ALL, CASES, Case, grid
-from support.kernel_results import check_spoilt, operands, spoilt
+from support.kernel_results import check_results, check_spoilt, operands, spoilt
 from support.pallas_gpu_calls import check, computed
 
 missing = pytest.mark.skipif(
@@ -146,6 +146,16 @@ def test_the_cases_use_their_tiles_more_than_once(name):
 def test_all_results_agree_with_float64(name, tmp_path):
     case, used = CALLS[name]
     check(case, tmp_path, plan=used, races=name in RACES)
+
+
+@missing
+def test_parts_that_lie_far_from_each_other(tmp_path):
+    """Many parts for a thread to merge, of rows in order and of a first row that is far from all others."""
+    case, used = Case(288, 8, operations=()), one_launch(members=9, fold=32, columns=256, warpgroups=1, tiles=1, tile_rows=1)
+    arrays = operands(case)
+    arrays["x"][..., :4] = np.sort(arrays["x"][..., :4], -2)
+    arrays["x"][..., 0, 4:] += 1e4
+    check_results(case, arrays, computed(case, arrays, tmp_path, plan=used), ())
 
 
 @missing

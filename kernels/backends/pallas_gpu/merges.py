@@ -25,7 +25,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     vectors_of,
 )
 from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, minimum, one_if
-from bn_fused.kernels.contract import blend_channels, squares_about_mean
+from bn_fused.kernels.contract import blend_channels
 
 # Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
 MERGE_WARPGROUPS = 4
@@ -87,8 +87,8 @@ def moments_merge(tiling, blends, eps):
     )  # fmt: skip
 
 
-# The moments of a few parts about the mean of the first one that counts, or its pivot if that is not finite. The sums
-# lose no more digits than there are parts: as far as one lies from the others, so large is the variance of them all.
+# The moments of some parts, one after the other: Chan, Golub & LeVeque, The American Statistician 37, 1983. About the
+# pivot of the first that counts: sums about it, corrected in the end, would lose digits where that one lies far off.
 
 
 def _begin_moments(values):
@@ -97,19 +97,19 @@ def _begin_moments(values):
 
 
 def _add_moments(state, values, number):
-    pivot, count, total, square_sum = state
-    part_pivot, delta, squares = values
-    mean = part_pivot + delta
-    pivot = lax.select(count > 0, pivot, lax.select(lax.abs(mean) < jnp.inf, mean, part_pivot))
-    offset = (part_pivot - pivot) + delta
-    weighted = offset * number
-    return pivot, count + number, total + weighted, square_sum + (squares + offset * weighted)
+    pivot, count, delta, squares = state
+    part_pivot, part_delta, part_squares = values
+    pivot, new_count = lax.select(count > 0, pivot, part_pivot), count + number
+    # A delta that is infinite stays so; where nothing counts, nothing changes.
+    difference = ((part_pivot - pivot) + part_delta) - or_zero(lax.abs(delta) < jnp.inf, delta)
+    difference = or_zero(number > 0, difference)
+    change = difference * (number / lax.max(new_count, jnp.ones_like(count)))
+    return pivot, new_count, delta + change, squares + (part_squares + difference * change * count)
 
 
 def _end_moments(state):
-    pivot, count, total, square_sum = state
-    delta = total / lax.max(count, jnp.ones_like(count))
-    return (pivot, delta, squares_about_mean(square_sum, total, delta)), count
+    pivot, count, delta, squares = state
+    return (pivot, delta, squares), count
 
 
 def sums_merge(finish, needed):
