@@ -74,6 +74,11 @@ CALLS = {
     "partial, far from zero": call(
         "far from zero", one_launch(members=3, warpgroups=1, tiles=4, tile_rows=2, stages=2), **BACKWARD
     ),
+    # Two thousand values for a thread to add up.
+    "partial, many rows": (
+        Case(8192, 128, dtype="bfloat16", operations=()),
+        one_launch(members=1, warpgroups=1, tiles=128, tile_rows=64, stages=2),
+    ),
     # dz is written, and most of it read again.
     "partial and races": call(
         "groups", one_launch(members=2, warpgroups=1, tiles=5, tile_rows=2, stages=2, slabs=2)
@@ -151,7 +156,10 @@ def test_all_results_agree_with_float64(name, tmp_path):
 @missing
 def test_parts_that_lie_far_from_each_other(tmp_path):
     """Many parts for a thread to merge, of rows in order and of a first row that is far from all others."""
-    case, used = Case(288, 8, operations=()), one_launch(members=9, fold=32, columns=256, warpgroups=1, tiles=1, tile_rows=1)
+    case, used = (
+        Case(288, 8, operations=()),
+        one_launch(members=9, fold=32, columns=256, warpgroups=1, tiles=1, tile_rows=1),
+    )
     arrays = operands(case)
     arrays["x"][..., :4] = np.sort(arrays["x"][..., :4], -2)
     arrays["x"][..., 0, 4:] += 1e4

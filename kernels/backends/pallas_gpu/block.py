@@ -304,7 +304,8 @@ class Worker:
         def one_tile(step, totals):
             index = index_of(step)
             pl.when(step >= there)(lambda: self.wait(index))
-            totals = self._tile(index, row, totals, inputs, outputs)
+            # First of the tile: added one after the other to a long sum, values lose more digits than sums of them do.
+            totals = added(totals, self._tile(index, row, self.rows.zeros(len(totals)), inputs, outputs))
             plgpu.commit_smem()  # all threads of the warpgroup have read the tile, and written the results
             if not outputs:
                 refill(index)

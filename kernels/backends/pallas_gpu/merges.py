@@ -29,7 +29,7 @@ from bn_fused.kernels.contract import blend_channels
 
 # Where partial results are merged in a launch of its own, so many warpgroups share the work of 128 columns.
 MERGE_WARPGROUPS = 4
-# Fragments of partial results that a warpgroup keeps in registers, 12 of each thread's.
+# Fragments of partial results that a warpgroup keeps in registers, or waits for at the same time: 12 of each thread's.
 HELD = 4
 COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 
@@ -38,7 +38,7 @@ class Merge:
     """What a merge computes: `reduce(parts)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
 
     - `condense`: three functions that make one of a warpgroup's own parts: `begin(values)` of the first one's,
-      `add(state, values, number)`, and `end(state)`: (values, number).
+      `add(state, parts)`, each of them (values, number), and `end(state)`: such a part.
     - `rounds`: the calls of `Parts.total` in `reduce`; `exchanged`: the most vectors that one of them adds up.
     - `finished`: the vectors that `finish` returns. The first `needed` are what the rows are computed with, the last
       `results` are results of the operation; some may be both.
@@ -87,8 +87,8 @@ def moments_merge(tiling, blends, eps):
     )  # fmt: skip
 
 
-# The moments of some parts, one after the other: Chan, Golub & LeVeque, The American Statistician 37, 1983. About the
-# pivot of the first that counts: sums about it, corrected in the end, would lose digits where that one lies far off.
+# The moments of many parts, some at a time: Chan, Golub & LeVeque, The American Statistician 37, 1983. About the pivot
+# of the first that counts: sums about it, corrected in the end, would lose digits where that one lies far off.
 
 
 def _begin_moments(values):
@@ -96,15 +96,25 @@ def _begin_moments(values):
     return nothing, nothing, nothing, nothing
 
 
-def _add_moments(state, values, number):
+def _add_moments(state, parts):
     pivot, count, delta, squares = state
-    part_pivot, part_delta, part_squares = values
-    pivot, new_count = lax.select(count > 0, pivot, part_pivot), count + number
-    # A delta that is infinite stays so; where nothing counts, nothing changes.
-    difference = ((part_pivot - pivot) + part_delta) - or_zero(lax.abs(delta) < jnp.inf, delta)
-    difference = or_zero(number > 0, difference)
-    change = difference * (number / lax.max(new_count, jnp.ones_like(count)))
-    return pivot, new_count, delta + change, squares + (part_squares + difference * change * count)
+    all_count = count
+    for (part_pivot, *_), number in parts:
+        pivot, all_count = lax.select(all_count > 0, pivot, part_pivot), all_count + number
+    start = or_zero(lax.abs(delta) < jnp.inf, delta)  # an infinite one stays as it is
+    offsets = [
+        or_zero(number > 0, ((part_pivot - pivot) + part_delta) - start)
+        for (part_pivot, part_delta, _), number in parts
+    ]
+    numbers = [number for _, number in parts]
+    new = functools.reduce(jnp.add, numbers)
+    reciprocal = 1 / lax.max(new * all_count, jnp.ones_like(new))
+    weighted = [offset * number for offset, number in zip(offsets, numbers, strict=True)]
+    mean = functools.reduce(jnp.add, weighted) * (reciprocal * all_count)
+    change = mean * (new * (new * reciprocal))
+    for offset, ((*_, part_squares), number) in zip(offsets, parts, strict=True):
+        squares = squares + (part_squares + or_zero(number > 0, (offset - mean) * (offset - mean) * number))
+    return pivot, all_count, delta + change, squares + mean * change * count
 
 
 def _end_moments(state):
@@ -121,7 +131,10 @@ def sums_merge(finish, needed):
     def begin(values):
         return tuple(as_fragment(jnp.zeros_like(value)) for value in values)
 
-    condense = begin, lambda state, values, number: added(state, values), lambda state: (state, None)
+    def add(state, parts):
+        return functools.reduce(added, [values for values, _ in parts], state)
+
+    condense = begin, add, lambda state: (state, None)
     return Merge(
         reduce, finish, condense, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS
     )  # fmt: skip
@@ -220,11 +233,10 @@ class Parts:
         begin, add, end = self.merge.condense
         values, _ = self._load(0)
 
-        # LLVM unrolls the loop, and loads of several fragments come before the first is used.
-        state = lax.fori_loop(
-            jnp.int32(0), jnp.int32(number), lambda index, state: add(state, *self._load(index)), begin(values)
-        )
-        return end(state)
+        def several(turn, state):
+            return add(state, [self._load(turn * HELD + index) for index in range(HELD)])
+
+        return end(lax.fori_loop(jnp.int32(0), jnp.int32(-(-number // HELD)), several, begin(values)))
 
     def total(self, terms, number):
         """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.
