@@ -22,12 +22,13 @@ from bn_fused.kernels.backends.pallas_gpu.tiles import (
     warpgroups_of,
 )
 
-# Warpgroups of a block: more of them were never faster.
+# Warpgroups of a block: four were faster once in twenty-two, by 1 %.
 WARPGROUPS = (1, 2)
 # Blocks in a cluster that every chip can place.
 LARGEST_CLUSTER = 8
 # Vectors that the warpgroups of a block exchange in all the rounds of its merge.
 EXCHANGED = 2
+# The figures below are fitted to device times on an H200 (bench/results/nvidia-h200/2026-11-26-one-launch/plans.jsonl).
 # What a block could move through memory while the blocks of a unit meet and merge, about 3 us; and while its warpgroups
 # exchange their part of it, for each after the first.
 MEETING_BYTES, EXCHANGE_BYTES = 96 * 1024, 32 * 1024
@@ -45,8 +46,8 @@ CACHED_BYTES = 20 << 20
 class OneLaunch:
     """Tiles of a kernel that is a whole operation: see `pallas_gpu.one_launch`.
 
-    A unit is what is merged together: the rows of a group in one block of columns, or, where rows are folded, in all
-    of them. `members` blocks of threads share it, and wait for each other when they have found their sums.
+    A unit is what is merged together: the rows of a group in one block of columns, or, where rows are folded and the
+    copies of a channel lie in several blocks, in all of them. `members` blocks of threads share it, and wait for each other when they have found their sums.
 
     - `fold`, `columns`, `warpgroups`: as of `Plan`.
     - `members`: blocks of threads of a unit. All of them must be on the chip at once.
