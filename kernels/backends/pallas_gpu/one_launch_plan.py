@@ -47,7 +47,8 @@ class OneLaunch:
     """Tiles of a kernel that is a whole operation: see `pallas_gpu.one_launch`.
 
     A unit is what is merged together: the rows of a group in one block of columns, or, where rows are folded and the
-    copies of a channel lie in several blocks, in all of them. `members` blocks of threads share it, and wait for each other when they have found their sums.
+    copies of a channel lie in several blocks, in all of them. `members` blocks of threads share it, and wait for each
+    other when they have found their sums.
 
     - `fold`, `columns`, `warpgroups`: as of `Plan`.
     - `members`: blocks of threads of a unit. All of them must be on the chip at once.
