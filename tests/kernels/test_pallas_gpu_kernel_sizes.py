@@ -20,7 +20,7 @@ MOST = {
     "bn_fused_forward": 465,
     "bn_fused_backward": 555,
     "bn_fused_moments": 185,
-    "bn_fused_merge_moments": 310,
+    "bn_fused_merge_moments": 375,
     "bn_fused_normalise": 115,
     "bn_fused_moments_backward": 65,
     "bn_fused_normalise_backward": 315,
