@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from support.tolerances import assert_close
+
 SHAPES = [
     (groups, rows, channels)
     for groups in (1, 3)
@@ -44,3 +46,12 @@ def merge_by_hand(parts):
     delta = sum(offset * (part[3] / total) for offset, part in zip(offsets, parts, strict=True))
     squares = sum(part[2] + (offset - delta) ** 2 * part[3] for offset, part in zip(offsets, parts, strict=True))
     return pivot, delta, squares
+
+
+def check_merged_by_hand(t, x):
+    """Compare the kernels' moments of x [rows, channels] with float64."""
+    pivot, delta, var = merged_by_hand(t, x.reshape(t.rows, t.width))
+    wide = x.astype(np.float64)
+    std = wide.std(0) + abs(wide - wide.mean(0)).max(0)
+    assert_close(pivot.astype(np.float64) + delta, wide.mean(0), std, stored=np.float32, what="mean")
+    assert_close(var, wide.var(0), std**2, what="var")

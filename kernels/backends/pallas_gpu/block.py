@@ -1,12 +1,13 @@
 """What a block of threads does in each kernel of the backend `pallas_gpu`, and how it is launched.
 
-A block has up to four warpgroups (a merge eight). Values are held in two forms:
+A block has up to four warpgroups. Values are held in two forms:
 
 - A *vector* has a value for each of the block's columns, [columns]. What is computed once per channel is a vector.
 - A *fragment* has some rows of them, [fragment_rows, columns], of which each thread holds neighbouring values, so that
   a load or store of shared memory moves 8 bytes. What is computed for every element is computed on fragments: one
-  operation in the kernel's text for several rows. Mosaic's layout inference takes time that grows with the square of
-  the number of operations.
+  operation in the kernel's text for several rows. Which thread holds what is said where a fragment is loaded or made
+  (`as_fragment`), and nothing is left for Mosaic to infer, whose inference takes time that grows with the square of the
+  number of operations: hence the semantics `Lane` in `launch`.
 
 `Rows` turns one into the other. In the kernels that read arrays of x's size each warpgroup is a `Worker`: it has its
 own rows and its own tiles in shared memory, which the copy engine fills and empties, and its own barriers for them.

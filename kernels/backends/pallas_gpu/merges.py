@@ -37,8 +37,8 @@ COPIED = ALIGNMENT // 4  # so many float32 are what the copy engine can copy
 class Merge:
     """What a merge computes: `reduce(parts)`, by all warpgroups, and `finish(reduced, channels, scalars)`.
 
-    - `condense`: three functions that make one of a warpgroup's own parts: `begin(values)` of the first one's,
-      `add(state, parts)`, each of them (values, number), and `end(state)`: such a part.
+    - `condense`: what makes one of a warpgroup's own parts: how many fragments its state has, which are zero at first,
+      and the functions `add(state, parts)`, each of them (values, number), and `end(state)`: such a part.
     - `rounds`: the calls of `Parts.total` in `reduce`; `exchanged`: the most vectors that one of them adds up.
     - `finished`: the vectors that `finish` returns. The first `needed` are what the rows are computed with, the last
       `results` are results of the operation; some may be both.
@@ -60,7 +60,7 @@ def moments_merge(tiling, blends, eps):
 
     def reduce(parts):
         # Each column starts with its own copy of the channel: two columns of a channel may differ in the last bits.
-        pivot = parts.pivot()
+        pivot = parts.pivot
         (common,) = parts.rows.spread([pivot])
         (delta,) = parts.total(lambda part, n: [((part[0] - common) + part[1]) * (n * (1 / tiling.samples))], 1)
         (mean,) = parts.rows.spread([delta])
@@ -81,7 +81,7 @@ def moments_merge(tiling, blends, eps):
         return pivot, new.offset, rstd, *others, new.new_running_mean, new.new_running_var
 
     finished, needed = (7, 3) if blends else (3, 0)
-    condense = _begin_moments, _add_moments, _end_moments
+    condense = 4, _add_moments, _end_moments
     return Merge(
         reduce, finish, condense, rounds=2, exchanged=1, finished=finished, needed=needed, results=finished
     )  # fmt: skip
@@ -89,11 +89,6 @@ def moments_merge(tiling, blends, eps):
 
 # The moments of many parts, some at a time: Chan, Golub & LeVeque, The American Statistician 37, 1983. About the pivot
 # of the first that counts: sums about it, corrected in the end, would lose digits where that one lies far off.
-
-
-def _begin_moments(values):
-    nothing = as_fragment(jnp.zeros_like(values[0]))
-    return nothing, nothing, nothing, nothing
 
 
 def _add_moments(state, parts):
@@ -128,13 +123,10 @@ def sums_merge(finish, needed):
     def reduce(parts):
         return parts.total(lambda part, n: part, SUMS)
 
-    def begin(values):
-        return tuple(as_fragment(jnp.zeros_like(value)) for value in values)
-
     def add(state, parts):
         return functools.reduce(added, [values for values, _ in parts], state)
 
-    condense = begin, add, lambda state: (state, None)
+    condense = SUMS, add, lambda state: (state, None)
     return Merge(
         reduce, finish, condense, rounds=1, exchanged=SUMS, finished=needed + SUMS, needed=needed, results=SUMS
     )  # fmt: skip
@@ -202,13 +194,9 @@ class Parts:
         self.start, self.columns, self.merge = start, columns, merge
         self.warpgroup, self.exchange, self.rows, self.turns = warpgroup, exchange, rows, 0
         pl, _ = pallas()
-        self.first_pivot = partial_ref[whole, 0, 0, pl.ds(start, columns)]
+        self.pivot = partial_ref[whole, 0, 0, pl.ds(start, columns)]  # the first part's
         mine = -(-tiling.entries(rows.shape[0]) // exchange.warpgroups)
         self.held = [self._load(index) for index in range(mine)] if mine <= HELD else [self._condensed(mine)]
-
-    def pivot(self):
-        """The first part's first vector."""
-        return self.first_pivot
 
     def _load(self, index):
         """One of the warpgroup's fragments of parts: the values, and the number of values that each row stands for."""
@@ -230,13 +218,12 @@ class Parts:
 
     def _condensed(self, number):
         """One in place of so many fragments of parts."""
-        begin, add, end = self.merge.condense
-        values, _ = self._load(0)
+        fragments, add, end = self.merge.condense
 
         def several(turn, state):
             return add(state, [self._load(turn * HELD + index) for index in range(HELD)])
 
-        return end(lax.fori_loop(jnp.int32(0), jnp.int32(-(-number // HELD)), several, begin(values)))
+        return end(lax.fori_loop(jnp.int32(0), jnp.int32(-(-number // HELD)), several, self.rows.zeros(fragments)))
 
     def total(self, terms, number):
         """The sums over all parts of the `number` values that `terms(values, values per channel)` returns: vectors.

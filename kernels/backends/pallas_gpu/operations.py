@@ -203,31 +203,26 @@ def _gradient(activation, from_y=False, *, sums=False, dx=False, dz=False, momen
     `moments`, where dx has the part that goes through the moments, slope and level before them.
     """
     needs_z = activation is not None and not from_y
+    needed = ["pivot", *["scale"] * (needs_z or dx), *["shift"] * needs_z, *["slope", "level"] * moments]
 
     def constants(channels, numbers):
         through, (pivot, offset, rstd, weight, bias, *_) = (channels[:2], channels[2:]) if moments else ([], channels)
         scale, shift = scale_and_shift(offset, rstd, weight, bias)
-        return [pivot, *[scale] * (needs_z or dx), *[shift] * needs_z, *through]
+        known = {"pivot": pivot, "scale": scale, "shift": shift} | dict(zip(("slope", "level"), through, strict=False))
+        return [known[name] for name in needed]
 
     def row(values, constants):
         dy, x, *kept = values
-        pivot, *others = constants
-        d = x - pivot
-        scale, others = (others[0], others[1:]) if needs_z or dx else (None, others)
-        if activation is None:
-            derivative = None
-        elif from_y:
-            derivative = ACTIVATIONS[activation].derivative(*kept)
-        else:
-            shift, *others = others
-            derivative = ACTIVATIONS[activation].derivative(_before_activation(x, (pivot, scale, shift), *kept))
-        dz_value = dy if derivative is None else dy * derivative
+        c = dict(zip(needed, constants, strict=True))
+        d, dz_value = x - c["pivot"], dy
+        if activation is not None:
+            z_or_y = kept[0] if from_y else _before_activation(x, (c["pivot"], c["scale"], c["shift"]), *kept)
+            dz_value = dy * ACTIVATIONS[activation].derivative(z_or_y)
         results = []
         if dx:
-            value = dz_value * scale
+            value = dz_value * c["scale"]
             if moments:
-                slope, level = others
-                value = value + (d * slope + level)
+                value = value + (d * c["slope"] + c["level"])
             results.append(value)
         return (dz_value, dz_value * d) if sums else (), (*results, *[dz_value] * dz)
 
