@@ -77,7 +77,7 @@ SMALLEST_IMAGE = 16
               help="With --audit: seconds after which a compilation is ended. With --apart: for all compilations; who "
               "is not ready then is left out.")  # fmt: skip
 @click.option("--apart/--together", default=None,
-              help="Each network in a process of its own, compiled at the same time and timed in turn; default: apart "
+              help="Each network in a process of its own, lowered at the same time and timed in turn; default: apart "
               "on a GPU, where the rows have their kernels too.")  # fmt: skip
 @click.option("--details", is_flag=True, help="On a GPU: the kernels of every row that take most, by name.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
@@ -211,7 +211,7 @@ TIME_NOTE = (
 )
 KERNEL_NOTE = (
     "busy: all kernels, copies and fills of a step; span: from the first one's begin to the last one's end, under the "
-    "profiler. lowered, compiled: with waiting for those that choose the convolutions for all."
+    "profiler. lowered beside the others, compiled one after the other."
 )
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "

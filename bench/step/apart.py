@@ -1,9 +1,10 @@
 """The same comparison and times as of `timed.run`, with each network in a process of its own.
 
-They are lowered and compiled at the same time, and then timed in turn: a round asks one process after the other for a
-few steps, while the others wait. The first network of each layout is compiled before the rest, which find its choices
-of convolutions in a cache that all share; chosen side by side, they would disturb each other's timings. What one
-process does to the device (a trap, memory that is not given back) does not reach the others.
+They are lowered at the same time, compiled one after the other as they are ready, and then timed in turn: a round asks
+one process after the other for a few steps, while the others wait. XLA chooses convolutions by timing them on the
+device: two programs compiled at once would disturb each other's choices, and take several times as long; what one has
+chosen the next finds in a cache. What one process does to the device (a trap, memory that is not given back) does not
+reach the others.
 """
 
 import concurrent.futures
@@ -34,8 +35,6 @@ STEPS = 4
 TRACES = 2
 # Seconds for one answer once a network is compiled.
 ANSWER = 120.0
-# Of the time for compilation, what the networks that go first may take.
-FIRST_SHARE = 0.6
 
 
 def environment(cache: str) -> dict[str, str]:
@@ -79,16 +78,6 @@ class Process:
         return self.row is None or self.row.status in TIMED
 
 
-def _first(networks: Sequence[Contender]) -> dict[bool, Contender]:
-    """By whether it has channels last, the first network of ours on jnp: quick to lower, and in most runs."""
-    plain = [one for one in networks if one.ours and one.name.startswith("jnp")]
-    return {_channels_last(one): one for one in reversed(plain)}
-
-
-def _channels_last(network):
-    return network.function is not None or network.module == "flax"
-
-
 def run(
     setting: Setting,
     networks: Sequence[Contender],
@@ -125,27 +114,15 @@ def run(
 
 
 def _build(processes, setting, options, time_limit, progress):
-    """Lower and compile JAX's networks, all at once but for those that go first, and then torch's.
-
-    torch.compile has a process for each core, and what is compiled beside it takes several times as long.
-    """
-    begin = time.monotonic()
-    deadline = begin + time_limit
-    first = _first([one.network for one in processes])
-    ready = {one.name: threading.Event() for one in first.values()}
+    """Lower and compile JAX's networks, and then torch's, whose compiler has a process for each core."""
+    deadline = time.monotonic() + time_limit
+    device = threading.Lock()
 
     def build(one):
-        goes_first = first.get(_channels_last(one.network))
-        try:
-            request = {"setting": dataclasses.asdict(setting), "options": dict(options), "name": one.network.name}
-            if one.ask(deadline - time.monotonic(), do="lower", **request) is None:
-                return
-            if goes_first not in (None, one.network):
-                ready[goes_first.name].wait(max(0.0, begin + FIRST_SHARE * time_limit - time.monotonic()))
-            one.ask(deadline - time.monotonic(), do="compile")
-        finally:
-            if goes_first is one.network:
-                ready[one.network.name].set()
+        request = {"setting": dataclasses.asdict(setting), "options": dict(options), "name": one.network.name}
+        if one.ask(deadline - time.monotonic(), do="lower", **request) is not None:
+            with device:
+                one.ask(deadline - time.monotonic(), do="compile")
 
     torch = [one for one in processes if one.network.module == "torch"]
     others = [one for one in processes if one not in torch]

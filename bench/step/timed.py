@@ -192,7 +192,7 @@ class Row:
     - `ratio`: the time over the baseline's, the median over paired rounds; `ratio_p10`, `ratio_p90`: their spread.
     - `memory`: bytes that the compiled program holds at once (torch: its allocator's peak).
     - `peak`: bytes that the device had in use at most while the first step ran, if that was the most so far.
-    - `lowering`, `compilation`: seconds, with waiting for others, of a network in a process of its own.
+    - `lowering`, `compilation`: seconds, of a network in a process of its own.
     - `busy`: on a GPU, seconds of all kernels in a step; `span`: from the first one's begin to the last one's end;
         `launches`: their number; `kernels`: of each name launches and seconds of one. See `bench.device_time`.
     """
