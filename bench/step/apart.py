@@ -1,10 +1,10 @@
 """The same comparison and times as of `timed.run`, with each network in a process of its own.
 
-They are lowered at the same time, compiled one after the other as they are ready, and then timed in turn: a round asks
-one process after the other for a few steps, while the others wait. XLA chooses convolutions by timing them on the
-device: two programs compiled at once would disturb each other's choices, and take several times as long; what one has
-chosen the next finds in a cache. What one process does to the device (a trap, memory that is not given back) does not
-reach the others.
+They are lowered at the same time, compiled one after the other, and then timed in turn: a round asks one process after
+the other for a few steps, while the others wait. XLA chooses convolutions by timing them on the device, where two
+programs would disturb each other; it takes a minute and more for the first of each layout, and the next ones find the
+choices in a cache. The variable JAX_COMPILATION_CACHE_DIR keeps it for another run. What one process does to the device
+(a trap, memory that is not given back) does not reach the others.
 """
 
 import concurrent.futures
@@ -13,7 +13,6 @@ import dataclasses
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -113,23 +112,41 @@ def run(
     return finished
 
 
-def _build(processes, setting, options, time_limit, progress):
-    """Lower and compile JAX's networks, and then torch's, whose compiler has a process for each core."""
-    deadline = time.monotonic() + time_limit
-    device = threading.Lock()
+def _channels_last(network):
+    return network.function is not None or network.module == "flax"
 
-    def build(one):
+
+def _build(processes, setting, options, time_limit, progress):
+    """Lower and compile JAX's networks, those with channels last first, and then torch's.
+
+    torch's compiler has a process for each core: beside it nothing else would be ready in time.
+    """
+    deadline = time.monotonic() + time_limit
+
+    def lower(one):
         request = {"setting": dataclasses.asdict(setting), "options": dict(options), "name": one.network.name}
-        if one.ask(deadline - time.monotonic(), do="lower", **request) is not None:
-            with device:
-                one.ask(deadline - time.monotonic(), do="compile")
+        one.ask(deadline - time.monotonic(), do="lower", **request)
 
     torch = [one for one in processes if one.network.module == "torch"]
     others = [one for one in processes if one not in torch]
-    for done, some in enumerate((others, torch)):
-        with concurrent.futures.ThreadPoolExecutor(max(1, len(some))) as pool:
-            list(pool.map(build, some))
-        progress("compiling", 0.35 * (done + 1))
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(others))) as pool:
+        lowering = {pool.submit(lower, one): one for one in others}
+        for channels_last in (True, False):
+            waiting = {done: one for done, one in lowering.items() if _channels_last(one.network) == channels_last}
+            while waiting:
+                concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
+                # Of those that are lowered the first in the table.
+                first = next(done for done in waiting if done.done())
+                one = waiting.pop(first)
+                first.result()
+                if one.able:
+                    one.ask(deadline - time.monotonic(), do="compile")
+    progress("compiling", 0.35)
+    for one in torch:
+        lower(one)
+        if one.able:
+            one.ask(deadline - time.monotonic(), do="compile")
+    progress("compiling", 0.7)
 
 
 def _compare(processes, setting):
