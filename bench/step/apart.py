@@ -28,8 +28,9 @@ from bn_fused.bench.step.networks import BASELINE, Contender, Setting, contender
 from bn_fused.bench.step.timed import TIMED, Row, RunInterrupted, compared, make_run, one_line, timed
 from bn_fused.bench.timing import MAX_ROUNDS, MIN_ROUNDS, Samples, Timed
 
-# Steps that are timed together, after one that brings back clocks and caches.
-STEPS = 4
+# Steps that are timed together, started one after the other, after one that brings back clocks and caches. As in
+# training the next step is started while one runs: the fewer, the more the time until the first begins weighs.
+STEPS = 16
 # Traces of two steps each.
 TRACES = 2
 # Seconds for one answer once a network is compiled.

@@ -81,9 +81,8 @@ def compiled_for(target, cases, dump, **programs):
 
 @pytest.fixture(scope="module")
 def h200(tmp_path_factory):
-    return compiled_for(
-        "h200", CASES["h200"], tmp_path_factory.mktemp("h200"), entrances=True, plans=True, blocks=["bfloat16"]
-    )
+    programs = dict(entrances=True, plans=True, fills=True, blocks=["bfloat16"])
+    return compiled_for("h200", CASES["h200"], tmp_path_factory.mktemp("h200"), **programs)
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +272,10 @@ def test_every_way_in_lowers_to_the_kernels(h200):
     one = dict.fromkeys(("layer", "function", "raw", "ensemble", "inference", "x64"), 1)
     virtual = {"virtual batches, both ways": 2, "copies for virtual batches": 0}
     assert h200[0]["entrances"] == one | virtual
+
+
+def test_the_counters_of_all_layers_are_zeroed_in_one_launch(h200):
+    assert h200[0]["fills"] == {"kernels": 6, "fills": 1}
 
 
 def test_a_plan_that_streams_is_taken(h200):

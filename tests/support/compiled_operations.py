@@ -2,9 +2,9 @@
 
 Reads JSON from standard input: [backend, target, cases, programs], a case being [[groups, rows, channels, dtype,
 activation, residual], names of operations, of which "streamed forward" and "streamed backward" take a plan of
-pallas_gpu that streams], and programs {"entrances": whether to try all of them, "plans": whether to
-try plans of pallas_gpu given by hand, "order": the [shape, dtype, residual] of a step whose launches to list, "blocks":
-dtypes}. Writes what was counted in the compiled programs.
+pallas_gpu that streams], and programs {"entrances": whether to try all of them, "plans": whether to try plans of
+pallas_gpu given by hand, "fills": whether to count what gives the counters of a network, "order": the [shape, dtype,
+residual] of a step whose launches to list, "blocks": dtypes}. Writes what was counted in the compiled programs.
 
 For tests: `by_operation`, `check_traffic` and `check_block` read what it writes.
 """
@@ -174,6 +174,26 @@ def entrances(backend, target):
     return found
 
 
+def fills(backend, target):
+    """How many kernels and copies give the counters of the blocks in a network of three layers, both ways."""
+    stats = bn_fused.RunningStats.init(128)
+
+    def network(x):
+        for _ in range(3):
+            x, _ = bn_fused.batch_norm(x, stats, activation="relu", backend=backend)
+        return x
+
+    def step(x, dy):
+        y, pullback = jax.vjp(network, x)
+        return y, pullback(dy)
+
+    x = S((4096, 128), "bfloat16")
+    compiled = compile_for(target, step, x, x)
+    entry = compiled.as_text().split("\nENTRY")[1]
+    given = re.findall(r"^  %[\w.-]+ = \(?s32\[\d+\]\S*.* (?:fusion|copy)\(", entry, re.MULTILINE)
+    return {"kernels": figures(compiled, 1, 1)["kernels"], "fills": len(given)}
+
+
 def plans(target):
     """Of plans of pallas_gpu given by hand: the kernels of one that streams, what is said of one that cannot run."""
     rows, channels = 4096, 64
@@ -242,6 +262,8 @@ def main():
         found["entrances"] = entrances(backend, target)
     if programs.get("order"):
         found["order"] = order(backend, target, *programs["order"])
+    if programs.get("fills"):
+        found["fills"] = fills(backend, target)
     if programs.get("plans"):
         found["plans"] = plans(target)
     found["blocks"] = {

@@ -18,7 +18,7 @@ on the process's standard error. That is an error in place of a hang, but the CU
 the device, ends with it. Nothing of a half-run kernel is ever returned. `plan=` with `forward=None, backward=None`
 streams.
 
-The counters of the barrier are zeroed by XLA before each launch, and belong to that launch: launches that are repeated,
+The counters of the barrier are zeroed by XLA before the launch, and belong to that launch: launches that are repeated,
 in loops or of other programs, never see each other's. Each unit has its own counter and uses it once: it counts up to
 the number of members, and is never lowered or used again.
 """
@@ -28,6 +28,9 @@ from bn_fused.kernels.jax_internals import barrier_signal, barrier_wait
 
 # Far more than any kernel that shares the device holds its multiprocessors, and less than anybody waits for a hang.
 PATIENCE_SECONDS = 60
+# XLA zeroes counters that are arrays of one size in one launch for all layers of a network, up to some 90 of them, and
+# copies a zero for each array of a single one.
+LEAST_COUNTERS = 2
 
 
 class CounterBarrier:
@@ -44,7 +47,7 @@ class CounterBarrier:
         """Once in each thread; with the references to that memory."""
         del scratch
         pl, plgpu = pallas()
-        self.counters = pl.get_global(plgpu.SemaphoreType.REGULAR((self.units,)))
+        self.counters = pl.get_global(plgpu.SemaphoreType.REGULAR((max(self.units, LEAST_COUNTERS),)))
 
     def signal(self, unit):
         """One warpgroup of each block: what the block wrote to global memory is there."""
