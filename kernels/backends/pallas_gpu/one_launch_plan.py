@@ -182,7 +182,7 @@ def not_co_resident(plan, chip, itemsize, inputs, sums):
     """None, or one sentence: why the blocks of a `OneLaunch` may not all be on the chip at the same time.
 
     Blocks that wait for each other would then wait for ever. A multiprocessor takes one block of such a kernel at
-    least: of 128 threads for each warpgroup, with the registers that 512 of them can have, if its shared memory does.
+    least, whose registers the compiler keeps within what a multiprocessor has, if its shared memory has room.
     """
     p = plan
     asked = p.warpgroups * p.stages * p.tile_rows * p.columns * itemsize * inputs
