@@ -1,39 +1,42 @@
-"""Which kernels `auto` takes on which chip: one table, and what each of its lines rests on.
+"""Which kernels `auto` takes: on GPUs those that were measured as the fastest, see `tuned`; on TPUs a table.
 
-A line changes when figures do: for GPUs the times that `bn-bench run` records under bench/results, for TPUs the bytes
-that whole network blocks move, compiled for each chip (docs/tpu-audit.md). `auto` does not take what has no line.
+A line of the table rests on the bytes that whole network blocks move, compiled for each chip (docs/tpu-audit.md).
+`auto` does not take what nothing speaks for.
 """
 
 from types import MappingProxyType
 
+from bn_fused.kernels import tuned
 from bn_fused.kernels.backends import Verdict
-from bn_fused.kernels.chips import CHIPS, GpuChip, TpuChip
+from bn_fused.kernels.chips import CHIPS, TpuChip
 
-UNMEASURED = Verdict(False, "its kernels never ran on this chip")
-# bench/results/nvidia-h200: faster in most layers and in a whole network, slower where channels come first.
-UNDECIDED = Verdict(False, "for which arrays its kernels are the fastest here is not decided yet")
 FUSED_BY_XLA = Verdict(
     False, "XLA fuses jnp with the operations around it, and blocks of networks then move fewer bytes"
 )
 NARROW = Verdict(False, "with fewer than 128 channels XLA copies and pads x around its kernels")
 VERDICTS = MappingProxyType(
-    {
-        ("pallas_gpu", name): UNDECIDED if name == "h200" else UNMEASURED
-        for name, chip in CHIPS.items()
-        if isinstance(chip, GpuChip) and chip.compute_capability >= (9, 0)
-    }
-    | {
-        ("triton", name): UNDECIDED if name == "h200" else UNMEASURED
-        for name, chip in CHIPS.items()
-        if chip.platform in ("cuda", "rocm")
-    }
-    | {("pallas_tpu", name): FUSED_BY_XLA for name, chip in CHIPS.items() if chip.platform == "tpu"}
+    {("pallas_tpu", name): FUSED_BY_XLA for name, chip in CHIPS.items() if chip.platform == "tpu"}
 )
 
 
-def verdict(backend, problem, target):
-    """The `Verdict` on a backend that can run a problem on a target."""
-    chip = None if target.chip is None else target.chip.name
-    if backend == "pallas_tpu" and problem.channels < TpuChip.lanes:
+def verdict(backend, tuning, problem, target):
+    """The `Verdict` on a backend that can run a problem on a target; `tuning` as of the backend."""
+    if target.platform != "tpu":
+        return _measured(backend, tuning, problem, target)
+    if problem.channels < TpuChip.lanes:
         return NARROW
+    chip = None if target.chip is None else target.chip.name
     return VERDICTS.get((backend, chip), Verdict(False, "nothing is known of its speed on this chip"))
+
+
+def _measured(backend, tuning, problem, target):
+    found = tuned.find(backend, tuning, problem, target)
+    if isinstance(found, str):
+        return Verdict(False, found)
+    ours, plain = found.measured.seconds, found.entry.backends.get("jnp")
+    if plain is None:
+        return Verdict(False, f"jnp was not measured beside it ({found.where})")
+    times = f"{1e6 * ours:.3g} us forward and backward, jnp {1e6 * plain.seconds:.3g} ({found.where})"
+    if ours > (1 - tuned.LEAST_GAIN) * plain.seconds:
+        return Verdict(False, f"it is not faster here: {times}")
+    return Verdict(True, f"it was measured as faster than jnp: {times}", ours)

@@ -1,7 +1,9 @@
 """The registered backends, and which of them computes a given problem for a given target: `choose`."""
 
+import math
 from dataclasses import dataclass
 
+from bn_fused.kernels import tuned
 from bn_fused.kernels.backends import Backend, jnp as jnp_backend, pallas_gpu, pallas_tpu, triton
 from bn_fused.kernels.contract import OPERATIONS
 from bn_fused.kernels.target import FLOATING, BackendError
@@ -18,7 +20,8 @@ class BackendChoice:
     plan: object = None
 
 
-# Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last.
+# Insertion order is the order in which `auto` asks: what is registered later is asked earlier, jnp last. Of those that
+# were measured it takes the fastest, else the first that is for it.
 _BACKENDS: dict[str, Backend] = {}
 
 
@@ -86,8 +89,8 @@ def choose(problem, target, requested="auto"):
             raise BackendError(f"backend {requested!r} cannot run on {target}: {refusal}")
         verdict = backend.verdict(problem, target)
         reason = "asked for by name" if verdict.taken else f"asked for by name; auto does not take it: {verdict.why}"
-        return BackendChoice(requested, reason, backend.plan(problem, target))
-    passed_over = []
+        return _choice(backend, reason, problem, target)
+    passed_over, taken = [], []
     for backend in reversed(_BACKENDS.values()):
         refusal = _refusal(backend, problem, target)
         if refusal is not None:
@@ -95,10 +98,30 @@ def choose(problem, target, requested="auto"):
             continue
         verdict = backend.verdict(problem, target)
         if verdict.taken:
-            reason = "; ".join([verdict.why, *reversed(passed_over)])
-            return BackendChoice(backend.name, reason, backend.plan(problem, target))
-        passed_over.append(f"{backend.name} runs by name: {verdict.why}")
-    raise AssertionError("the jnp backend takes every problem")
+            taken.append((verdict.seconds, len(taken), backend, verdict.why))
+            if verdict.seconds == math.inf:
+                break
+        else:
+            passed_over.append(f"{backend.name} runs by name: {verdict.why}")
+    _, _, backend, why = min(taken)  # the jnp backend takes every problem
+    return _choice(backend, "; ".join([why, *reversed(passed_over)]), problem, target)
+
+
+def _choice(backend, reason, problem, target):
+    """The choice of a backend, with the plan that was measured as its fastest, or the one by rule."""
+    found = None if backend.tuning is None else tuned.find(backend.name, backend.tuning, problem, target)
+    if isinstance(found, tuned.Found):
+        try:
+            config = tuned.config_of(found, backend.tuning, problem)
+            if config is not None:
+                plan = backend.plan(problem, target, config)
+                refusal = backend.plan_refusal(plan, problem, target)
+                if refusal is not None:
+                    raise tuned.Unusable(f"its plan for {found.entry.of} cannot run: {refusal}")
+                return BackendChoice(backend.name, f"{reason}; its plan is from {found.where}", plan)
+        except tuned.Unusable as error:
+            tuned.warn(found.path, str(error))
+    return BackendChoice(backend.name, reason, backend.plan(problem, target))
 
 
 def check_plan(choice, plan, problem, target):

@@ -40,7 +40,8 @@ class Target:
 class Problem:
     """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`.
 
-    Groups and rows are what JAX has for a size, as `b*16`, where `jax.export` leaves it open.
+    Groups and rows are what JAX has for a size, as `b*16`, where `jax.export` leaves it open. `channels_last`: whether
+    the channels lie last in memory, as far as that is known.
     """
 
     groups: int
@@ -50,6 +51,7 @@ class Problem:
     activation: str | None = None
     residual: bool = False
     mask: bool = False
+    channels_last: bool = True
 
     @property
     def left_open(self):
@@ -58,8 +60,12 @@ class Problem:
         return " and ".join(f"{name} ({size})" for name, size in sizes if is_symbolic_dim(size))
 
 
-def problem_of(spec: Spec, x, present):
-    """The problem that an operand x (anything with shape and dtype) and the names of the operands make."""
+def problem_of(spec: Spec, x, present, channels_last=False):
+    """The problem that an operand x (anything with shape and dtype) and the names of the operands make.
+
+    `channels_last`: whether they lie last in memory although others follow in the layout.
+    """
+    after = x.shape[spec.layout.index(CHANNEL) + 1 :]
     return Problem(
         groups=math.prod(group_shape(x.shape, spec.layout)),
         rows=count_rows(x.shape, spec.layout),
@@ -68,4 +74,5 @@ def problem_of(spec: Spec, x, present):
         activation=spec.activation,
         residual=has_residual(present),
         mask="mask" in present,
+        channels_last=channels_last or all(not is_symbolic_dim(size) and size == 1 for size in after),
     )

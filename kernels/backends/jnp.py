@@ -253,13 +253,13 @@ class Plan:
     stages: bool = False
 
 
-def plan(problem, target):
+def plan(problem, target, config=None):
     """Fold on a CPU (4 and 16 parts were slower than 8), two stages on a GPU.
 
     Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
     leaves open.
     """
-    del problem
+    del problem, config
     if target.partitioned:
         return Plan()
     return Plan(fold=8 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))

@@ -3,9 +3,10 @@
 import functools
 
 from bn_fused.kernels.auto import verdict
-from bn_fused.kernels.backends import Backend
-from bn_fused.kernels.backends.pallas_gpu import operations
+from bn_fused.kernels.backends import Backend, Tuning
+from bn_fused.kernels.backends.pallas_gpu import operations, plan
 
+TUNING = Tuning(plan.REVISION, operations.search_set, plan.parse, plan.combine)
 BACKEND = Backend(
     "pallas_gpu",
     {
@@ -17,7 +18,8 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=operations.refusal,
-    verdict=functools.partial(verdict, "pallas_gpu"),
+    verdict=functools.partial(verdict, "pallas_gpu", TUNING),
     plan=operations.plan,
     plan_refusal=operations.plan_refusal,
+    tuning=TUNING,
 )

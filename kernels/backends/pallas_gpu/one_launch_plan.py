@@ -76,29 +76,48 @@ class OneLaunch:
         return min(1, self.stages / self.tiles)
 
 
-def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outputs, sums, clusters_only=False):
-    """The `OneLaunch` of an operation, or None where it does not fit, or does not pay.
+@dataclass(frozen=True)
+class Way:
+    """What of a `OneLaunch` is a matter of speed and does not depend on the number of rows.
+
+    - `fold`, `columns`, `warpgroups`, `slabs`: as of `OneLaunch`.
+    - `share`: of the blocks that there could be, one of so many is launched.
+    """
+
+    fold: int
+    columns: int
+    warpgroups: int
+    slabs: int
+    share: int
+
+
+def ways(groups, rows, channels, itemsize, chip, inputs, again, outputs, sums, clusters_only=False):
+    """The `Way`s of an operation and what they make of it, {Way or None: OneLaunch or None}, the best by rule first.
 
     Its kernel reads `inputs` arrays [groups, rows, channels], `again` of them a second time where they are not kept,
-    writes `outputs`, and merges `sums` values per column. With `clusters_only`, its units are clusters.
+    writes `outputs`, and merges `sums` values per column. With `clusters_only`, its units are clusters. None stands for
+    the streaming kernels.
 
-    Of the ways to fold rows, of blocks of 128 and 256 columns, of warpgroups and of numbers of slabs, the one in which
-    a multiprocessor moves the fewest bytes, those counted that it could have moved while it waits and merges; if they
-    are fewer than those of the streaming kernels.
+    By rule the best way to fold rows, of blocks of 128 and 256 columns, of warpgroups and of numbers of slabs is the
+    one in which a multiprocessor moves the fewest bytes, those counted that it could have moved while it waits and
+    merges.
     """
     fold_and_columns = fold_of(rows, channels, itemsize)
     if fold_and_columns is None:
-        return None
+        return {None: None}
     whole = [width // channels for width in (WARPGROUP, WIDEST) if width % channels == 0]
     folds = {fold_and_columns[0], *(fold for fold in whole if rows % fold == 0)}
     if channels >= WARPGROUP and channels * itemsize % ALIGNMENT == 0:
         folds.add(1)
-    candidates = []
+    streamed = groups * rows * channels * itemsize / chip.cores
+    streaming = _moved(streamed, streamed * chip.cores, 0, inputs, again, outputs) + STREAMING_BYTES
+    # Of the same cost the streaming kernels, then the fewest folded rows and columns.
+    candidates = [((streaming, 0, 0), None, None)]
     for fold, columns, warpgroups in itertools.product(sorted(folds), (WARPGROUP, WIDEST), WARPGROUPS):
         if columns > fold * channels or warpgroups > warpgroups_of(rows // fold):
             continue
         room = ring_bytes(chip, columns, warpgroups, sums + EXCHANGED) // (warpgroups * inputs * columns * itemsize)
-        for splits, unit_blocks, at_once, slabs in _shapes(
+        for share, splits, unit_blocks, at_once, slabs in _shapes(
             groups, rows // fold, fold, -(-fold * channels // columns), warpgroups, chip.cores, clusters_only
         ):
             of_block, more = divmod(rows // fold, splits)
@@ -107,15 +126,12 @@ def make_one_launch(groups, rows, channels, itemsize, chip, inputs, again, outpu
                 shape = fold, columns, warpgroups, splits * unit_blocks, at_once, slabs
                 plan = OneLaunch(*shape, *ring, clusters_only)
                 cost = _cost(plan, rows, channels, itemsize, chip.cores, inputs, again, outputs, sums)
-                candidates.append((cost, fold, columns, plan))
-    streamed = groups * rows * channels * itemsize / chip.cores
-    streaming = _moved(streamed, streamed * chip.cores, 0, inputs, again, outputs) + STREAMING_BYTES
-    best = min(candidates, key=lambda candidate: candidate[:3], default=(streaming,))
-    return best[3] if best[0] < streaming else None
+                candidates.append(((cost, fold, columns), Way(fold, columns, warpgroups, slabs, share), plan))
+    return {way: plan for _, way, plan in sorted(candidates, key=lambda candidate: candidate[0])}
 
 
 def _shapes(groups, rows, fold, blocks, warpgroups, cores, clusters_only):
-    """Ways to share out the multiprocessors: (splits, blocks of columns of a unit, units at once, slabs)."""
+    """Ways to share out the multiprocessors: (share, splits, blocks of columns of a unit, units at once, slabs)."""
     unit_blocks = blocks if fold > 1 else 1
     units = groups * blocks // unit_blocks
     together = LARGEST_CLUSTER if clusters_only else cores
@@ -124,8 +140,8 @@ def _shapes(groups, rows, fold, blocks, warpgroups, cores, clusters_only):
         most = min(together, cores // at_once) // unit_blocks
         if most >= 1 and slabs == -(-units // at_once):
             most = max(1, min(most, rows // (warpgroups * LEAST_ROWS)))
-            for splits in sorted({most, -(-most // 2), -(-most // 4)}):
-                yield splits, unit_blocks, at_once, slabs
+            for splits, share in sorted({-(-most // share): share for share in (4, 2, 1)}.items()):
+                yield share, splits, unit_blocks, at_once, slabs
 
 
 def _moved(of_block, whole, kept, inputs, again, outputs):

@@ -46,6 +46,7 @@ import jax.numpy as jnp
 
 from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends.gpu.view import View
+from bn_fused.kernels.backends.pallas_gpu import plan as plans
 from bn_fused.kernels.backends.pallas_gpu.block import F32
 from bn_fused.kernels.backends.pallas_gpu.merges import merge_moments, merge_sums, moments_merge, sums_merge, times
 from bn_fused.kernels.backends.pallas_gpu.one_launch import one_launch
@@ -101,7 +102,7 @@ def refusal(problem, target):
     return None
 
 
-def plan(problem, target):
+def plan(problem, target, config=None):
     """The `Plan` for a problem, or None if there is none."""
     itemsize = jnp.dtype(problem.dtype).itemsize
     return make_plan(
@@ -113,7 +114,15 @@ def plan(problem, target):
         residual=problem.residual,
         derivative=problem.activation is not None,
         clusters_only=target.several_devices,
+        config=config,
     )
+
+
+def search_set(problem, target):
+    """The configurations to time for a problem."""
+    itemsize, derivative = jnp.dtype(problem.dtype).itemsize, problem.activation is not None
+    sizes = problem.groups, problem.rows, problem.channels, itemsize, target.chip
+    return plans.search_set(*sizes, residual=problem.residual, derivative=derivative)
 
 
 def plan_refusal(plan, problem, target):

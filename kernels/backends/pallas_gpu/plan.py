@@ -3,10 +3,11 @@
 Pure functions of sizes: they are tested exhaustively on small sizes.
 """
 
+import itertools
 from dataclasses import dataclass
 
 from bn_fused.kernels.backends.gpu.launches import launches, passes
-from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch, make_one_launch
+from bn_fused.kernels.backends.pallas_gpu.one_launch_plan import OneLaunch, Way, ways
 from bn_fused.kernels.backends.pallas_gpu.tiles import (
     LEAST_ROWS,
     MOMENTS,
@@ -18,6 +19,11 @@ from bn_fused.kernels.backends.pallas_gpu.tiles import (
     ring_of,
     warpgroups_of,
 )
+
+# Raised with every change to the kernels or their plans that makes earlier timings meaningless: see `kernels.tuned`.
+REVISION = 1
+# Ways of each operation that `bn-bench tune` times, beside streaming.
+TIMED = 5
 
 
 @dataclass(frozen=True)
@@ -87,17 +93,62 @@ def splits_of(rows, blocks, warpgroups, cores):
     return max(range(1, min(most, 8) + 1), key=lambda splits: (occupied(splits) > 0.9, occupied(splits), -splits))
 
 
-def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative=False, clusters_only=False):
-    """The plan for x [groups, rows, channels] on a chip, or None if there is none (see `fold_of`)."""
+@dataclass(frozen=True)
+class Config:
+    """What of a plan is a matter of speed alone: the `Way`s of a forward and a backward, None to stream."""
+
+    forward: Way | None
+    backward: Way | None
+
+
+def combine(forward, backward):
+    """The configuration with the forward of one and the backward of another."""
+    return Config(forward.forward, backward.backward)
+
+
+def parse(stored):
+    """A configuration of what was stored of one."""
+
+    def way(fields):
+        if fields is None:
+            return None
+        if any(type(value) is not int or value < 1 for value in fields.values()):
+            raise ValueError(fields)
+        return Way(**fields)
+
+    return Config(**{name: way(fields) for name, fields in stored.items()})
+
+
+def ways_of(groups, rows, channels, itemsize, chip, residual=False, derivative=False, clusters_only=False):
+    """The `Way`s of a forward and of a backward, each as of `one_launch_plan.ways`."""
+    sizes = groups, rows, channels, itemsize, chip
+    # A backward whose derivative needs a third array writes dz for it, and reads that in dy's place.
+    third = int(residual and derivative)
+    return (
+        ways(*sizes, 1 + residual, 1, 1, MOMENTS, clusters_only),
+        ways(*sizes, 2 + third, 2, 1 + third, SUMS, clusters_only),
+    )
+
+
+def make_plan(
+    groups, rows, channels, itemsize, chip, residual=False, derivative=False, clusters_only=False, config=None
+):
+    """The plan for x [groups, rows, channels] on a chip, or None if there is none (see `fold_of`).
+
+    By a `Config`, each of whose ways is taken where it fits these sizes, else by rule.
+    """
     fold_and_columns = fold_of(rows, channels, itemsize)
     if fold_and_columns is None:
         return None
     fold, columns = fold_and_columns
     warpgroups = warpgroups_of(rows // fold)
     blocks = groups * -(-fold * channels // columns)
-    sizes = groups, rows, channels, itemsize, chip
-    # A backward whose derivative needs a third array writes dz for it, and reads that in dy's place.
-    third = int(residual and derivative)
+    forward, backward = ways_of(groups, rows, channels, itemsize, chip, residual, derivative, clusters_only)
+    wanted = (None, None) if config is None else (config.forward, config.backward)
+    one_launch = [
+        found[way] if config is not None and way in found else next(iter(found.values()))
+        for found, way in zip((forward, backward), wanted, strict=True)
+    ]
     return Plan(
         fold=fold,
         columns=columns,
@@ -106,9 +157,20 @@ def make_plan(groups, rows, channels, itemsize, chip, residual=False, derivative
         ring_bytes=ring_bytes(chip, columns, warpgroups, MOMENTS),
         residual=residual,
         derivative=derivative,
-        forward=make_one_launch(*sizes, 1 + residual, 1, 1, MOMENTS, clusters_only),
-        backward=make_one_launch(*sizes, 2 + third, 2, 1 + third, SUMS, clusters_only),
+        forward=one_launch[0],
+        backward=one_launch[1],
     )
+
+
+def search_set(groups, rows, channels, itemsize, chip, residual=False, derivative=False):
+    """The `Config`s to time for an array: by rule the best `TIMED` ways of each operation, in pairs."""
+    found = [
+        list(dict.fromkeys([*itertools.islice(each, TIMED), None]))
+        for each in ways_of(groups, rows, channels, itemsize, chip, residual, derivative)
+    ]
+    longest = max(map(len, found))
+    pairs = (itertools.chain(each, itertools.repeat(each[0])) for each in found)
+    return tuple(itertools.islice(itertools.starmap(Config, zip(*pairs, strict=False)), longest))
 
 
 def tiling(plan, groups, rows, channels, itemsize, inputs):

@@ -17,6 +17,6 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=operations.refusal,
-    verdict=functools.partial(verdict, "pallas_tpu"),
+    verdict=functools.partial(verdict, "pallas_tpu", None),
     plan=operations.plan,
 )

@@ -130,7 +130,7 @@ def _traffic(residual, activation):
     }
 
 
-def plan(problem, target):
+def plan(problem, target, config=None):
     """The `Plan` for a problem on a TPU of the table."""
     if not isinstance(target.chip, TpuChip):
         raise ValueError(f"target is {target}; a plan needs a TPU whose chip is known")

@@ -3,9 +3,10 @@
 import functools
 
 from bn_fused.kernels.auto import verdict
-from bn_fused.kernels.backends import Backend
-from bn_fused.kernels.backends.triton import limits, operations, tuning
+from bn_fused.kernels.backends import Backend, Tuning
+from bn_fused.kernels.backends.triton import limits, operations, plan
 
+TUNING = Tuning(plan.REVISION, limits.search_set, plan.parse)
 BACKEND = Backend(
     "triton",
     {
@@ -17,7 +18,8 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=limits.refusal,
-    verdict=functools.partial(verdict, "triton"),
-    plan=tuning.plan,
+    verdict=functools.partial(verdict, "triton", TUNING),
+    plan=limits.plan,
     plan_refusal=limits.plan_refusal,
+    tuning=TUNING,
 )

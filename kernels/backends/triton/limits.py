@@ -5,8 +5,10 @@ import importlib.metadata
 import importlib.util
 import re
 
-from bn_fused.kernels.backends.triton.plan import architecture_of, check, most_threads
-from bn_fused.kernels.backends.triton.tuning import plan
+import jax.numpy as jnp
+
+from bn_fused.kernels.backends.triton import plan as plans
+from bn_fused.kernels.backends.triton.plan import architecture_of, check, make_plan, most_threads
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("relu", "leaky_relu", "silu", "gelu")  # that `passes` has in Triton's language
@@ -20,6 +22,26 @@ OLDEST_TRITON = (3, 6)
 NEWEST_TRITON_FOR_AMD = (3, 6)
 INSTALL = f"pip install jax-triton=={JAX_TRITON} triton"
 ELSE = "backend='auto' takes one that does"
+
+
+def plan(problem, target, config=None):
+    """The `Plan` for a problem."""
+    return make_plan(
+        *_sizes(problem, target),
+        config,
+        residual=problem.residual,
+        derivative=problem.activation is not None,
+    )
+
+
+def search_set(problem, target):
+    """The configurations to time for a problem; those that come to the same plan once."""
+    found = {plan(problem, target, config): config for config in reversed(plans.search_set(*_sizes(problem, target)))}
+    return tuple(reversed(found.values()))
+
+
+def _sizes(problem, target):
+    return problem.groups, problem.rows, problem.channels, jnp.dtype(problem.dtype).itemsize, target.chip
 
 
 def refusal(problem, target):

@@ -5,14 +5,12 @@ depend on the array; `heuristic` chooses one for an array, `search_set` lists th
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 
 from bn_fused.kernels.backends.gpu.launches import launches, passes
 
-# Raised with every change to the kernels that makes earlier timings meaningless: see `tuning`.
+# Raised with every change to the kernels that makes earlier timings meaningless: see `kernels.tuned`.
 REVISION = 2
-
-BY_RULE = "by rule"  # of a plan whose configuration no tuning file has
 
 VECTOR = 16  # bytes: the widest load of a thread
 # More neighbouring rows than that are not folded into one: their columns have to be merged again.
@@ -65,7 +63,6 @@ class Plan:
     - `warps`, `stages`: of a block of threads; see `Config`.
     - `slabs`: forward and backward compute that many ranges of channels one after another, with launches for each.
     - `residual`: a residual is added; `derivative`: an activation follows, whose derivative needs it, or y, backward.
-    - `tuning`: the file whose configuration this is, or that it was made by rule; plans are compared without it.
     """
 
     architecture: int | str
@@ -78,7 +75,6 @@ class Plan:
     slabs: int = 1
     residual: bool = False
     derivative: bool = False
-    tuning: str = field(default=BY_RULE, compare=False)
 
     @property
     def lanes(self):
@@ -202,7 +198,30 @@ def search_set(groups, rows, channels, itemsize, chip):
     return tuple(dict.fromkeys(replace(first, **change) for change in changes))
 
 
-def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False, tuning=BY_RULE):
+# What a stored configuration may say: whole numbers within these bounds, and some powers of two.
+BOUNDS = {
+    "row_bytes": (16, 4096),
+    "values": (1, 256),
+    "warps": (1, 32),
+    "stages": (1, MOST_STAGES),
+    "blocks_per_core": (1, 64),
+    "slab_bytes": (0, 1 << 40),
+}
+POWERS_OF_TWO = ("row_bytes", "values", "warps")
+assert {field.name for field in fields(Config)} == set(BOUNDS)
+
+
+def parse(stored):
+    """A configuration of what was stored of one; ValueError where there is none like it."""
+    config = Config(**stored)
+    for name, (least, most) in BOUNDS.items():
+        value = getattr(config, name)
+        if type(value) is not int or not least <= value <= most or (name in POWERS_OF_TWO and value & (value - 1)):
+            raise ValueError(f"{name} is {value!r}")
+    return config
+
+
+def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=False, derivative=False):
     """The plan for x [groups, rows, channels] on a chip, with a configuration, or with the heuristic's."""
     if config is None:
         config = heuristic(groups, rows, channels, itemsize, chip)
@@ -232,7 +251,6 @@ def make_plan(groups, rows, channels, itemsize, chip, config=None, residual=Fals
         slabs=slabs,
         residual=residual,
         derivative=derivative,
-        tuning=tuning,
     )
 
 
