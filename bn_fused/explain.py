@@ -11,7 +11,7 @@ from bn_fused import arguments
 from bn_fused.kernels import Problem, Target, choose
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.chips import CHIPS, chip_of
-from bn_fused.kernels.target import FLOATING, PLATFORMS
+from bn_fused.kernels.target import FLOATING, PLATFORMS, convolutions_lie_channels_last
 
 
 def explain(
@@ -23,6 +23,7 @@ def explain(
     residual=False,
     mask=False,
     groups=1,
+    after_convolution=False,
     target=None,
     backend="auto",
 ):
@@ -36,6 +37,8 @@ def explain(
         with the mapped axis it is `channel_axis=1` ([N, C, H, W]), and not the default, which is the last axis.
     - `residual`, `mask`: whether there is one.
     - `groups`: how many such batches one call normalises (the size of unnamed vmaps around it).
+    - `after_convolution`: whether the batch is what a convolution made, in the same jitted function and but for
+        operations that keep its shape: on an NVIDIA GPU its channels then lie last in memory, whichever axis is theirs.
     - `target`: what it is compiled for: None for JAX's default device, a chip ("h200", "v5e"; see
         `bn_fused.kernels.CHIPS`) or a platform ("cpu", "cuda", "rocm", "tpu") whose chip is not known.
 
@@ -59,6 +62,7 @@ def explain(
     arguments.check_positive_integer("groups", groups)
     arguments.check_boolean("residual", residual)
     arguments.check_boolean("mask", mask)
+    arguments.check_boolean("after_convolution", after_convolution)
     if isinstance(shape, (jax.Array, np.ndarray)) and np.ndim(shape) != 1:
         raise TypeError(f"shape is an array of shape {shape.shape}; accepted are whole numbers, such as its shape")
     try:
@@ -71,7 +75,8 @@ def explain(
         dtype = jnp.dtype(dtype)
     except TypeError:
         raise TypeError(f"dtype is {dtype!r}; accepted are {', '.join(FLOATING)}") from None
-    channels = shape[arguments.as_channel_axis(channel_axis, shape, "shape")]
+    axis, target = arguments.as_channel_axis(channel_axis, shape, "shape"), _target(target)
+    channels = shape[axis]
     problem = Problem(
         groups,
         math.prod(shape) // max(channels, 1),
@@ -80,8 +85,9 @@ def explain(
         activation,
         residual,
         mask,
+        math.prod(shape[axis + 1 :]) == 1 or (after_convolution and convolutions_lie_channels_last(target, dtype)),
     )
-    return choose(problem, _target(target), backend)
+    return choose(problem, target, backend)
 
 
 def _target(target):

@@ -10,7 +10,7 @@ from bn_fused import approaches, reference
 from bn_fused.arguments import Settings, check_momentum_in, warn_of_few_values, warn_of_low_precision
 from bn_fused.devices import devices_of, split_names, total_size
 from bn_fused.kernels.contract import Coefficients, Spec, accumulation_dtype, blend, widest
-from bn_fused.kernels.jax_internals import device_axis_names, shard_like, vary_together
+from bn_fused.kernels.jax_internals import device_axis_names, made_by, shard_like, vary_together
 from bn_fused.kernels.layout import CHANNEL, ROW, as_number
 from bn_fused.kernels.merging import Devices, merge_moments
 from bn_fused.kernels.registry import is_reference
@@ -36,7 +36,13 @@ class Call:
     def spec(self, x):
         """The static part of the primitives' operands, for one example x."""
         layout = "".join(CHANNEL if axis == self.channel_axis else ROW for axis in range(x.ndim))
-        return Spec(layout, float(self.settings.eps), self.settings.activation, self.settings.backend)
+        return Spec(
+            layout,
+            float(self.settings.eps),
+            self.settings.activation,
+            self.settings.backend,
+            after_convolution=made_by(x, "conv_general_dilated"),
+        )
 
 
 class StepScalars(NamedTuple):

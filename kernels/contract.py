@@ -60,13 +60,17 @@ class Coefficients(NamedTuple):
 
 @dataclass(frozen=True)
 class Spec:
-    """What is static about one call: the layout of x (see `layout`), eps, the activation, the backend asked for."""
+    """What is static about one call: the layout of x (see `layout`), eps, the activation, the backend asked for.
+
+    `after_convolution`: whether x is known to be made by one, which says how XLA lays it out in memory.
+    """
 
     layout: str
     eps: float = 1e-5
     activation: str | None = None
     backend: str = "auto"
     plan: object = None
+    after_convolution: bool = False
 
 
 def kept_for_derivative(spec, residual, y):

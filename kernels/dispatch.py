@@ -130,7 +130,7 @@ def _run_choice(choice, problem, target, operation, spec, operands):
 
 def _run_chosen(target, operation, spec, /, **operands):
     """`run` for a known target, without a primitive in between."""
-    problem = problem_of(spec, operands["x"], operands)
+    problem = problem_of(spec, operands["x"], operands, target)
     return _run_choice(choose(problem, target, spec.backend), problem, target, operation, spec, operands)
 
 
@@ -140,12 +140,13 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     chip = None if device is None else chip_of(device)
     if chip is not None and chip.platform != platform:  # the code for AMD of a program for both, on an NVIDIA GPU
         chip = None
-    problem, split = problem_of(spec, operands["x"], names), is_partitioned(context)
+    split = is_partitioned(context)
     # Where each device's part can be computed, the backend is chosen as on one device.
     by_parts = (
         split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None and threads_agree_on_x64()
     )
     target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
+    problem = problem_of(spec, operands["x"], names, target)
     choice = choose(problem, target, spec.backend)
     if by_parts:
         run_part = functools.partial(_run_chosen, target)

@@ -6,6 +6,7 @@ that name and not by a failure somewhere inside a transform.
 
 import concurrent.futures
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ __all__ = [
     "lower_fun",
     "lower_plainly",
     "lowering_device",
+    "made_by",
     "output_type",
     "partitioned_mesh",
     "register_lowering",
@@ -188,6 +190,36 @@ def first_amd_architecture():
 def zero_tangent(value):
     """The symbolic zero tangent of a primal value."""
     return ad.Zero(jax.typeof(value).to_tangent_aval())
+
+
+MOST_FOLLOWED = 64  # values
+_WITHOUT_PARENT = types.SimpleNamespace(parent=None)
+
+
+def made_by(value, primitive):
+    """Whether a value was traced, in the same program, from a result of a primitive by what keeps its sizes.
+
+    False where that is not known: of an array, of an argument of the program, or of a part that is traced by itself (a
+    jit or checkpoint inside it, the body of a loop).
+    """
+    shape = None
+    seen, waiting = set(), [value]
+    while waiting and len(seen) < MOST_FOLLOWED:
+        tracer = waiting.pop()
+        # Of a vmap and of derivatives: what they work on.
+        while not hasattr(tracer, "parent"):
+            tracer = getattr(tracer, "val", getattr(tracer, "primal", _WITHOUT_PARENT))
+        equation = tracer.parent
+        if equation is None or id(tracer) in seen:
+            continue
+        sizes = [size for size in tracer.shape if size != 1]
+        if sizes != (shape := sizes if shape is None else shape):
+            continue
+        seen.add(id(tracer))
+        if equation.primitive.name == primitive:
+            return True
+        waiting += equation.in_tracers
+    return False
 
 
 def lower_plainly(function, context, *values):

@@ -60,12 +60,18 @@ class Problem:
         return " and ".join(f"{name} ({size})" for name, size in sizes if is_symbolic_dim(size))
 
 
-def problem_of(spec: Spec, x, present, channels_last=False):
-    """The problem that an operand x (anything with shape and dtype) and the names of the operands make.
+def convolutions_lie_channels_last(target, dtype):
+    """Whether XLA lays what convolutions of 16 or 32 bits read and write channels last on a target."""
+    if target.platform != "cuda" or target.chip is None:
+        return False
+    # float32 goes through the tensor cores' float32 formats, which Ampere has for channels first.
+    return jnp.dtype(dtype).itemsize == 2 or target.chip.compute_capability >= (9, 0)
 
-    `channels_last`: whether they lie last in memory although others follow in the layout.
-    """
+
+def problem_of(spec: Spec, x, present, target):
+    """The problem that an operand x (anything with shape and dtype) and the names of the operands make on a target."""
     after = x.shape[spec.layout.index(CHANNEL) + 1 :]
+    lies_last = all(not is_symbolic_dim(size) and size == 1 for size in after)
     return Problem(
         groups=math.prod(group_shape(x.shape, spec.layout)),
         rows=count_rows(x.shape, spec.layout),
@@ -74,5 +80,5 @@ def problem_of(spec: Spec, x, present, channels_last=False):
         activation=spec.activation,
         residual=has_residual(present),
         mask="mask" in present,
-        channels_last=channels_last or all(not is_symbolic_dim(size) and size == 1 for size in after),
+        channels_last=lies_last or (spec.after_convolution and convolutions_lie_channels_last(target, x.dtype)),
     )

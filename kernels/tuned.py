@@ -39,7 +39,7 @@ MOST_ROWS, MOST_CHANNELS = 4, 2
 # Activations that cost about the same, and the distance between two of them, or between the two 16-bit types.
 CHEAP, SMOOTH = (None, "relu", "leaky_relu"), ("silu", "gelu")
 ALIKE = 0.1
-# By this share a backend must be faster than jnp for `auto` to take it: less is noise, and kernels take longer to lower.
+# By this share a backend must be faster than jnp for `auto` to take it: less is noise, and kernels are slower to lower.
 LEAST_GAIN = 0.02
 
 

@@ -5,7 +5,7 @@ For AMD GPUs, for which there is no XLA here, programs are lowered to what XLA w
 
 import pytest
 
-from bn_fused.kernels.backends.triton import tuning
+from bn_fused.kernels.backends.triton import limits
 from bn_fused.kernels.backends.triton.plan import heuristic, search_set
 from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.target import Problem, Target
@@ -279,7 +279,7 @@ def test_the_launches_of_a_slab_run_after_those_of_the_one_before_it_and_write_i
     programs = {"order": [[64, 28, 28, 512], "bfloat16", residual]}
     found = answer(["-m", "support.compiled_operations"], ["triton", "rtx4090", [], programs])["order"]
     problem = Problem(1, 64 * 28 * 28, 512, "bfloat16", "relu", residual)
-    slabs = tuning.plan(problem, Target("cuda", CHIPS["rtx4090"])).slabs
+    slabs = limits.plan(problem, Target("cuda", CHIPS["rtx4090"])).slabs
     assert slabs == number and found["scheduled"] and not found["copies"]
     forward, backward = found["launches"][: 3 * slabs], found["launches"][3 * slabs :]
     assert len(backward) == 3 * slabs

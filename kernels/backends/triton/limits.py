@@ -36,8 +36,10 @@ def plan(problem, target, config=None):
 
 def search_set(problem, target):
     """The configurations to time for a problem; those that come to the same plan once."""
-    found = {plan(problem, target, config): config for config in reversed(plans.search_set(*_sizes(problem, target)))}
-    return tuple(reversed(found.values()))
+    found = {}
+    for config in plans.search_set(*_sizes(problem, target)):
+        found.setdefault(plan(problem, target, config), config)
+    return tuple(found.values())
 
 
 def _sizes(problem, target):
