@@ -46,7 +46,7 @@ def _drawn(of):
     """x, residual or None, and dy of a class, as `check.draw` has them; drawn on the device."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, residual, dy = (jax.random.normal(key, (of.rows, of.channels), jnp.float32) for key in keys)
-    x, residual, dy = ((value).astype(of.dtype) for value in (2 * x + 1, residual, dy))
+    x, residual, dy = (value.astype(of.dtype) for value in (2 * x + 1, residual, dy))
     return x, residual if of.residual else None, dy
 
 
@@ -61,8 +61,8 @@ def inputs(of: Class):
     return (weight, bias, jnp.zeros_like(weight), jnp.ones_like(weight)), sets
 
 
-def compiled(of: Class, backend: str, plan: Any, operands):
-    """The program that runs a step for each set of inputs: y, dx, the residual's gradient, and what is per channel."""
+def steps_of(of: Class, backend: str, plan: Any):
+    """The function that runs a step for each set of inputs: y, dx, the residual's gradient, and what is per channel."""
 
     def step(parameters, x, residual, dy):
         weight, bias, *running = parameters
@@ -78,12 +78,18 @@ def compiled(of: Class, backend: str, plan: Any, operands):
         # The backward begins when y is there, as it does in a network.
         y, dy = jax.lax.optimization_barrier((y, dy))
         dx, dweight, dbias, dresidual = pullback(dy)
-        return y, dx, dresidual, (dweight, dbias, new)
+        # Without an activation it is dy, of which a program would return a copy.
+        return y, dx, None if of.activation is None else dresidual, (dweight, dbias, new)
 
     def steps(parameters, sets):
         return in_turn(functools.partial(step, parameters), sets)
 
-    return jax.jit(steps).lower(*operands).compile()
+    return steps
+
+
+def compiled(of: Class, backend: str, plan: Any, operands):
+    """The program of `steps_of` for these operands."""
+    return jax.jit(steps_of(of, backend, plan)).lower(*operands).compile()
 
 
 @jax.jit
