@@ -76,4 +76,5 @@ def searched(name: str, of: Class, target: Target) -> list[tuple[Any, Any]]:
     plans: dict[Any, Any] = {}
     for config in backend.tuning.search_set(problem, target):
         plans.setdefault(backend.plan(problem, target, config), config)
-    return [(config, plan) for plan, config in plans.items()]
+    by_rule = backend.plan(problem, target)
+    return sorted(((config, plan) for plan, config in plans.items()), key=lambda one: one[1] != by_rule)

@@ -113,7 +113,7 @@ def difference(results, expected) -> str | None:
             continue
         finite, error, places = _apart(result, wanted)
         # At the activation's kink a rounding decides between dy and nothing: a few values in a million.
-        if not finite or places > 1 + wanted.size * (1e-5 + _limit(wanted)):
+        if not finite or int(places) > 1 + wanted.size * (1e-5 + _limit(wanted)):
             return f"its {name} is wrong by up to {float(error):.3g}"
     return None
 
@@ -148,6 +148,10 @@ def prepare(part: Part, deadline: float) -> tuple[list[Step], list[str]]:
     return steps, left_out
 
 
+def _on_gpu():
+    return jax.devices()[0].platform == "gpu"
+
+
 def times(of: Class, steps: list[Step], rounds: int) -> tuple[float | None, list[Program], list[str]]:
     """jnp's seconds, the programs with theirs, and which have none; on a GPU the device's, else by the clock."""
     operands = inputs(of)
@@ -155,8 +159,7 @@ def times(of: Class, steps: list[Step], rounds: int) -> tuple[float | None, list
         place: Timed(functools.partial(step.compiled, *operands), calls=len(operands[1]))
         for place, step in enumerate(steps)
     }
-    on_gpu = jax.devices()[0].platform == "gpu"
-    if on_gpu:
+    if _on_gpu():
         for timed in functions.values():
             timed.wait(timed.start())
         found = measure_device(functions, rounds=rounds)
