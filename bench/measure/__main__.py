@@ -44,7 +44,7 @@ class Part:
     most: float = float("inf")
 
 
-PARTS = (Part("doctor", 1, 60), Part("numbers", 2, 120), Part("tune", 3, 330), Part("layers", 3), Part("step", 3))
+PARTS = (Part("doctor", 2, 60), Part("numbers", 2, 120), Part("tune", 3, 330), Part("layers", 3), Part("step", 3))
 BY_NAME = {part.name: part for part in PARTS}
 
 PROBE = """

@@ -1,8 +1,7 @@
 """The work of `bn-bench tune`: processes compile the programs at the same time, and are then timed one after the other.
 
 A part is prepared by whichever process is free, the largest arrays first, in its share of the time that is left; so
-every part has at least jnp's program and that of the plan by rule. A process that dies takes its own parts with it and
-no others.
+every part has at least jnp's program and that of the plan by rule. A process that dies loses the part that it was at.
 """
 
 import collections
@@ -62,7 +61,7 @@ def run(
     """Compile and time parts in about `time_limit` seconds: a result for each class, as soon as it is there."""
     begin = time.monotonic()
     with contextlib.ExitStack() as stack:
-        pool = Pool([stack.enter_context(make_child()) for _ in range(processes)], begin + COMPILATION * time_limit)
+        pool = Pool(lambda: stack.enter_context(make_child()), processes, begin + COMPILATION * time_limit)
         pool.prepare(parts, lambda share: progress(COMPILATION * share))
         programs = sum(pool.programs.values())
         say(f"{programs} programs were compiled by {processes} processes in {time.monotonic() - begin:.0f} s")
@@ -77,20 +76,21 @@ def run(
 
 
 class Pool:
-    """Processes, and which of them has which part ready.
+    """Processes, and which of them has which part ready. In place of one that is lost another is started.
 
     - `programs`: how many each part has that is ready.
     - `left_out`: what was not compiled or not timed, and why, by part.
     """
 
-    def __init__(self, children: Sequence[Any], deadline: float):
-        self.children, self.deadline = children, deadline
+    def __init__(self, start: Callable[[], Any], processes: int, deadline: float):
+        self.children, self.deadline = [start() for _ in range(processes)], deadline
         self.programs: dict[Part, int] = {}
         self.left_out: dict[Part, list[str]] = collections.defaultdict(list)
         # The process that has a part, and the number by which it knows it.
         self._where: dict[Part, tuple[int, int]] = {}
         self._lost: dict[int, str] = {}
         self._lock = threading.Lock()
+        self._start, self._stopped = start, False
 
     def prepare(self, parts: Sequence[Part], progress: Callable[[float], None]) -> None:
         """Let the processes compile all parts, each the next one as soon as it is free."""
@@ -105,7 +105,8 @@ class Pool:
             for future in futures:
                 future.result()
         finally:
-            queue.clear()  # after an interruption no thread begins another
+            self._stopped = True  # after an interruption no thread begins another part
+            queue.clear()
             executor.shutdown(wait=False, cancel_futures=True)
         for part in parts:
             if part not in self._where and part not in self.left_out:
@@ -127,9 +128,17 @@ class Pool:
                 answer = self.children[index].ask(request, max(0.0, left) + LATE)
             except ChildEnded as error:
                 with self._lock:
-                    self._lost[index] = str(error)
                     self.left_out[part].append(str(error))
-                return
+                    if self._stopped or time.monotonic() >= self.deadline:
+                        self._lost[index] = str(error)
+                        return
+                    # What it had ready is compiled anew.
+                    again = [one for one, (place, _) in self._where.items() if place == index]
+                    queue.extend((self._where.pop(one)[1], one) for one in again)
+                    self.children[index] = self._start()
+                    for one in again:
+                        del self.programs[one], self.left_out[one]
+                continue
             with self._lock:
                 self.left_out[part] += answer["left_out"]
                 if answer["programs"]:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -118,6 +119,18 @@ def difference(results, expected) -> str | None:
     return None
 
 
+class DeviceLost(RuntimeError):
+    """A program has left the device in a state in which no other runs in this process."""
+
+
+def _runs(program, operands) -> bool:
+    try:
+        jax.block_until_ready(program(*operands))
+    except Exception:  # what an error leaves behind has no type of its own
+        return False
+    return True
+
+
 def prepare(part: Part, deadline: float) -> tuple[list[Step], list[str]]:
     """Compile and check jnp's program and those of a part's backend, and why some are left out.
 
@@ -138,6 +151,8 @@ def prepare(part: Part, deadline: float) -> tuple[list[Step], list[str]]:
             wrong = difference(program(*operands)[0][:3], expected)
         except Exception as error:  # whatever a compiler or a driver says of one configuration, the others go on
             wrong = failure_of(error)
+            if not _runs(plain, operands):
+                raise DeviceLost(f"the device is lost after {config}: {wrong}") from error
         if wrong is None:
             launches = getattr(plan, "launches", lambda operation: ())
             steps.append(Step(config, program, (launches("forward"), launches("backward")), place == 0))
@@ -190,6 +205,8 @@ class Worker:
         part = Part(Class(**of), backend)
         try:
             steps, left_out = prepare(part, deadline)
+        except DeviceLost:  # this process is of no more use: it ends
+            raise
         except Exception as error:  # without jnp's results there is nothing to compare with
             return {"programs": 0, "left_out": [failure_of(error)]}
         self.prepared[number] = part.of, steps
@@ -215,4 +232,8 @@ class Worker:
 if __name__ == "__main__":
     if sys.argv[1:] != ["worker"]:
         sys.exit("it is started by `bn-bench tune`")
-    answer_requests(Worker().answer)
+    try:
+        answer_requests(Worker().answer)
+    except DeviceLost as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(1)  # whatever a driver waits for

@@ -206,6 +206,12 @@ def test_after_the_deadline_only_jnp_and_the_rules_plan_are_compiled(toy):
     )
 
 
+def test_a_process_whose_device_is_lost_ends(toy, monkeypatch):
+    monkeypatch.setattr(worker, "_runs", lambda program, operands: False)
+    with pytest.raises(worker.DeviceLost, match=r"after Config\(forward=8, backward=1\): RuntimeError: no such tile"):
+        worker.Worker().prepare(0, dataclasses.asdict(SMALL), toy, 100.0)
+
+
 class MadeUp:
     """In place of a process: jnp takes 2 s, the toy's forward and backward 1 s each but for the fastest, 0.5.
 
@@ -336,19 +342,31 @@ def test_an_interrupted_command_keeps_what_is_finished(made_up, during, monkeypa
     assert len(read(made_up)) == finished if finished else not made_up.exists()
 
 
-def test_a_process_that_dies_takes_its_own_parts_along(made_up, monkeypatch, capsys):
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_process_that_dies_loses_the_part_that_it_was_at(made_up, processes, monkeypatch, capsys):
+    """Another one is started, which compiles the others anew: a made-up process knows its own parts alone."""
+
     def script(request):
-        if request["do"] == "prepare" and request["number"] == 0:
+        if request["do"] == "prepare" and request["number"] == 1:
             raise ChildEnded("the process was ended by SIGSEGV")
 
     monkeypatch.setattr(MadeUp, "script", staticmethod(script))
-    assert tune(made_up, "--shape", "8,4", "--shape", "16,4", "--no-residual", "--processes", "2") == 1
+    shapes = [word for rows in (8, 16, 24) for word in ("--shape", f"{rows},4")]
+    assert tune(made_up, *shapes, "--no-residual", "--processes", processes) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "16 rows of 4 channels, float32, relu: toy: the process was ended by SIGSEGV" in out
-    assert [of.rows for of in read(made_up)] == [8]
-    # The only one: nothing is left to compile the other part.
+    assert {of.rows: backends for of, backends in read(made_up).items()} == {24: BEST, 8: BEST}
+
+
+def test_after_the_time_for_compiling_no_other_process_is_started(made_up, monkeypatch, capsys):
+    def script(request):
+        raise ChildEnded("stopped at the time limit of 30 s")
+
+    monkeypatch.setattr(MadeUp, "script", staticmethod(script))
+    monkeypatch.setattr(run, "COMPILATION", -1.0)
     assert tune(made_up, "--shape", "8,4", "--shape", "16,4", "--no-residual", "--processes", "1") == 1
     out = " ".join(capsys.readouterr().out.split())
+    assert len(MadeUp.asked) == 1 and "16 rows of 4 channels, float32, relu: toy: stopped at the time limit" in out
     assert "8 rows of 4 channels, float32, relu: toy: no process is left to compile it" in out
 
 
