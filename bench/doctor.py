@@ -11,7 +11,7 @@ from bn_fused.approaches import APPROACHES
 from bn_fused.bench.check import CHECKED, Check, check_approach
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run.suite import refusal
-from bn_fused.kernels.backends.triton.tuning import VARIABLE, in_use
+from bn_fused.kernels.tuned import VARIABLE, in_use
 
 
 def backends() -> tuple[list[str], dict[str, str]]:
@@ -46,7 +46,7 @@ def devices() -> list[str]:
 
 
 def tuning() -> list[str]:
-    """Which files of timed configurations the backend triton uses on JAX's default device, one line each.
+    """Which files of what was measured are in use on JAX's default device, one line each.
 
     On what is no GPU there are none to use: then only a file that somebody names is spoken of.
     """

@@ -26,7 +26,7 @@ def print_doctor(console: Console) -> bool:
     for name, reason in refusals.items():
         say(console, f"  {name} does not: {reason}")
     for line in doctor.tuning():
-        say(console, f"configurations of triton: {line}")
+        say(console, f"measured plans: {line}")
     for what, states in (("rivals", doctor.rivals()), ("compilers for the audit", doctor.compilers())):
         say(console, f"{what}:")
         for name, state in states.items():

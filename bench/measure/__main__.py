@@ -4,9 +4,9 @@
 |---|---|
 | doctor | what is here, and a check of every backend |
 | numbers | the tests of the kernels on the device |
+| tune | every backend's plans for a ResNet-50, tune.json, which the parts that follow take theirs from |
 | layers | device times of shapes and suites, each a JSON file that `bn-bench report --add` takes |
 | step | a ResNet-50's training step with every BatchNorm, step.json |
-| tune | configurations of Triton's kernels, tune.json; only if it is named |
 
 Each part is a process of its own, ended where its share of the time is over, so that it takes no other down. In the
 folder: what all print in log.txt, how each part ended in summary.txt.
@@ -26,10 +26,13 @@ import click
 
 from bn_fused.bench.commands.common import UNUSABLE, Shape
 from bn_fused.bench.commands.numbers import Number
+from bn_fused.kernels.tuned import VARIABLE
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # From SIGINT to SIGKILL, in which a part saves what it has.
 GRACE = 10.0
+# What the part tune writes.
+TUNED = "tune.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,8 @@ class Part:
     most: float = float("inf")
 
 
-PARTS = (Part("doctor", 1, 60), Part("numbers", 2, 120), Part("layers", 3), Part("step", 3), Part("tune", 2))
+PARTS = (Part("doctor", 2, 60), Part("numbers", 2, 120), Part("tune", 3, 330), Part("layers", 3), Part("step", 3))
 BY_NAME = {part.name: part for part in PARTS}
-DEFAULT = ("doctor", "numbers", "layers", "step")
 
 PROBE = """
 import json, jax
@@ -78,7 +80,8 @@ def command(part: str, folder: pathlib.Path, limit: float, backends: list[str], 
         if rehearse:
             options += ["--model", "tiny", "--batch", "4", "--image", "16", "--classes", "5"]
         return [*bench, "step", *options]
-    options = ["--suite", "resnet50", "--dtype", "bfloat16", "--seconds", "3", "--output", str(folder / "tune.json")]
+    options = ["--suite", "resnet50", "--dtype", "bfloat16", "--examples", "128", "--output", str(folder / TUNED)]
+    options += ["--time-limit", f"{0.9 * limit:.0f}", *(["--rehearse", "--processes", "1"] if rehearse else [])]
     return [*bench, "tune", *options]
 
 
@@ -129,12 +132,12 @@ def ended(words: list[str], limit: float, log, variables) -> str:
 @click.option("--rehearse", is_flag=True, help="On a CPU, with tiny sizes.")
 @click.pass_context
 def main(context, folder, parts, minutes, shapes, rehearse):
-    """Measure all that wants a GPU into FOLDER; without PARTS: doctor, numbers, layers and step."""
+    """Measure all that wants a GPU into FOLDER; without PARTS all of them."""
     end = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
     variables = environment(rehearse)
-    begun = [BY_NAME[name] for name in parts or DEFAULT]
+    begun = [BY_NAME[name] for name in parts or BY_NAME]
     with (folder / "log.txt").open("a") as log, (folder / "summary.txt").open("a") as summary:
         found = subprocess.run(
             [sys.executable, "-c", PROBE], capture_output=True, text=True, env=variables, cwd=ROOT, timeout=300
@@ -158,6 +161,8 @@ def main(context, folder, parts, minutes, shapes, rehearse):
                 start = time.monotonic()
                 how = ended(words, limit, log, variables)
                 took = time.monotonic() - start
+            if part.name == "tune" and (folder / TUNED).exists():
+                variables[VARIABLE] = str(folder / TUNED)
             line = f"{part.name}: {how} after {took:.0f} of {limit:.0f} s"
             click.echo(line)
             summary.write(line + "\n")

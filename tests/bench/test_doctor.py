@@ -25,7 +25,7 @@ def test_the_doctor_speaks_of_tuning_files_where_there_is_a_gpu_or_somebody_name
     monkeypatch.delenv("BN_FUSED_TUNING", raising=False)
     assert bool(doctor.tuning()) == (here.platform == "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="Some GPU")])
-    assert doctor.tuning() == ["no file for Some GPU: plans are made by rule"]
+    assert doctor.tuning() == ["no file for Some GPU: plans are made by rule, and auto takes jnp"]
     monkeypatch.setattr(jax, "devices", lambda: [here])
     monkeypatch.setenv("BN_FUSED_TUNING", str(tmp_path / "mine.json"))
     (line,) = doctor.tuning()

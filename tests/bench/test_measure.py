@@ -10,6 +10,7 @@ import pytest
 
 from bn_fused.bench.measure import __main__ as measure
 from bn_fused.bench.run import records
+from bn_fused.kernels import tuned
 
 from support import ROOT
 from support.child_process import child_environment
@@ -28,9 +29,11 @@ def test_it_goes_through_all_parts_and_saves_what_report_takes(tmp_path):
     summary = (tmp_path / "summary.txt").read_text()
     assert summary == done.stdout
     assert [line.split(" after")[0] for line in summary.splitlines()] == [
-        f"{part}: exit 0" for part in ("doctor", "numbers", "layers", "step")
+        f"{part}: exit 0" for part in ("doctor", "numbers", "tune", "layers", "step")
     ], log[-3000:]
     assert "test_gpu_device.py" in log and "xdist" in log
+    _, entries = tuned.read(tmp_path / "tune.json", "cpu")
+    assert [entry.of.residual for entry in entries] == [False, True] and all(entry.backends for entry in entries)
     for name, rivals in {"shapes": (), "resnet50": ("equinox", "flax"), "mlp": ("equinox", "flax")}.items():
         run = records.load(tmp_path / f"{name}.json")
         assert not run.interrupted and run.rivals == rivals and {row.dtype for row in run.rows} == {"bfloat16"}
