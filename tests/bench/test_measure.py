@@ -21,8 +21,8 @@ SCRIPT = ROOT / "bench" / "measure_gpu.sh"
 def test_it_goes_through_all_parts_and_saves_what_report_takes(tmp_path):
     environment = child_environment(PYTHON=sys.executable)
     done = subprocess.run(
-        ["bash", str(SCRIPT), str(tmp_path), "--rehearse", "--minutes", "4", "--shape", "16,8"],
-        capture_output=True, text=True, timeout=280, env=environment, cwd=ROOT,
+        ["bash", str(SCRIPT), str(tmp_path), "--rehearse", "--minutes", "8", "--shape", "16,8"],
+        capture_output=True, text=True, timeout=520, env=environment, cwd=ROOT,
     )  # fmt: skip
     log = (tmp_path / "log.txt").read_text() if (tmp_path / "log.txt").exists() else ""
     assert done.returncode == 0, done.stderr + log[-3000:]
