@@ -276,10 +276,14 @@ class BatchNorm(eqx.nn.StatefulLayer):
         stats = self.get_stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
-        old = stats
+        y, new, state = self._train(call, stats, state, x, residual, mask)
+        arguments.check_same_on_devices(new, stats)
+        return y, state
+
+    def _train(self, call, stats, state, x, residual, mask):
+        """y, the statistics after a training step, the state that holds them; `bn_fused.recalibrate` has its own."""
         y, stats = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
-        arguments.check_same_on_devices(stats, old)
-        return y, self._store(state, stats)
+        return y, stats, self._store(state, stats)
 
     def get_stats(self, state: eqx.nn.State) -> RunningStats:
         """The layer's running statistics in a state; their `moments()` are what inference normalises with.
