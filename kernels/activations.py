@@ -17,8 +17,8 @@ LEAKY_RELU_SLOPE = 0.01
 class Activation(NamedTuple):
     """An elementwise function, its derivative, and what it costs.
 
-    - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX. It is looked up
-        when it is called, where exporters (jax2onnx) put their own.
+    - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX. It is looked
+        up when it is called, where exporters (jax2onnx) put their own.
     - `function`, `derivative`: what kernels compute, both of the value before the activation.
     - `transcendental`: they have an exponential or a tanh in them, which takes many operations.
     - `steps`: where the derivative is 1 above zero, its values (below zero, at zero), else None. It depends on the sign
