@@ -18,7 +18,6 @@ onnxruntime = pytest.importorskip("onnxruntime")
 # jax2onnx promotes dtypes and ranks as JAX does by default.
 pytestmark = [
     pytest.mark.usefixtures("standard_promotion"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 
