@@ -276,14 +276,13 @@ class BatchNorm(eqx.nn.StatefulLayer):
         stats = self.get_stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
-        y, new, state = self._train(call, stats, state, x, residual, mask)
-        arguments.check_same_on_devices(new, stats)
-        return y, state
+        return self._train(call, x, stats, residual, mask, state)
 
-    def _train(self, call, stats, state, x, residual, mask):
-        """y, the statistics after a training step, the state that holds them; `bn_fused.recalibrate` has its own."""
-        y, stats = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
-        return y, stats, self._store(state, stats)
+    def _train(self, call, x, stats, residual, mask, state):
+        """y and the state after a training step from these statistics; `bn_fused.recalibrate` has its own."""
+        y, new = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
+        arguments.check_same_on_devices(new, stats)
+        return y, self._store(state, new)
 
     def get_stats(self, state: eqx.nn.State) -> RunningStats:
         """The layer's running statistics in a state; their `moments()` are what inference normalises with.

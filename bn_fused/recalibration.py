@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bn_fused.arguments import check_same_on_devices
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import BatchNorm
 from bn_fused.models import layers_of, renewed, replaced, with_fields
@@ -110,7 +111,7 @@ class _Records(eqx.Module):
 
     record_index: eqx.nn.StateIndex
 
-    def _train(self, call, stats, state, x, residual, mask):
+    def _train(self, call, x, stats, residual, mask, state):
         # The batch's moments come in the dtype of the statistics, which was cast to 16 bits or is less than x's.
         dtype = widest(x.dtype, stats.mean.dtype)
         old = RunningStats(*(value.astype(dtype) for value in stats[:3]), stats.count)
@@ -122,13 +123,14 @@ class _Records(eqx.Module):
             return train(call, 0.0, x, old, self.weight, self.bias, residual, mask)
 
         y, new = step(whole)
+        check_same_on_devices(new, stats)
         if (settings, call.device_groups) != (shared, None):
             y, _ = step(dataclasses.replace(call, settings=settings))
         record, count = state.get(self.record_index), count_positions(whole, x, mask, dtype)
         # Where nothing counts, the statistics are the old ones.
         moments = (jnp.where(count > 0, value, jnp.zeros_like(value)) for value in (new.mean, new.var))
         record = record.merged(Record(*(value.astype(record.count.dtype) for value in (count, *moments))))
-        return y, new, state.set(self.record_index, record)
+        return y, state.set(self.record_index, record)
 
 
 @functools.cache
@@ -176,7 +178,7 @@ def _where_seen(count, new, old):
 
 def _placed(value, like):
     """A NumPy array as JAX's, in the dtype and on the devices of another one, if these were chosen."""
-    return jax.device_put(value.astype(like.dtype), like.sharding if like.committed else None)
+    return jax.device_put(value.astype(like.dtype), like.sharding if getattr(like, "committed", False) else None)
 
 
 def _clone(state):

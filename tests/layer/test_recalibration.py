@@ -224,6 +224,22 @@ def test_with_64_bit_types(x64):
     assert_moments_are(model, after, union(seen), dtype=np.float64)
 
 
+def test_an_axis_of_devices_that_was_forgotten_is_named():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch")
+
+    def run(layer, state, x):
+        arrays, static = eqx.partition((layer, state), eqx.is_array)
+
+        def on_a_device(arrays, x):
+            return eqx.filter(over_batch_eagerly(layer, x, eqx.combine(arrays, static)[1])[1], eqx.is_array)
+
+        return jax.shard_map(on_a_device, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())(arrays, x)
+
+    with pytest.raises(ValueError, match="axis_name lacks 'data'"):
+        bn_fused.recalibrate(layer, state, batches([8]), run)
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("ragged", [False, True])
 def test_devices_that_share_their_statistics(ragged, check_vma):
