@@ -1,8 +1,8 @@
 """BatchNorm for JAX: fused, stable to train with, exact under every transform.
 
 `BatchNorm` is the Equinox layer, `batch_norm` the function of arrays, `explain` says which backend computes a call,
-and `bn_fused.kernels` holds the raw operations. `with_settings`, `moments_of`, `from_equinox`, `to_equinox`
-and `fold` are for whole models.
+and `bn_fused.kernels` holds the raw operations. `with_settings`, `moments_of`, `from_equinox`, `to_equinox`,
+`recalibrate` and `fold` are for whole models.
 """
 
 from bn_fused import kernels as kernels
@@ -13,6 +13,7 @@ from bn_fused.function import batch_norm as batch_norm
 from bn_fused.kernels import BackendChoice as BackendChoice, BackendError as BackendError
 from bn_fused.layer import BatchNorm as BatchNorm
 from bn_fused.models import moments_of as moments_of, with_settings as with_settings
+from bn_fused.recalibration import recalibrate as recalibrate
 from bn_fused.running_stats import RunningStats as RunningStats
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "from_equinox",
     "kernels",
     "moments_of",
+    "recalibrate",
     "to_equinox",
     "with_settings",
 ]

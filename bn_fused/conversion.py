@@ -1,12 +1,11 @@
 """Models with `equinox.nn.BatchNorm` and models with `bn_fused.BatchNorm`, made of each other with what was trained."""
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import MODES, BatchNorm
-from bn_fused.models import check_settings, layer_moments, name_of, with_fields
+from bn_fused.models import check_settings, layer_moments, replaced, with_fields
 
 
 def from_equinox(model, state, **settings):
@@ -32,7 +31,7 @@ def from_equinox(model, state, **settings):
     TypeError for another setting, ValueError if there is no layer to replace, and what `bn_fused.BatchNorm` raises.
     """
     check_settings(settings)
-    return _converted(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(old, state, settings))
+    return replaced(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(old, state, settings))
 
 
 def to_equinox(model, state):
@@ -55,23 +54,7 @@ def to_equinox(model, state):
     ValueError if there is no layer to replace, and for what Equinox does not have: the approach "ema", an activation,
     virtual batches, groups of devices. It names the layer and what to do.
     """
-    return _converted(model, state, BatchNorm, lambda path, old: _equinoxs(path, old, state))
-
-
-def _converted(model, state, kind, convert):
-    """The model with layers of a kind converted, and a state for it: the old values at places that fit."""
-    if not any(isinstance(node, kind) for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))):
-        raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced")
-
-    def renewed(path, node):
-        if isinstance(node, eqx.nn.StateIndex):
-            return eqx.nn.StateIndex(state.get(node))  # with its value as its start: `make_with_state` collects those
-        return convert(name_of(path), node) if isinstance(node, kind) else node
-
-    def is_leaf(node):
-        return isinstance(node, (kind, eqx.nn.StateIndex))
-
-    return eqx.nn.make_with_state(lambda: jax.tree_util.tree_map_with_path(renewed, model, is_leaf=is_leaf))()
+    return replaced(model, state, BatchNorm, lambda path, old: _equinoxs(path, old, state))
 
 
 def _ours(old, state, settings):

@@ -276,10 +276,13 @@ class BatchNorm(eqx.nn.StatefulLayer):
         stats = self.get_stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
-        old = stats
-        y, stats = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
-        arguments.check_same_on_devices(stats, old)
-        return y, self._store(state, stats)
+        return self._train(call, x, stats, residual, mask, state)
+
+    def _train(self, call, x, stats, residual, mask, state):
+        """y and the state after a training step from these statistics; `bn_fused.recalibrate` has its own."""
+        y, new = train(call, self.momentum, x, stats, self.weight, self.bias, residual, mask)
+        arguments.check_same_on_devices(new, stats)
+        return y, self._store(state, new)
 
     def get_stats(self, state: eqx.nn.State) -> RunningStats:
         """The layer's running statistics in a state; their `moments()` are what inference normalises with.

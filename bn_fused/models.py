@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -66,6 +67,40 @@ def check_settings(settings):
         raise TypeError(f"settings that can change are {', '.join(_SETTINGS)}; given is {', '.join(unknown)}")
 
 
+def layers_of(model):
+    """{path: layer} of the BatchNorm layers in a model, path as "blocks.0.norm"."""
+    leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_layer)
+    return {name_of(path): layer for path, layer in leaves if _is_layer(layer)}
+
+
+def replaced(model, state, kind, replace):
+    """The model with layers of a kind replaced, and a state for it: the old values at places that fit.
+
+    `replace(path, layer)` is the new layer, whose `equinox.nn.StateIndex`es hold its state.
+    """
+    if not any(isinstance(node, kind) for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))):
+        raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced")
+
+    def change(path, node):
+        return replace(name_of(path), node) if isinstance(node, kind) else renewed(node, state)
+
+    def is_leaf(node):
+        return isinstance(node, (kind, eqx.nn.StateIndex))
+
+    return eqx.nn.make_with_state(lambda: jax.tree_util.tree_map_with_path(change, model, is_leaf=is_leaf))()
+
+
+def renewed(model, state):
+    """The model with the values of a state as the starts that `equinox.nn.make_with_state` collects."""
+
+    def is_index(node):
+        return isinstance(node, eqx.nn.StateIndex)
+
+    return jax.tree.map(
+        lambda node: eqx.nn.StateIndex(state.get(node)) if is_index(node) else node, model, is_leaf=is_index
+    )
+
+
 def moments_of(model, state):
     """The mean and variance that inference normalises with, of each BatchNorm layer in a model.
 
@@ -78,11 +113,7 @@ def moments_of(model, state):
     {path: (mean, var)}, path as "blocks.0.norm"; mean and variance of shape [C], 0 and 1 where a layer was never
     trained; with a leading axis for an ensemble.
     """
-    moments = {}
-    for path, layer in jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_layer):
-        if _is_layer(layer):
-            moments[name_of(path)] = layer_moments(layer, state)
-    return moments
+    return {path: layer_moments(layer, state) for path, layer in layers_of(model).items()}
 
 
 def layer_moments(layer, state):
@@ -109,10 +140,12 @@ def _with_settings(layer, settings):
     return with_fields(layer, {name: getattr(checked, name) for name in settings})
 
 
-def with_fields(module, values):
-    """An Equinox module of the same class, with other values in some of its fields, static ones too."""
+def with_fields(module, values, cls=None):
+    """An Equinox module of the same class or a subclass, with other values in some of its fields, static ones too."""
     # Neither `equinox.tree_at` nor `dataclasses.replace` sets what is static: a new object is filled.
-    new = object.__new__(type(module))
-    for field in dataclasses.fields(module):
-        object.__setattr__(new, field.name, values.get(field.name, getattr(module, field.name)))
+    cls = cls or type(module)
+    new = object.__new__(cls)
+    for field in dataclasses.fields(cls):
+        value = values[field.name] if field.name in values else getattr(module, field.name)
+        object.__setattr__(new, field.name, value)
     return new

@@ -151,6 +151,16 @@ def train(call, momentum, x, stats, weight, bias, residual, mask):
     return y, RunningStats(*(shard_like(value.astype(was.dtype), was, range(was.ndim)) for value, was in new))
 
 
+def count_positions(call, x, mask, dtype):
+    """How many positions of the whole batch count, a scalar: over all that is averaged but for virtual batches."""
+    vmaps, device_names = split_names(call.axis_names)
+    averaged, devices = Averaged(vmaps), devices_of(device_names, call.device_groups)
+    count = position_count(x, mask, call.spec(x).layout, averaged, dtype)
+    if mask is None:
+        return jnp.asarray(as_number(count * devices.size, dtype), dtype)
+    return devices.sum(count)
+
+
 def _fused_step(call, scalars, averaged, devices, x, stats, weight, bias, residual, mask):
     """y and the new running mean and variance: one `forward`, or moments, their exchange over devices, `normalise`."""
     spec = call.spec(x)

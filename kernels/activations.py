@@ -17,7 +17,8 @@ LEAKY_RELU_SLOPE = 0.01
 class Activation(NamedTuple):
     """An elementwise function, its derivative, and what it costs.
 
-    - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX.
+    - `definition`: JAX's own function of that name, which the reference backend differentiates with JAX. It is looked
+        up when it is called, where exporters (jax2onnx) put their own.
     - `function`, `derivative`: what kernels compute, both of the value before the activation.
     - `transcendental`: they have an exponential or a tanh in them, which takes many operations.
     - `steps`: where the derivative is 1 above zero, its values (below zero, at zero), else None. It depends on the sign
@@ -51,20 +52,20 @@ def _gelu_derivative(x):
 
 ACTIVATIONS = {
     "relu": Activation(
-        definition=jax.nn.relu,
+        definition=lambda x: jax.nn.relu(x),
         function=lambda x: jnp.maximum(x, jnp.zeros((), x.dtype)),
         derivative=lambda x: jax.lax.select(x > 0, jnp.ones_like(x), jnp.zeros_like(x)),
         transcendental=False,
         steps=(0.0, 0.0),
     ),
     "silu": Activation(
-        definition=jax.nn.silu,
+        definition=lambda x: jax.nn.silu(x),
         function=lambda x: x * jax.nn.sigmoid(x),
         derivative=_silu_derivative,
         transcendental=True,
     ),
     "gelu": Activation(
-        definition=jax.nn.gelu,
+        definition=lambda x: jax.nn.gelu(x),
         function=jax.nn.gelu,
         derivative=_gelu_derivative,
         transcendental=True,

@@ -10,7 +10,7 @@ import pytest
 
 from support import ROOT
 
-DOCUMENTS = ("README.md", "docs/devices.md", "docs/equinox.md", "docs/kernels-gpu.md")
+DOCUMENTS = ("README.md", "docs/devices.md", "docs/migrate.md", "docs/kernels-gpu.md")
 FLAGS = "--xla_force_host_platform_device_count=4"
 
 
