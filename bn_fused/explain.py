@@ -24,6 +24,7 @@ def explain(
     mask=False,
     groups=1,
     after_convolution=False,
+    inference=False,
     target=None,
     backend="auto",
 ):
@@ -39,6 +40,7 @@ def explain(
     - `groups`: how many such batches one call normalises (the size of unnamed vmaps around it).
     - `after_convolution`: whether the batch is what a convolution made, in the same jitted function and but for
         operations that keep its shape: on an NVIDIA GPU its channels then lie last in memory, whichever axis is theirs.
+    - `inference`: whether the running statistics normalise it.
     - `target`: what it is compiled for: None for JAX's default device, a chip ("h200", "v5e"; see
         `bn_fused.kernels.CHIPS`) or a platform ("cpu", "cuda", "rocm", "tpu") whose chip is not known.
 
@@ -63,6 +65,7 @@ def explain(
     arguments.check_boolean("residual", residual)
     arguments.check_boolean("mask", mask)
     arguments.check_boolean("after_convolution", after_convolution)
+    arguments.check_boolean("inference", inference)
     if isinstance(shape, (jax.Array, np.ndarray)) and np.ndim(shape) != 1:
         raise TypeError(f"shape is an array of shape {shape.shape}; accepted are whole numbers, such as its shape")
     try:
@@ -86,6 +89,7 @@ def explain(
         residual,
         mask,
         math.prod(shape[axis + 1 :]) == 1 or (after_convolution and convolutions_lie_channels_last(target, dtype)),
+        "normalise" if inference else "forward",
     )
     return choose(problem, target, backend)
 

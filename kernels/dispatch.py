@@ -130,7 +130,7 @@ def _run_choice(choice, problem, target, operation, spec, operands):
 
 def _run_chosen(target, operation, spec, /, **operands):
     """`run` for a known target, without a primitive in between."""
-    problem = problem_of(spec, operands["x"], operands, target)
+    problem = problem_of(spec, operands["x"], operands, target, operation)
     return _run_choice(choose(problem, target, spec.backend), problem, target, operation, spec, operands)
 
 
@@ -146,7 +146,7 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
         split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None and threads_agree_on_x64()
     )
     target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
-    problem = problem_of(spec, operands["x"], names, target)
+    problem = problem_of(spec, operands["x"], names, target, operation)
     choice = choose(problem, target, spec.backend)
     if by_parts:
         run_part = functools.partial(_run_chosen, target)

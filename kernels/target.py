@@ -41,7 +41,8 @@ class Problem:
     """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`.
 
     Groups and rows are what JAX has for a size, as `b*16`, where `jax.export` leaves it open. `channels_last`: whether
-    the channels lie last in memory, as far as that is known.
+    the channels lie last in memory, as far as that is known. `operation`: a name of `contract.OPERATIONS`, "normalise" at
+    inference.
     """
 
     groups: int
@@ -52,6 +53,7 @@ class Problem:
     residual: bool = False
     mask: bool = False
     channels_last: bool = True
+    operation: str = "forward"
 
     @property
     def left_open(self):
@@ -68,7 +70,7 @@ def convolutions_lie_channels_last(target, dtype):
     return jnp.dtype(dtype).itemsize == 2 or target.chip.compute_capability >= (9, 0)
 
 
-def problem_of(spec: Spec, x, present, target):
+def problem_of(spec: Spec, x, present, target, operation):
     """The problem that an operand x (anything with shape and dtype) and the names of the operands make on a target."""
     after = x.shape[spec.layout.index(CHANNEL) + 1 :]
     lies_last = all(not is_symbolic_dim(size) and size == 1 for size in after)
@@ -81,4 +83,5 @@ def problem_of(spec: Spec, x, present, target):
         residual=has_residual(present),
         mask="mask" in present,
         channels_last=lies_last or (spec.after_convolution and convolutions_lie_channels_last(target, x.dtype)),
+        operation=operation,
     )

@@ -250,7 +250,9 @@ def packed(coefficients, dtype="float32"):
 
 def spec_for(x, backend_plan=lambda plan: plan, layout="grc", activation=None, present=("x",)):
     spec = Spec(layout, 1e-5, activation)
-    return dataclasses.replace(spec, plan=backend_plan(pallas_tpu.plan(problem_of(spec, x, present, V5E), V5E)))
+    return dataclasses.replace(
+        spec, plan=backend_plan(pallas_tpu.plan(problem_of(spec, x, present, V5E, "forward"), V5E))
+    )
 
 
 def moments_of(x, **blocks):

@@ -144,6 +144,21 @@ def test_what_was_not_measured_is_left_to_jnp(file, other):
     assert choose(problem(**other)).name == "jnp"
 
 
+@pytest.mark.parametrize("operation", ["normalise", "normalise_backward", "moments", "moments_backward"])
+def test_auto_takes_kernels_for_the_forward_and_backward_that_were_measured_alone(file, operation):
+    file.write_text(text(entry()))
+    assert choose(problem(operation="backward")).name == "pallas_gpu"
+    choice = choose(problem(operation=operation))
+    assert choice.name == "jnp" and "only the forward and backward of training" in choice.reason
+    assert choose(problem(operation=operation), "triton").plan == limits.plan(problem(), H200, CONFIG)
+
+
+def test_at_inference_auto_takes_jnp(file):
+    file.write_text(text(entry()))
+    asked = dict(shape=(100352, 64), dtype="bfloat16", activation="relu", target="h200")
+    assert bn_fused.explain(**asked).name == "pallas_gpu" and bn_fused.explain(**asked, inference=True).name == "jnp"
+
+
 @pytest.mark.parametrize("target", [dataclasses.replace(H200, several_devices=True), Target("cuda", CHIPS["h100"])])
 def test_neither_other_devices_nor_several_were_measured(file, target):
     file.write_text(text(entry()))
