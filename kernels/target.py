@@ -41,8 +41,8 @@ class Problem:
     """The size and kind of one call: what a backend's refusal and plan depend on. Its dtype is one of `FLOATING`.
 
     Groups and rows are what JAX has for a size, as `b*16`, where `jax.export` leaves it open. `channels_last`: whether
-    the channels lie last in memory, as far as that is known. `operation`: a name of `contract.OPERATIONS`, "normalise" at
-    inference.
+    the channels lie last in memory, as far as that is known. `operation`: a name of `contract.OPERATIONS`, at inference
+    "normalise".
     """
 
     groups: int
