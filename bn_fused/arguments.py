@@ -122,6 +122,23 @@ def check_boolean(name, value):
     raise TypeError(f"{name} is {value!r}; accepted is True or False, known when it is traced")
 
 
+def as_boolean_or(name, value, default):
+    """A flag, or the default where it is None. TypeError unless it is one of these."""
+    if value is None:
+        return default
+    check_boolean(name, value)
+    return value
+
+
+def check_initial_weight(value, use_weight):
+    """TypeError or ValueError unless it is a finite number, and 1 where there is no weight."""
+    check_real("initial_weight", value)
+    if not math.isfinite(value):
+        raise ValueError(f"initial_weight is {value!r}; accepted is a finite number")
+    if value != 1 and not use_weight:
+        raise ValueError(f"initial_weight is {value!r} and the layer has no weight: give use_weight=True with it")
+
+
 def check_positive_integer(name, value):
     """TypeError unless the value is an integer, ValueError unless it is at least 1."""
     check_integer(name, value)
