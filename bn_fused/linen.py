@@ -1,6 +1,5 @@
 """`BatchNorm` in place of `flax.linen.BatchNorm`. It needs flax: the extra `flax`."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen
 from flax.linen.dtypes import canonicalize_dtype
