@@ -158,16 +158,20 @@ def test_a_mask_is_flaxs(api, name, kind):
 
 
 @every_api
-@pytest.mark.parametrize("steps", [0, 2])
-def test_where_nothing_counts_the_variables_stay_to_the_bit(api, steps):
-    _, ours = pair(api, CHANNELS)
-    for step in range(steps):
-        ours(data(step), False)
-    before = ours.values()
-    y = ours(data(7), False, mask=jnp.zeros((8, 1, 1, 1), bool))
+@pytest.mark.parametrize("zero_frac", [1, 0.7, None])
+def test_where_nothing_counts_the_variables_stay_to_the_bit(api, zero_frac):
+    channels = 200  # some of which multiplying and dividing by 1 - zero_frac would change
+    _, ours = pair(api, channels)
+    if zero_frac != 1:
+        own = {} if zero_frac is None else {"zero_frac": np.float32(zero_frac)}
+        ours.load(checkpoint(channels) | own | {"count": np.float32(0)})
+    before, x = ours.values(), data(7, (8, channels))
+    y = ours(x, False, mask=jnp.zeros((8, 1), bool))
+    if api == "nnx" and zero_frac is None:
+        before["zero_frac"] = np.zeros_like(before["zero_frac"])  # it was a new layer's
     for name, value in ours.values().items():
         assert_same_bits(value, before[name], name)
-    assert_alike(y, ours(data(7), True))
+    assert_alike(y, ours(x, True))
 
 
 @every_api
