@@ -45,9 +45,7 @@ class Settings:
         check_one_of("debias", self.debias, DEBIAS)
         check_one_of("activation", self.activation, (None, *ACTIVATIONS))
         check_backend_name(self.backend)
-        check_real("eps", self.eps)
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps is {self.eps!r}; accepted is a finite number above 0")
+        check_eps("eps", self.eps)
         check_positive_integer("warmup_period", self.warmup_period)
         if self.virtual_batch_size is not None:
             check_positive_integer("virtual_batch_size", self.virtual_batch_size)
@@ -64,6 +62,13 @@ def check_real(name, value):
     of_numpy = isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
     if isinstance(value, bool) or not (of_numpy or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
+
+
+def check_eps(name, value):
+    """TypeError unless the value is a real number, ValueError unless it is finite and above 0."""
+    check_real(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; accepted is a finite number above 0")
 
 
 def check_integer(name, value):

@@ -31,6 +31,7 @@ class Stored(NamedTuple):
 def check(layer):
     """ValueError or TypeError for settings that are not accepted."""
     arguments.check_integer("axis", layer.axis)
+    arguments.check_eps("epsilon", layer.epsilon)
     arguments.Settings(
         layer.approach,
         layer.epsilon,
@@ -90,7 +91,11 @@ def _running_stats(stored):
 
 
 def _batch_norm(layer, stats, x, scale, bias, residual, mask, *, inference, synchronised=True):
-    axis = feature_axis(layer.axis, x.shape)
+    axis, features = feature_axis(layer.axis, x.shape), stats.mean.shape[0]
+    if x.shape[axis] != features:
+        raise ValueError(
+            f"x has shape {x.shape}, with {x.shape[axis]} features on axis {axis}; the layer has {features}"
+        )
     mask = _positions(mask, x.shape, axis)
     if residual is not None:
         residual = jnp.asarray(residual).astype(x.dtype)

@@ -25,7 +25,7 @@ class BatchNorm(linen.BatchNorm):
     - `approach`, `warmup_period`, `activation`, `virtual_batch_size`, `backend`: as `bn_fused.BatchNorm` has them.
     - `debias`: likewise; "none" is flax's biased variance, "samples" PyTorch's unbiased one.
 
-    A call raises ValueError or TypeError that names the attribute (`eps` is `epsilon`), its value and what is accepted.
+    A call raises ValueError or TypeError that names the attribute, its value and what is accepted.
     """
 
     approach: str = "batch"

@@ -44,7 +44,7 @@ class BatchNorm(nnx.BatchNorm):
 
         **Raises:**
 
-        ValueError or TypeError that names the argument (`eps` is `epsilon`), its value and what is accepted.
+        ValueError or TypeError that names the argument, its value and what is accepted.
         """
         super().__init__(num_features, **flax_arguments)
         self.approach = approach

@@ -234,6 +234,7 @@ def test_gradients_are_flaxs(api):
         ({"axis": (1, 2)}, r"axis is \(1, 2\)"),
         ({"axis": 4}, "axis is 4"),
         ({"momentum": 1.0}, "momentum is 1.0"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
         ({"debias": None}, "debias is None"),
         ({"backend": "cuda"}, "cuda"),
         ({"activation": jax.nn.relu}, "activation is"),
@@ -269,6 +270,8 @@ def test_calls_that_are_not_accepted_are_named(api):
                 jax.random.key(0), data()
             )
     else:
+        with pytest.raises(ValueError, match="9 features on axis 1; the layer has 5"):
+            ours(data(0, (8, 9)), True)
         with pytest.raises(ValueError, match="use_running_average is None"):
             bn_fused.nnx.BatchNorm(CHANNELS, use_running_average=None, rngs=nnx.Rngs(0))(data())
 
