@@ -45,9 +45,7 @@ class Settings:
         check_one_of("debias", self.debias, DEBIAS)
         check_one_of("activation", self.activation, (None, *ACTIVATIONS))
         check_backend_name(self.backend)
-        check_real("eps", self.eps)
-        if not 0 < self.eps < math.inf:
-            raise ValueError(f"eps is {self.eps!r}; accepted is a finite number above 0")
+        check_eps("eps", self.eps)
         check_positive_integer("warmup_period", self.warmup_period)
         if self.virtual_batch_size is not None:
             check_positive_integer("virtual_batch_size", self.virtual_batch_size)
@@ -64,6 +62,13 @@ def check_real(name, value):
     of_numpy = isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
     if isinstance(value, bool) or not (of_numpy or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
+
+
+def check_eps(name, value):
+    """TypeError unless the value is a real number, ValueError unless it is finite and above 0."""
+    check_real(name, value)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}; accepted is a finite number above 0")
 
 
 def check_integer(name, value):
@@ -120,6 +125,23 @@ def check_boolean(name, value):
         except jax.errors.TracerBoolConversionError:
             pass
     raise TypeError(f"{name} is {value!r}; accepted is True or False, known when it is traced")
+
+
+def as_boolean_or(name, value, default):
+    """A flag, or the default where it is None. TypeError unless it is one of these."""
+    if value is None:
+        return default
+    check_boolean(name, value)
+    return value
+
+
+def check_initial_weight(value, use_weight):
+    """TypeError or ValueError unless it is a finite number, and 1 where there is no weight."""
+    check_real("initial_weight", value)
+    if not math.isfinite(value):
+        raise ValueError(f"initial_weight is {value!r}; accepted is a finite number")
+    if value != 1 and not use_weight:
+        raise ValueError(f"initial_weight is {value!r} and the layer has no weight: give use_weight=True with it")
 
 
 def check_positive_integer(name, value):

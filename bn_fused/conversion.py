@@ -39,7 +39,8 @@ def to_equinox(model, state):
 
     Inference gives what it gave, to rounding. "ema_compatibility" becomes mode "ema", "batch" becomes mode "batch",
     which keeps the biased variance in the steps to come. Equinox stores the number of steps and not `zero_frac`: it
-    gets the number that fits best, and moments that give the same inference with it.
+    gets the number that fits best, and moments that give the same inference with it. It has weight and bias or neither:
+    where one of them is missing here, it is there as 1 or 0, and trains from then on.
 
     **Arguments:**
 
@@ -107,17 +108,22 @@ def _equinoxs(path, old, state):
     zero_frac = state.get(old.zero_frac_index)
     first = zero_frac == 1
     mode = next(mode for mode, approach in MODES.items() if approach == old.approach)
+    weight, bias = old.weight, old.bias
+    affine = weight is not None or bias is not None
+    if affine:
+        weight = jnp.ones_like(bias) if weight is None else weight
+        bias = jnp.zeros_like(weight) if bias is None else bias
     new = eqx.nn.BatchNorm(
         old.input_size,
         old.axis_name,
         eps=old.eps,
-        channelwise_affine=old.channelwise_affine,
+        channelwise_affine=affine,
         momentum=old.momentum,
         inference=old.inference,
         dtype=mean.dtype,
         mode=mode,
     )
-    fields = {"weight": old.weight, "bias": old.bias}
+    fields = {"weight": weight, "bias": bias}
     if mode == "ema":
         fields["ema_first_time_index"] = eqx.nn.StateIndex(first)
         fields["ema_state_index"] = eqx.nn.StateIndex((mean, var))

@@ -34,7 +34,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     $$y_c = \text{activation}\left(\frac{x_c - \mu^{\text{norm}}_c}{\sqrt{v^{\text{norm}}_c + \varepsilon}} \gamma_c
     + \beta_c + \text{residual}_c\right)$$
 
-    with $\gamma$, $\beta$ of shape `(C,)` if `channelwise_affine=True`, else 1 and 0.
+    with $\gamma$ (`weight`) and $\beta$ (`bias`) of shape `(C,)`, or 1 and 0 where the layer has none.
 
     **Training.** Let $\mu$ and $v$ be the mean and the biased variance of the channel over all positions of the whole
     batch, $m$ the momentum, $\hat\mu$ and $\hat v$ the running statistics, which start at zero, and $z$ (`zero_frac`),
@@ -144,6 +144,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         axis_index_groups: Sequence[Sequence[int]] | None = None,
         backend: str = "auto",
         mode: str | None = None,
+        use_weight: bool | None = None,
+        use_bias: bool | None = None,
+        initial_weight: float = 1.0,
     ):
         """Make the layer; `equinox.nn.make_with_state` makes its state with it.
 
@@ -154,7 +157,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
             average over several. None is allowed for inference only.
         - `approach`: "batch", "ema" or "ema_compatibility", see above. None warns and means "ema_compatibility".
         - `eps`: added to the variance; above 0.
-        - `channelwise_affine`: whether there are a weight and a bias per channel.
+        - `channelwise_affine`: whether there are a weight and a bias per channel, where `use_weight` and `use_bias`
+            do not say otherwise. As an attribute of the layer: whether it was made with either of them.
         - `momentum`: weight of the old running statistics in the new: a number from 0 (the last batch alone) to 1,
             without 1; PyTorch's is 1 minus this one. `bn_fused.batch_norm` takes a traced one (a schedule) too.
         - `warmup_period`: steps over which "ema" moves from batch to running statistics; 1 or more.
@@ -176,6 +180,11 @@ class BatchNorm(eqx.nn.StatefulLayer):
         - `backend`: "auto" or a name of `bn_fused.kernels.backend_names()`. `bn_fused.explain` says what "auto" takes.
         - `mode`: `equinox.nn.BatchNorm`'s spelling of `approach`: "ema" is `approach="ema_compatibility"`, "batch" is
             `approach="batch"`, with `debias="none"` where `debias` is not given. Give one of `mode` and `approach`.
+        - `use_weight`, `use_bias`: whether there is a weight, and a bias; None is what `channelwise_affine` says. So
+            `use_bias=False` makes a layer with a weight alone, and `channelwise_affine=False, use_bias=True` one with a
+            bias alone.
+        - `initial_weight`: what the weight is in all channels before any training. 0 for the last norm of a residual
+            block, which then starts as the identity.
 
         **Raises:**
 
@@ -184,6 +193,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         arguments.check_positive_integer("input_size", input_size)
         approach, debias = _approach_and_debias(approach, mode, debias)
         arguments.check_boolean("channelwise_affine", channelwise_affine)
+        use_weight = arguments.as_boolean_or("use_weight", use_weight, channelwise_affine)
+        use_bias = arguments.as_boolean_or("use_bias", use_bias, channelwise_affine)
+        arguments.check_initial_weight(initial_weight, use_weight)
         arguments.check_boolean("inference", inference)
         settings = arguments.Settings(approach, eps, warmup_period, activation, debias, virtual_batch_size, backend)
         arguments.as_axis_names(axis_name)  # raises; what is stored is the user's own form of it
@@ -193,8 +205,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         arguments.check_momentum_in(dtype, momentum)
 
         parameters = jnp.zeros((), float).dtype
-        self.weight = jnp.ones((input_size,), parameters) if channelwise_affine else None
-        self.bias = jnp.zeros((input_size,), parameters) if channelwise_affine else None
+        self.weight = jnp.full((input_size,), initial_weight, parameters) if use_weight else None
+        self.bias = jnp.zeros((input_size,), parameters) if use_bias else None
         initial = RunningStats.init(input_size, dtype)
         self.count_index = eqx.nn.StateIndex(initial.count)
         self.state_index = eqx.nn.StateIndex((initial.mean, initial.var))
@@ -202,7 +214,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self.inference = inference
         self.axis_name = tuple(axis_name) if isinstance(axis_name, list) else axis_name
         self.input_size = input_size
-        self.channelwise_affine = channelwise_affine
+        self.channelwise_affine = bool(use_weight or use_bias)
         self.approach = settings.approach
         self.eps = settings.eps
         self.momentum = momentum

@@ -150,6 +150,34 @@ def test_statistics_from_elsewhere_go_to_equinox_too():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+@pytest.mark.parametrize(("use_weight", "use_bias"), [(True, False), (False, True), (False, False)])
+def test_what_a_layer_has_of_weight_and_bias_goes_to_equinox(use_weight, use_bias, mode):
+    def norm():
+        return bn_fused.BatchNorm(CHANNELS, "batch", mode=mode, use_weight=use_weight, use_bias=use_bias)
+
+    make_all = eqx.filter_vmap(lambda key: eqx.nn.make_with_state(Residual)(norm, key))
+    ours, state = make_all(jax.random.split(jax.random.key(0), 3))
+
+    def parameters(model):
+        pairs = [(norm.weight, norm.bias) for norm in model.norms.values()]
+        return [value for pair in pairs for value in pair if value is not None]
+
+    random = np.random.default_rng(1)
+    values = [jnp.asarray(random.standard_normal(value.shape), jnp.float32) for value in parameters(ours)]
+    ours = eqx.tree_at(parameters, ours, values)
+    step = eqx.filter_vmap(over_batch, in_axes=(eqx.if_array(0), None, eqx.if_array(0)))
+    with jax.numpy_dtype_promotion("standard"):  # Equinox raises a float to the power of its counter
+        _, state = step(ours, data(0), state)
+        back, back_state = bn_fused.to_equinox(ours, state)
+        shape = (3, CHANNELS) if use_weight or use_bias else None
+        for after in (back.norms["after"].weight, back.norms["after"].bias):
+            assert (None if after is None else after.shape) == shape
+        wanted, _ = step(eqx.nn.inference_mode(ours), data(1), clone(state))
+        y, _ = step(eqx.nn.inference_mode(back), data(1), back_state)
+    np.testing.assert_allclose(y, wanted, rtol=0, atol=tol(np.float32, n=100) * float(abs(wanted).max()))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -280,6 +280,23 @@ def test_an_axis_of_the_mesh_over_which_only_x_differs_is_named():
         )
 
 
+@pytest.mark.parametrize("name", ["use_weight", "use_bias"])
+def test_flags_that_may_be_left_out_are_true_or_false_otherwise(name):
+    with pytest.raises(TypeError, match=names(name, "'yes'", "True or False")):
+        make(**{name: "yes"})
+
+
+def test_initial_weights_are_finite_numbers_of_a_weight_that_is_there():
+    for value in ("zeros", None, jnp.zeros(CHANNELS)):
+        with pytest.raises(TypeError, match=names("initial_weight is", "number")):
+            make(initial_weight=value)
+    with pytest.raises(ValueError, match=names("initial_weight is nan", "finite")):
+        make(initial_weight=float("nan"))
+    for settings in ({"use_weight": False}, {"channelwise_affine": False}):
+        with pytest.raises(ValueError, match=names("initial_weight is 0", "use_weight")):
+            make(initial_weight=0, **settings)
+
+
 @pytest.mark.parametrize("value", ["yes", 1, None], ids=repr)
 def test_flags_are_true_or_false(value):
     for name in ("inference", "channelwise_affine"):

@@ -1,5 +1,7 @@
 """What is said once about all layers of a model: their settings, their moments, and folding them away."""
 
+import operator
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -77,6 +79,14 @@ def test_a_part_of_the_layers_is_frozen(network):
     assert [float(state.get(block.norm.zero_frac_index)) < 1 for block in frozen.blocks] == [False, True]
 
 
+@pytest.mark.parametrize(("use_weight", "use_bias"), [(True, False), (False, True)])
+def test_a_layer_with_one_of_weight_and_bias_keeps_it_alone(use_weight, use_bias):
+    norm = bn_fused.BatchNorm(3, "batch", "batch", use_weight=use_weight, use_bias=use_bias)
+    changed = bn_fused.with_settings(norm, momentum=0.5)
+    assert (changed.weight is norm.weight, changed.bias is norm.bias) == (True, True)
+    assert (norm.weight is None, norm.bias is None) == (not use_weight, not use_bias)
+
+
 def test_layers_of_an_ensemble_and_of_subclasses_stay_what_they_are():
     class Mine(bn_fused.BatchNorm):
         pass
@@ -123,6 +133,14 @@ def test_the_moments_of_all_layers_by_their_path(network):
     np.testing.assert_allclose(moments["blocks.0.norm"][1], between.var((0, 2, 3), ddof=1), rtol=1e-4)
 
 
+def with_parameters(norm, values):
+    """The layer with other values of its weight and bias, where it has them."""
+    for name, value in zip(("weight", "bias"), values, strict=True):
+        if getattr(norm, name) is not None:
+            norm = eqx.tree_at(operator.attrgetter(name), norm, value)
+    return norm
+
+
 KEY = jax.random.key(3)
 FOLDED = {
     "linear": (eqx.nn.Linear(4, 6, key=KEY), (4,)),
@@ -134,14 +152,14 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("use_weight", "use_bias"), [(True, True), (True, False), (False, True), (False, False)])
 @pytest.mark.parametrize("name", FOLDED)
-def test_a_folded_layer_gives_what_layer_and_norm_give(name, affine):
+def test_a_folded_layer_gives_what_layer_and_norm_give(name, use_weight, use_bias):
     layer, shape = FOLDED[name]
-    norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(6, "batch", "batch", channelwise_affine=affine)
-    if affine:
-        values = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6)), jnp.float32)
-        norm = eqx.tree_at(lambda norm: (norm.weight, norm.bias), norm, (values[0], values[1]))
+    norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(
+        6, "batch", "batch", use_weight=use_weight, use_bias=use_bias
+    )
+    norm = with_parameters(norm, jnp.asarray(np.random.default_rng(1).standard_normal((2, 6)), jnp.float32))
     x = data(2, (16, *shape))
     _, state = over_batch(norm, jax.vmap(layer)(x), state)
     wanted, _ = over_batch(eqx.nn.inference_mode(norm), jax.vmap(layer)(x), state)

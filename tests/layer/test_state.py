@@ -79,6 +79,50 @@ def test_without_affine_there_is_no_weight_and_no_bias():
     assert layer.weight is None and layer.bias is None and not layer.channelwise_affine
 
 
+@pytest.mark.parametrize(
+    ("settings", "weight", "bias"),
+    [
+        (dict(use_bias=False), 1, None),
+        (dict(use_weight=False), None, 0),
+        (dict(channelwise_affine=False, use_weight=True), 1, None),
+        (dict(channelwise_affine=False, use_bias=True), None, 0),
+        (dict(use_weight=False, use_bias=False), None, None),
+        (dict(channelwise_affine=False, use_weight=True, use_bias=True), 1, 0),
+        (dict(initial_weight=0), 0, 0),
+        (dict(use_bias=False, initial_weight=0.5), 0.5, None),
+    ],
+    ids=str,
+)
+def test_weight_and_bias_are_chosen_apart(settings, weight, bias):
+    layer, state = make(**settings)
+    for value, start in ((layer.weight, weight), (layer.bias, bias)):
+        if start is None:
+            assert value is None
+        else:
+            assert_same_bits(value, np.full(CHANNELS, start, np.float32))
+    assert layer.channelwise_affine == (weight is not None or bias is not None)
+    x = data(1)
+    plain, plain_state = make(channelwise_affine=False)
+    for inference in (False, True):
+        y, _ = apply_to_a_copy(layer, state, x, inference=inference)
+        wanted, _ = apply_to_a_copy(plain, plain_state, x, inference=inference)
+        wanted = np.asarray(wanted) * (1 if weight is None else weight)
+        assert_close(y, wanted, np.max(np.abs(wanted)))
+
+
+def test_a_residual_block_whose_last_norm_starts_with_weight_zero_is_the_identity_and_learns():
+    layer, state = make(initial_weight=0)
+    x = data(1)
+
+    @eqx.filter_jit
+    def block(layer):
+        return jax.vmap(lambda x: layer(x, state, residual=x)[0], axis_name="batch")(x)
+
+    assert_same_bits(block(layer), x)
+    gradient = eqx.filter_grad(lambda layer: jnp.sum(block(layer) ** 2))(layer)
+    assert np.all(np.asarray(gradient.weight) != 0)
+
+
 def test_delete_init_state_removes_exactly_the_four_state_arrays():
     layer = bn_fused.BatchNorm(CHANNELS, "batch", "batch")
     before = jax.tree.leaves(eqx.filter(layer, eqx.is_array))
@@ -362,6 +406,7 @@ def test_the_arguments_stand_in_the_documented_order():
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     options = ["activation", "debias", "virtual_batch_size", "axis_index_groups", "backend", "mode"]
+    options += ["use_weight", "use_bias", "initial_weight"]
     assert names(bn_fused.BatchNorm.__init__, keyword) == options
     assert names(bn_fused.BatchNorm.__call__, keyword) == ["residual", "mask", "key", "inference"]
     defaults = {p.name: p.default for p in inspect.signature(bn_fused.BatchNorm).parameters.values()}
