@@ -46,6 +46,11 @@ for _backend in (jnp_backend.BACKEND, triton.BACKEND, pallas_gpu.BACKEND, pallas
     register(_backend)
 
 
+def tuned_backends():
+    """The registered backends whose plans are found by measurement, by name."""
+    return {name: backend for name, backend in _BACKENDS.items() if backend.tuning is not None}
+
+
 def is_reference(backend):
     """Whether a name is that of the definition: it has no operations and no plan, JAX differentiates it as a whole."""
     return backend == _REFERENCE

@@ -27,10 +27,11 @@ from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.run.cases import sets_for
 from bn_fused.bench.tune import run
 from bn_fused.bench.tune.files import File
-from bn_fused.bench.tune.search import classes_of, parts_of, refusal, searched, target_of, tuned_backends
+from bn_fused.bench.tune.search import classes_of, parts_of, refusal, searched, target_of
 from bn_fused.kernels import tuned
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.chips import CHIPS
+from bn_fused.kernels.registry import tuned_backends
 from bn_fused.kernels.target import Target
 
 

@@ -5,8 +5,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping
 
 from bn_fused.bench.installing import versions
-from bn_fused.bench.tune.search import Part, tuned_backends
+from bn_fused.bench.tune.search import Part
 from bn_fused.kernels import tuned
+from bn_fused.kernels.registry import tuned_backends
 from bn_fused.kernels.tuned import Class, Entry
 
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from bn_fused.bench.child import Child, ChildEnded
 from bn_fused.bench.tune.best import Program, best
-from bn_fused.bench.tune.search import Part, tuned_backends
+from bn_fused.bench.tune.search import Part
+from bn_fused.kernels.registry import tuned_backends
 from bn_fused.kernels.tuned import Class, Entry, Measured
 
 # Of the time, what compilation may take; and a part of it, in so many times its share.

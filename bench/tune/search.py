@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bn_fused.bench.workloads import Workload
-from bn_fused.kernels import registry
-from bn_fused.kernels.backends import Backend
 from bn_fused.kernels.chips import chip_of
+from bn_fused.kernels.registry import choose, tuned_backends
 from bn_fused.kernels.target import BackendError, Problem, Target
 from bn_fused.kernels.tuned import Class
 
@@ -47,15 +46,10 @@ def target_of(device) -> Target:
     return Target(device.platform if chip is None else chip.platform, chip)
 
 
-def tuned_backends() -> dict[str, Backend]:
-    """The registered backends whose plans are found by measurement, by name."""
-    return {name: backend for name, backend in registry._BACKENDS.items() if backend.tuning is not None}
-
-
 def refusal(name: str, of: Class, target: Target) -> str | None:
     """Why a backend cannot run a class on a target, None if it can."""
     try:
-        registry.choose(problem_of(of), target, name)
+        choose(problem_of(of), target, name)
     except BackendError as error:
         return str(error)
     return None
@@ -76,5 +70,4 @@ def searched(name: str, of: Class, target: Target) -> list[tuple[Any, Any]]:
     plans: dict[Any, Any] = {}
     for config in backend.tuning.search_set(problem, target):
         plans.setdefault(backend.plan(problem, target, config), config)
-    by_rule = backend.plan(problem, target)
-    return sorted(((config, plan) for plan, config in plans.items()), key=lambda one: one[1] != by_rule)
+    return [(config, plan) for plan, config in plans.items()]

@@ -417,6 +417,24 @@ def probe_custom_partitioning(internals):
     assert meshes[1:] == [None, None]
 
 
+def probe_made_by(internals):
+    """a traced value leads to the operation that made it, under vmap and derivatives too"""
+    found = []
+
+    def function(x):
+        y = jnp.sin(x)
+        found.append([internals.made_by(value, "sin") for value in (x, y, 2 * y[None], jnp.sum(y))])
+        return jnp.sum(y)
+
+    x = jnp.ones((2, 3))
+    jax.jit(function)(x)
+    jax.jit(jax.grad(function))(x)
+    jax.jit(jax.vmap(function))(x)
+    jax.jit(jax.vmap(jax.grad(function)))(x)
+    assert found == [[False, True, True, False]] * 4
+    assert not internals.made_by(jnp.sin(x), "sin")
+
+
 PROBES = {
     "Primitive": probe_primitive,
     "SdyShardingRule": probe_custom_partitioning,
@@ -433,6 +451,7 @@ PROBES = {
     "lower_fun": probe_lowering,
     "lower_plainly": probe_lower_plainly,
     "lowering_device": probe_lowering_device,
+    "made_by": probe_made_by,
     "output_type": probe_output_type,
     "partitioned_mesh": probe_custom_partitioning,
     "register_lowering": probe_lowering,
