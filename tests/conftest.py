@@ -10,7 +10,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ).strip()
 
 import collections
-import tempfile
 
 import hypothesis
 import jax
@@ -104,21 +103,8 @@ def count_backends():
     dispatch.choose, reference.moments = counting_choose, counting_moments
 
 
-def compile_once(config):
-    """Keep what this process compiles until it ends: tests trace the same program again, as references and commands do.
-
-    JAX finds it by the whole program and its options. The children of tests compile for themselves.
-    """
-    folder = tempfile.TemporaryDirectory(prefix="bn_fused_compiled_")
-    config.add_cleanup(folder.cleanup)
-    jax.config.update("jax_compilation_cache_dir", folder.name)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
 def pytest_configure(config):
     count_backends()
-    compile_once(config)
 
 
 def pytest_sessionfinish(session):
