@@ -14,10 +14,13 @@ from bn_fused.kernels import tuned
 
 from support import ROOT
 from support.child_process import child_environment
+from support.compilers import on_the_newest_jax
 
 SCRIPT = ROOT / "bench" / "measure_gpu.sh"
 
 
+# What its parts do is tested part by part on every JAX.
+@on_the_newest_jax
 def test_it_goes_through_all_parts_and_saves_what_report_takes(tmp_path):
     environment = child_environment(PYTHON=sys.executable)
     done = subprocess.run(

@@ -13,7 +13,7 @@ from bn_fused.kernels.backends.pallas_gpu.plan import Plan, tiling
 
 from support.kernel_cases import ALL, CASES, Case, grid
 from support.kernel_results import check_results, check_spoilt, operands, spoilt
-from support.pallas_gpu_calls import check, computed
+from support.pallas_gpu_calls import all_computed, check, computed, operands_to_check
 
 missing = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"), reason="this version of JAX has no interpreter of Mosaic GPU (0.11 has)"
@@ -144,26 +144,64 @@ def test_the_cases_use_their_tiles_more_than_once(name):
         assert all(t.worker_range(*worker).tiles > t.stages for worker in workers), t
 
 
-@missing
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in DEFAULT else [pytest.mark.slow]) for name in CALLS]
-)
-def test_all_results_agree_with_float64(name, tmp_path):
-    case, used = CALLS[name]
-    check(case, tmp_path, plan=used, races=name in RACES)
-
-
-@missing
-def test_parts_that_lie_far_from_each_other(tmp_path):
+def far_apart():
     """Many parts for a thread to merge, of rows in order and of a first row that is far from all others."""
-    case, used = (
-        Case(288, 8, operations=()),
-        one_launch(members=9, fold=32, columns=256, warpgroups=1, tiles=1, tile_rows=1),
-    )
+    case = Case(288, 8, operations=())
     arrays = operands(case)
     arrays["x"][..., :4] = np.sort(arrays["x"][..., :4], -2)
     arrays["x"][..., 0, 4:] += 1e4
-    check_results(case, arrays, computed(case, arrays, tmp_path, plan=used), ())
+    return case, arrays, one_launch(members=9, fold=32, columns=256, warpgroups=1, tiles=1, tile_rows=1)
+
+
+# Three partial results, of a fragment of four that they are merged in.
+NOT_FINITE = Case(12, 128, operations=()), one_launch(members=3, warpgroups=1, tiles=1, tile_rows=4)
+
+
+@pytest.fixture(scope="module")
+def by_default(tmp_path_factory):
+    """{name: (case, operands, results)} of the default calls without races: one process, which imports JAX once.
+
+    Where races are looked for each call has a process of its own, for the interpreter keeps what it has seen.
+    """
+    calls = {
+        name: (CALLS[name][0], operands_to_check(CALLS[name][0]), CALLS[name][1])
+        for name in DEFAULT
+        if name not in RACES
+    }
+    calls["far apart"] = far_apart()
+    case, used = NOT_FINITE
+    clean = operands(case)
+    calls |= {"finite": (case, clean, used), "not finite": (case, spoilt(clean), used)}
+    results = all_computed(calls, tmp_path_factory.mktemp("interpreted"), timeout=580)
+    return {name: (case, arrays, results[name]) for name, (case, arrays, _) in calls.items()}
+
+
+@missing
+@pytest.mark.parametrize("name", [name for name in DEFAULT if name not in RACES])
+def test_all_results_agree_with_float64(name, by_default):
+    case, arrays, results = by_default[name]
+    check_results(case, arrays, results, case.operations)
+
+
+@missing
+@pytest.mark.parametrize("name", RACES)
+def test_all_results_agree_with_float64_and_nothing_races(name, tmp_path):
+    case, used = CALLS[name]
+    check(case, tmp_path, plan=used, races=True)
+
+
+@missing
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in DEFAULT])
+def test_all_results_of_more_cases_agree_with_float64(name, tmp_path):
+    case, used = CALLS[name]
+    check(case, tmp_path, plan=used)
+
+
+@missing
+def test_parts_that_lie_far_from_each_other_are_merged(by_default):
+    case, arrays, results = by_default["far apart"]
+    check_results(case, arrays, results, ())
 
 
 @missing
@@ -192,13 +230,16 @@ def test_blocks_that_do_not_wait_for_each_other_are_seen_as_a_race(tmp_path):
 
 
 @missing
-@pytest.mark.parametrize("kind", [pytest.param("streaming", marks=pytest.mark.slow), "resident"])
-def test_what_is_not_finite_stays_in_its_channel(kind, tmp_path):
-    # Three partial results, of a fragment of four that they are merged in.
-    used = plan() if kind == "streaming" else one_launch(members=3, warpgroups=1, tiles=1, tile_rows=4)
-    case = Case(12, 128, operations=())
+def test_what_is_not_finite_stays_in_its_channel(by_default):
+    check_spoilt(by_default["not finite"][-1], by_default["finite"][-1])
+
+
+@missing
+@pytest.mark.slow
+def test_what_is_not_finite_stays_in_its_channel_in_a_stream(tmp_path):
+    case, _ = NOT_FINITE
     clean = operands(case)
-    results, expected = (computed(case, arrays, tmp_path, plan=used) for arrays in (spoilt(clean), clean))
+    results, expected = (computed(case, arrays, tmp_path, plan=plan()) for arrays in (spoilt(clean), clean))
     check_spoilt(results, expected)
 
 

@@ -24,7 +24,7 @@ from bn_fused.kernels.contract import OPERATIONS, kept_for_derivative
 from bn_fused.kernels.target import problem_of
 
 from support.kernel_cases import BATCH, BLEND, CASES, Case, grid
-from support.kernel_results import as_given, check_step, operands
+from support.kernel_results import INTERPRETED, as_given, check_step, operands
 from support.tolerances import assert_close
 
 TPUS = [chip for chip in CHIPS.values() if chip.platform == "tpu"]
@@ -214,13 +214,13 @@ GRID = grid([(1, 1), (15, 127), (17, 129), (128, 128), (129, 128), (3, 1000, 300
 )
 def test_values_and_all_gradients_agree_with_float64(interpreted, name):
     rows, resident = BLOCKS.get(name, (None, None))
-    check_step(CASES[name], interpreted(lambda plan: with_blocks(plan, rows, resident)))
+    check_step(CASES[name], interpreted(lambda plan: with_blocks(plan, rows, resident)), interpreted=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", GRID)
 def test_every_activation_with_and_without_a_residual(interpreted, name):
-    check_step(GRID[name], interpreted())
+    check_step(GRID[name], interpreted(), interpreted=True)
 
 
 STEP = ("x", "weight", "bias", "running_mean", "running_var")
@@ -255,10 +255,15 @@ def spec_for(x, backend_plan=lambda plan: plan, layout="grc", activation=None, p
     )
 
 
+def interpret(operation, spec, interpret=True):
+    """An operation of the kernels, interpreted and jitted."""
+    return jax.jit(functools.partial(operation, spec=spec, interpret=interpret), compiler_options=INTERPRETED)
+
+
 def moments_of(x, **blocks):
     """Mean and variance of x [rows, channels] by the interpreted kernel."""
     spec = spec_for(x[None], lambda plan: with_blocks(plan, **blocks))
-    pivot, delta, var = jax.jit(functools.partial(pallas_tpu.moments, spec=spec, interpret=True))(x[None])
+    pivot, delta, var = interpret(pallas_tpu.moments, spec)(x[None])
     return pivot[0], delta[0], var[0]
 
 
@@ -311,7 +316,7 @@ def test_what_is_not_finite_stays_in_its_channel_and_looks_as_in_jnp(where):
     spec = spec_for(x[None], lambda plan: with_blocks(plan, rows=64, resident=2), activation="relu")
     ones, zeros = jnp.ones((1, 128)), jnp.zeros((1, 128))
     arrays = (x[None], ones, zeros, zeros, ones, packed(BATCH))
-    got = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=True))(*arrays)
+    got = interpret(pallas_tpu.forward, spec)(*arrays)
     wanted = jax.jit(functools.partial(jnp_backend.forward, spec=dataclasses.replace(spec, plan=None)))(*arrays)
     got, wanted = (named("forward", results) for results in (got, wanted))
     for name in ("y", "var", "rstd", "new_running_mean", "new_running_var"):
@@ -325,7 +330,7 @@ def test_running_statistics_that_have_no_part_in_the_result_may_be_anything():
     spec = spec_for(x)
     ones, nan = jnp.ones((1, 128)), jnp.full((1, 128), jnp.nan)
     first = packed((1.0, 0.0, 0.0, 1.0, 1.0, 0.0))
-    results = pallas_tpu.forward(x, ones, ones, nan, nan, first, spec=spec, interpret=True)
+    results = interpret(pallas_tpu.forward, spec)(x, ones, ones, nan, nan, first)
     assert all(np.isfinite(result).all() for result in results)
 
 
@@ -342,7 +347,7 @@ def test_every_layout_gives_what_jnp_gives(layout):
     plain = dataclasses.replace(spec, plan=None)
     step = (x, weight, bias, mean, var, coefficients)
     wanted = jnp_backend.forward(*step, spec=plain)
-    got = pallas_tpu.forward(*step, spec=spec, interpret=True)
+    got = interpret(pallas_tpu.forward, spec)(*step)
     absolute = without_pivot(got)
     for name, value in without_pivot(wanted).items():
         assert_close(absolute[name], value, 1 + np.abs(value), stored=jnp.float32, what=name)
@@ -351,7 +356,7 @@ def test_every_layout_gives_what_jnp_gives(layout):
     statistics = (wanted[name] for name in ("pivot", "offset", "rstd"))
     gradient = (dy, mean, var, x, *statistics, weight, bias, wanted["delta"], coefficients[..., 0], count)
     for one, other in zip(
-        pallas_tpu.backward(*gradient, spec=spec, interpret=True),
+        interpret(pallas_tpu.backward, spec)(*gradient),
         jnp_backend.backward(*gradient, spec=plain),
         strict=True,
     ):
@@ -383,7 +388,7 @@ def test_the_two_halves_give_what_jnp_gives(activation):
         ("normalise_backward", choose("dy", *normalisation) | kept),
         ("moments_backward", choose("dmean", "dvar", "x", "pivot", "delta", "count")),
     ):
-        got = jax.jit(functools.partial(getattr(pallas_tpu, operation), spec=spec, interpret=True))(**values)
+        got = interpret(getattr(pallas_tpu, operation), spec)(**values)
         wanted = jax.jit(functools.partial(getattr(jnp_backend, operation), spec=plain))(**values)
         got, wanted = (result if isinstance(result, tuple) else (result,) for result in (got, wanted))
         for one, other in zip(got, wanted, strict=True):
@@ -401,7 +406,7 @@ def test_state_in_other_dtypes_keeps_them():
             wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
             coefficients = packed(BLEND, wide)
             state = mean.astype(dtype), var.astype(dtype)
-            got = pallas_tpu.forward(x, weight, bias, *state, coefficients, spec=spec, interpret=True)
+            got = interpret(pallas_tpu.forward, spec)(x, weight, bias, *state, coefficients)
             wanted = jnp_backend.forward(
                 x, weight, bias, *state, coefficients, spec=dataclasses.replace(spec, plan=None)
             )
@@ -469,7 +474,7 @@ def test_nothing_is_read_that_was_not_written_and_nothing_races(case, rows, resi
     plain = dataclasses.replace(spec, plan=None)
     step = (x, *per_channel, packed(BLEND), residual)
     wanted = jax.jit(functools.partial(jnp_backend.forward, spec=plain))(*step)
-    got = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=params))(*step)
+    got = interpret(pallas_tpu.forward, spec, params)(*step)
     assert module.races is not None and not module.races.races_found
     assert_close(got[0], np.asarray(wanted[0], np.float64), 10, what="y")
     assert_close(got[3], np.asarray(wanted[3], np.float64), what="var")
@@ -479,7 +484,7 @@ def test_nothing_is_read_that_was_not_written_and_nothing_races(case, rows, resi
     gradient = (dy, delta, delta, x, pivot, delta, rstd, weight, bias, delta, one, count)
     kept = kept_for_derivative(spec, residual, wanted[0])
     wanted = jax.jit(functools.partial(jnp_backend.backward, spec=plain))(*gradient, **kept)
-    got = jax.jit(functools.partial(pallas_tpu.backward, spec=spec, interpret=params))(*gradient, **kept)
+    got = interpret(pallas_tpu.backward, spec, params)(*gradient, **kept)
     assert not module.races.races_found
     for one, other in zip(got, wanted, strict=True):
         # A few values of dz lie on the other side of the kink in one of them; sums of 150 terms of order ten.
@@ -498,7 +503,7 @@ def test_the_interpreter_would_find_memory_that_was_never_written():
     pallas_tpu_kernels._add_to_moments = lambda walk, rows, x, slab, stats: add(walk, rows, x, None, stats)
     try:
         arrays = (x, ones, zeros, zeros, ones, packed(BATCH))
-        y = jax.jit(functools.partial(pallas_tpu.forward, spec=spec, interpret=params))(*arrays)[0]
+        y = interpret(pallas_tpu.forward, spec, params)(*arrays)[0]
     finally:
         pallas_tpu_kernels._add_to_moments = add
     assert np.isnan(y).all()

@@ -49,7 +49,7 @@ PLANS = {
     # The backend's own.
     "300 rows, bfloat16": make_plan(2, 300, 65, 2, CHIPS["mi250x"]),
     "2051 rows": make_plan(1, 2051, 7, 4, CHIPS["h200"]),
-    "300 rows": plan(columns=32, tile_rows=16, slabs=3),  # of 96, 96 and 64 channels
+    "300 rows": plan(columns=32, tile_rows=32, slabs=3),  # of 96, 96 and 64 channels
     "2051 rows, 24 channels": make_plan(1, 2051, 24, 4, CHIPS["mi300x"], residual=True, derivative=True),
 }
 SEVERAL_TILES = ("far from zero", "groups", "bfloat16", "float16", "3 channels")

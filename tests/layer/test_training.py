@@ -38,10 +38,12 @@ def last_losses(norm, seeds=SEEDS):
     return [float(np.median(loss[-50:])) for loss in losses]
 
 
+# No seed has ended above the limit; the others are slow.
+@pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:]]])
 @pytest.mark.parametrize("approach", ["batch", "ema"])
-def test_the_training_loss_falls(approach):
-    losses = last_losses(digits.fused_norm(approach), seeds=(0, 1))
-    assert max(losses) < 0.2, losses
+def test_the_training_loss_falls(approach, seed):
+    (loss,) = last_losses(digits.fused_norm(approach), seeds=(seed,))
+    assert loss < 0.2
 
 
 def test_the_training_loss_of_ema_compatibility_does_not_fall():

@@ -579,8 +579,9 @@ def with_gradient(structure):
 
 
 PROGRAMS = {**{name: with_gradient(build) for name, build in STRUCTURES.items()}, **DERIVATIVES}
-# Each of these in every main case, the others in one of them by turns; all in all cases with -m slow.
-IN_EVERY_CASE = ("vmap", "value_and_grad", "per_example_gradients", "hessian_forward_over_reverse")
+# Each of these in every main case, the others in one of them by turns; all in all cases with -m slow. A structure comes
+# with its gradient, so that this is what every case needs: its values and derivatives, of the batch and of one example.
+IN_EVERY_CASE = ("vmap", "per_example_gradients")
 # What calls nothing but whole batches, and so runs with the functional form as it is.
 OF_WHOLE_BATCHES = (
     "vmap",
@@ -606,11 +607,20 @@ def grid():
             yield pytest.param(name, case, id=f"{name}-{case_name}", marks=marks)
 
 
+# The operation is the layer's: what is the function's own is how it makes the operands, in every case once, and how
+# it takes an axis of an ensemble, a loop's state and tangents of every order.
+FUNCTIONAL_BY_DEFAULT = (
+    ("vmap", "batch"),
+    ("ensemble_outside_of_weights", "ema-all"),
+    ("scan_around_vmap", "ema_compatibility-residual"),
+    ("hessian_reverse_over_forward", "batch"),
+)
+
+
 def functional_grid():
-    main = list(CASES)
-    for index, name in enumerate(OF_WHOLE_BATCHES):
+    for name in OF_WHOLE_BATCHES:
         for case_name, case in {**CASES, **MORE_CASES}.items():
-            marks = () if case_name == main[index % len(main)] else pytest.mark.slow
+            marks = () if (name, case_name) in FUNCTIONAL_BY_DEFAULT else pytest.mark.slow
             yield pytest.param(name, case, id=f"{name}-{case_name}", marks=marks)
 
 
@@ -619,8 +629,17 @@ def test_agrees_with_plain_autodiff_of_the_definition(name, case):
     compare(PROGRAMS[name], case)
 
 
-@pytest.mark.parametrize("name", ["vmap", "ensemble_outside", "per_example_gradients", "hessian_reverse_over_reverse"])
-@pytest.mark.parametrize("case_name", ["inference-all", "virtual-all"])
+# The rest is in the grid above, and slow.
+@pytest.mark.parametrize(
+    ("case_name", "name"),
+    [
+        ("inference-all", "ensemble_outside"),
+        ("inference-all", "hessian_reverse_over_reverse"),
+        ("virtual-all", "vmap"),
+        ("virtual-all", "ensemble_outside"),
+        ("virtual-all", "per_example_gradients"),
+    ],
+)
 def test_inference_and_virtual_batches_agree_with_plain_autodiff_of_the_definition(case_name, name):
     compare(PROGRAMS[name], MORE_CASES[case_name])
 

@@ -12,6 +12,13 @@ from bn_fused.kernels.backends.triton import limits
 ON_THE_NEWEST_JAX = () if jax.__version_info__ >= (0, 11) else (pytest.mark.slow,)
 
 
+def on_the_newest_jax(test):
+    """The test with these marks."""
+    for mark in ON_THE_NEWEST_JAX:
+        test = mark(test)
+    return test
+
+
 class CompilerMissing(pytest.skip.Exception):
     """Why a test that compiles for a chip is skipped; `conftest` fails one that is not marked `compilers`."""
 

@@ -1,7 +1,7 @@
-"""A process that computes operations of `pallas_gpu`, in Mosaic GPU's interpreter or on a GPU: `python ... FILE`.
+"""A process that computes operations of `pallas_gpu`, in Mosaic GPU's interpreter or on a GPU: `python ... FILE...`.
 
-FILE is a call that `kernel_results.save_call` has written; the results are written beside it. The other operations take
-their statistics from the forward's results. Settings besides the case's own:
+Each FILE is a call that `kernel_results.save_call` has written; the results are written beside it. The other operations
+take their statistics from the forward's results. Settings besides the case's own:
 
 - `plan`: the fields of a plan, or None for the backend's own; `races`: whether to look for them in the interpreter.
 - `on_gpu`: on the GPU of this machine, twice, and the bits must be the same; `backend`: there, another one.
@@ -59,7 +59,11 @@ def plan_of(fields):
 
 def interpreted(operation, spec, arguments, races):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=races)):
-        function = jax.jit(lambda values: getattr(pallas_gpu, operation)(**values, spec=spec))
+        # Half of the time here is LLVM's, which has nothing to do with what a kernel computes.
+        function = jax.jit(
+            lambda values: getattr(pallas_gpu, operation)(**values, spec=spec),
+            compiler_options={"xla_backend_optimization_level": 0},
+        )
         found = jax.block_until_ready(function(arguments))
     if races:
         from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
@@ -95,4 +99,5 @@ def main(path):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for path in sys.argv[1:]:
+        main(path)
