@@ -1,12 +1,14 @@
 """Files of what was measured: which is used, for which arrays, and what `auto` and plans make of it."""
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import bn_fused
@@ -173,6 +175,61 @@ def test_activations_that_cost_the_same_and_the_other_type_of_16_bits_are_near()
         ({"rows": 2 * one.rows, "channels": 32}, 2),
     ):
         assert distance(one, dataclasses.replace(one, **changes)) == apart
+
+
+def test_a_network_whose_layers_take_different_backends_agrees_with_float64():
+    """Each layer the backend whose seconds are the fewest for it; one takes another backward than forward."""
+    ran = []
+
+    def watched(name):
+        def watching(operation):
+            compute = backends.jnp.BACKEND.operations[operation]
+
+            def run(*operands, **more):
+                ran.append((name, operation))
+                return compute(*operands, **more)
+
+            return run
+
+        return {operation: watching(operation) for operation in backends.jnp.BACKEND.operations}
+
+    def seconds(name, asked, target):
+        order = {("one", 8): 1.0, ("two", 8): 2.0, ("one", 16): 3.0, ("two", 16): 2.0, ("one", 4): 1.0, ("two", 4): 2.0}
+        value = order[name, asked.channels]
+        return backends.Verdict(True, "in a test", 5.0 if (name, asked.operation) == ("one", "backward") else value)
+
+    for name in ("one", "two"):
+        registry.register(
+            dataclasses.replace(
+                backends.jnp.BACKEND,
+                name=name,
+                operations=watched(name),
+                verdict=functools.partial(seconds, name),
+            )
+        )
+    rng = np.random.default_rng(0)
+    weights = [rng.standard_normal(size) for size in ((4, 8), (8, 16), (16, 4))]
+    x = rng.standard_normal((32, 4))
+
+    def loss(weights, x, backend):
+        for weight in weights:
+            x = x @ weight
+            stats = bn_fused.RunningStats.init(x.shape[-1], x.dtype)
+            x, _ = bn_fused.batch_norm(x, stats, approach="batch", activation="silu", backend=backend)
+        return jnp.sum(x**3)
+
+    try:
+        single = [jnp.asarray(weight, jnp.float32) for weight in weights]
+        found = jax.jit(jax.value_and_grad(loss), static_argnums=2)(single, jnp.asarray(x, jnp.float32), "auto")
+    finally:
+        for name in ("one", "two"):
+            registry.unregister(name)
+    # One jnp operation of either name may run several times while it is lowered.
+    assert set(ran) == {("one", "forward"), ("two", "forward"), ("two", "backward")}
+    with jax.enable_x64(True):
+        wanted = jax.value_and_grad(loss)([jnp.asarray(weight) for weight in weights], jnp.asarray(x), "reference")
+    for got, value in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, value, rtol=2e-4, atol=2e-4 * float(np.max(np.abs(value))))
 
 
 # Where channels lie
