@@ -1,4 +1,4 @@
-"""Passes over x that the layer makes through a GPU's memory, counted in its HLO compiled for an H200, without one.
+"""Passes over x that the layer on `jnp` makes through an H200's memory, counted in its HLO, compiled without one.
 
 The compiler runs in a process of its own, because a process compiles for one GPU only.
 """
@@ -31,7 +31,7 @@ from bn_fused.bench.audit.traffic import passes
 
 def layer_step(shape, activation):
     layer, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(
-        shape[1], "batch", approach="batch", activation=activation)
+        shape[1], "batch", approach="batch", activation=activation, backend="jnp")
     def step(x, weight, bias, residual):
         moved = eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, (weight, bias))
         def one(x, state, residual):
@@ -44,7 +44,7 @@ def function_step(shape, activation):
     stats = bn_fused.RunningStats.init(shape[-1])
     def step(x, weight, bias, residual):
         y, new = bn_fused.batch_norm(
-            x, stats, weight, bias, approach="batch", activation=activation, residual=residual)
+            x, stats, weight, bias, approach="batch", activation=activation, residual=residual, backend="jnp")
         return y, jax.tree.leaves(new)
     return shape[-1], step
 
@@ -91,7 +91,8 @@ def network():
     def blocks(kernels, weight, bias, x):
         for kernel in kernels:
             h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-            x, _ = bn_fused.batch_norm(h, stats, weight, bias, approach="batch", activation="relu", residual=x)
+            x, _ = bn_fused.batch_norm(
+                h, stats, weight, bias, approach="batch", activation="relu", residual=x, backend="jnp")
         return x
     def gradients(dy, *operands):
         return jax.vjp(blocks, *operands)[1](dy)
