@@ -252,7 +252,7 @@ def any_number_of_examples():
             yield pytest.param(*CALLS[call], case, OF[of], id=f"{case}-{of}-{call}", marks=marks)
 
 
-@pytest.mark.parametrize(("call", "backend", "case", "of"), any_number_of_examples())
+@pytest.mark.parametrize(("call", "backend", "case", "of"), list(any_number_of_examples()))
 def test_a_program_is_exported_for_any_number_of_examples(call, backend, case, of):
     program = of(call, backend=backend, inference=case == "inference")
     check_open(program, f"b, {CHANNELS}, 4", [(3, CHANNELS, 4), (40, CHANNELS, 4)], masked=case == "masked")
