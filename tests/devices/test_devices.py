@@ -90,19 +90,34 @@ def spread(program, mesh, local=local_step, in_specs=IN_SPECS, out_specs=OUT_SPE
     return lambda inputs: mapped(inputs, program.mask)
 
 
+def compiled(function, gradient=True):
+    """The function, with the gradient of its outputs' scalar or without."""
+
+    def call(inputs):
+        if not gradient:
+            return function(inputs)
+        outputs, pullback = jax.vjp(function, inputs)
+        return outputs, pullback(jax.grad(scalar)(outputs))
+
+    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def check(function, expected_function, inputs, gradient=True):
     """Outputs and the gradient of their scalar agree with those of another function."""
+    actual, expected = (compiled(each, gradient)(inputs) for each in (function, expected_function))
+    assert_trees_close(actual, expected, n=EXAMPLES * POSITIONS)
 
-    def both(function):
-        def call(inputs):
-            if not gradient:
-                return function(inputs)
-            outputs, pullback = jax.vjp(function, inputs)
-            return outputs, pullback(jax.grad(scalar)(outputs))
 
-        return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
+@functools.cache
+def whole_batch(name, later):
+    """What one device gives with the whole batch of a case, and the gradient."""
+    _, one_device, inputs = make(name, later)
+    return compiled(one_device.batch)(inputs)
 
-    assert_trees_close(both(function)(inputs), both(expected_function)(inputs), n=EXAMPLES * POSITIONS)
+
+def check_whole_batch(function, inputs, name, later=True):
+    """Outputs and the gradient of their scalar are those of one device with the whole batch of a case."""
+    assert_trees_close(compiled(function)(inputs), whole_batch(name, later), n=EXAMPLES * POSITIONS)
 
 
 # --- shard_map -------------------------------------------------------------------------------------------------
@@ -111,15 +126,15 @@ def check(function, expected_function, inputs, gradient=True):
 @CHECK_VMA
 @pytest.mark.parametrize("name", CASES)
 def test_shard_map_around_vmap_is_one_device_with_the_whole_batch(name, check_vma):
-    program, one_device, inputs = make(name)
-    check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
+    program, _, inputs = make(name)
+    check_whole_batch(spread(program, make_mesh(), check_vma=check_vma), inputs, name)
 
 
 @CHECK_VMA
 @pytest.mark.parametrize("name", ["ema-all", *[pytest.param(name, marks=pytest.mark.slow) for name in CASES]])
 def test_first_step_in_shard_map_is_one_device_with_the_whole_batch(name, check_vma):
-    program, one_device, inputs = make(name, later=False)
-    check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
+    program, _, inputs = make(name, later=False)
+    check_whole_batch(spread(program, make_mesh(), check_vma=check_vma), inputs, name, later=False)
 
 
 @CHECK_VMA
@@ -161,11 +176,11 @@ def test_the_functional_form_averages_over_devices(check_vma):
 
 @CHECK_VMA
 def test_two_device_axes_are_one_device_with_the_whole_batch(check_vma):
-    program, one_device, inputs = make("ema-all", axis_name=("a", "batch", "b"))
+    program, _, inputs = make("ema-all", axis_name=("a", "batch", "b"))
     split = IN_SPECS._replace(x=P(("a", "b")), residual=P(("a", "b")))
     out = OUT_SPECS._replace(y=P(("a", "b")))
     mesh = make_mesh((2, 2), ("a", "b"))
-    check(spread(program, mesh, in_specs=split, out_specs=out, check_vma=check_vma), one_device.batch, inputs)
+    check_whole_batch(spread(program, mesh, in_specs=split, out_specs=out, check_vma=check_vma), inputs, "ema-all")
 
 
 def test_averaging_over_one_of_two_device_axes_leaves_the_other_its_own_statistics():
@@ -229,12 +244,12 @@ def test_an_ensemble_inside_shard_map_is_an_ensemble_on_one_device(check_vma):
 @CHECK_VMA
 @pytest.mark.parametrize("wrap", [jax.checkpoint, jax.jit], ids=["checkpoint", "jit"])
 def test_checkpoint_and_jit_inside_shard_map(wrap, check_vma):
-    program, one_device, inputs = make("batch")
+    program, _, inputs = make("batch")
 
     def local(program, inputs, mask):
         return wrap(functools.partial(local_step, program))(inputs, mask)
 
-    check(spread(program, make_mesh(), local, check_vma=check_vma), one_device.batch, inputs)
+    check_whole_batch(spread(program, make_mesh(), local, check_vma=check_vma), inputs, "batch")
 
 
 @CHECK_VMA
@@ -290,15 +305,15 @@ def test_tangents_and_second_derivatives_through_shard_map(path, check_vma, monk
 
 @pytest.mark.parametrize("name", [*CASES, "inference-all", "virtual-all"])
 def test_the_reference_in_typed_shard_map_is_one_device_with_the_whole_batch(name):
-    program, one_device, inputs = make(name, backend="reference")
-    check(spread(program, make_mesh()), one_device.batch, inputs)
+    program, _, inputs = make(name, backend="reference")
+    check_whole_batch(spread(program, make_mesh()), inputs, name)
 
 
 @CHECK_VMA
 @pytest.mark.parametrize("name", ["inference-all", "virtual-all"])
 def test_inference_and_virtual_batches_in_shard_map(name, check_vma):
-    program, one_device, inputs = make(name)
-    check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
+    program, _, inputs = make(name)
+    check_whole_batch(spread(program, make_mesh(), check_vma=check_vma), inputs, name)
 
 
 @CHECK_VMA
@@ -329,10 +344,10 @@ def test_what_does_not_fit_the_mesh_is_said_with_the_mesh_in_mind():
 
 
 def test_some_axes_manual_and_others_automatic():
-    program, one_device, inputs = make("ema-all")
+    program, _, inputs = make("ema-all")
     mesh = make_mesh((2, 2), ("dev", "rest"))
     on_devices = spread(program, mesh, axis_names={"dev"})
-    check(on_devices, one_device.batch, inputs)
+    check_whole_batch(on_devices, inputs, "ema-all")
 
 
 # --- differentiated inside of shard_map ------------------------------------------------------------------------
@@ -712,12 +727,11 @@ def test_a_mean_of_ten_thousand_standard_deviations_costs_no_digit_across_device
     assert_close(y, expected, scale=1 + abs(expected))
 
 
-@pytest.mark.parametrize("path", ["packed", "two_sums"])
 @CHECK_VMA
-def test_more_devices_than_are_packed_give_the_same(path, check_vma, monkeypatch):
-    monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 64 if path == "packed" else 2)
-    program, one_device, inputs = make("ema-all")
-    check(spread(program, make_mesh(), check_vma=check_vma), one_device.batch, inputs)
+def test_more_devices_than_are_packed_give_the_same(check_vma, monkeypatch):
+    monkeypatch.setattr(bn_fused.kernels.merging, "PACKED_DEVICES", 2)
+    program, _, inputs = make("ema-all")
+    check_whole_batch(spread(program, make_mesh(), check_vma=check_vma), inputs, "ema-all")
 
 
 def test_a_mask_in_which_nothing_counts_on_any_device_leaves_the_state():

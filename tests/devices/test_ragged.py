@@ -3,6 +3,8 @@
 All that is compared is the same program's with zeros in padding, to the bit: `test_devices` has its values.
 """
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,6 +118,13 @@ PATHS = {
 }
 
 
+REFERENCE_BY_DEFAULT = [
+    ("check_vma", "reference", "ema"),
+    ("no_check_vma", "reference", "inference"),
+    ("partitioned", "reference", "ema"),
+]
+
+
 def check(function, compiled=True):
     """y where it counts, the new statistics and every gradient of what a loss makes of them."""
 
@@ -135,9 +144,14 @@ def check(function, compiled=True):
         assert_same_bits(got, expected)
 
 
-@pytest.mark.parametrize("phase", ["ema", "inference"])
-@pytest.mark.parametrize("backend", ["jnp", "reference"])
-@pytest.mark.parametrize("path", PATHS)
+# The reference is the same code on every path, and by default on one with types, one without and one of XLA's own.
+@pytest.mark.parametrize(
+    ("path", "backend", "phase"),
+    [
+        pytest.param(*each, marks=[] if each[1] == "jnp" or each in REFERENCE_BY_DEFAULT else [pytest.mark.slow])
+        for each in itertools.product(PATHS, ("jnp", "reference"), ("ema", "inference"))
+    ],
+)
 def test_nothing_depends_on_what_padding_holds(path, backend, phase):
     check(PATHS[path](backend, phase), compiled=path != "pmap")
 

@@ -1,6 +1,7 @@
 """What a layer and its state go through besides computing: files, pickles, exported programs, Equinox's own tools."""
 
 import io
+import itertools
 import pickle
 
 import equinox as eqx
@@ -241,14 +242,21 @@ def check_open(program, shape, closed_shapes, masked=False):
         assert_trees_close(call(x, mask), jax.jit(program)(x, mask), n=x.size // CHANNELS)
 
 
-@pytest.mark.parametrize(
-    ("call", "backend"),
-    [(layer_call, "auto"), (function_call, "auto"), (function_call, "reference")],
-    ids=["layer", "function", "function, reference"],
-)
-@pytest.mark.parametrize("of", [step_of, gradient_of], ids=["step", "gradient"])
-@pytest.mark.parametrize("case", ["training", "masked", "inference"])
-def test_a_program_is_exported_for_any_number_of_examples(call, case, of, backend):
+CALLS = {"layer": (layer_call, "auto"), "function": (function_call, "auto"), "reference": (function_call, "reference")}
+OF = {"step": step_of, "gradient": gradient_of}
+
+
+def any_number_of_examples():
+    """By default every call in every case, by turns as a step and as a gradient; the rest is slow."""
+    cases = ["training", "masked", "inference"]
+    for number, (call, case) in enumerate(itertools.product(CALLS, cases)):
+        for of in OF:
+            marks = [] if (of == "gradient") == (number % 2 == 0) else [pytest.mark.slow]
+            yield pytest.param(*CALLS[call], case, OF[of], id=f"{case}-{of}-{call}", marks=marks)
+
+
+@pytest.mark.parametrize(("call", "backend", "case", "of"), list(any_number_of_examples()))
+def test_a_program_is_exported_for_any_number_of_examples(call, backend, case, of):
     program = of(call, backend=backend, inference=case == "inference")
     check_open(program, f"b, {CHANNELS}, 4", [(3, CHANNELS, 4), (40, CHANNELS, 4)], masked=case == "masked")
 
