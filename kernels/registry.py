@@ -103,8 +103,8 @@ def choose(problem, target, requested="auto"):
             continue
         verdict = backend.verdict(problem, target)
         if verdict.taken:
-            taken.append((verdict.seconds, len(taken), backend, verdict.why))
-            if verdict.seconds == math.inf:
+            taken.append((verdict.share, len(taken), backend, verdict.why))
+            if verdict.share == math.inf:
                 break
         else:
             passed_over.append(f"{backend.name} runs by name: {verdict.why}")
@@ -123,7 +123,10 @@ def _choice(backend, reason, problem, target):
                 refusal = backend.plan_refusal(plan, problem, target)
                 if refusal is not None:
                     raise tuned.Unusable(f"its plan for {found.entry.of} cannot run: {refusal}")
-                return BackendChoice(backend.name, f"{reason}; its plan is from {found.where}", plan)
+                # Of what does not fit this problem a backend makes its plan by rule.
+                if plan != backend.plan(problem, target):
+                    reason = f"{reason}; its plan is from {found.where}"
+                return BackendChoice(backend.name, reason, plan)
         except tuned.Unusable as error:
             tuned.warn(found.path, str(error))
     return BackendChoice(backend.name, reason, backend.plan(problem, target))

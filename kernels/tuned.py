@@ -41,10 +41,15 @@ CHEAP, SMOOTH = (None, "relu", "leaky_relu"), ("silu", "gelu")
 ALIKE = 0.1
 # By this share a backend must be faster than jnp for `auto` to take it: less is noise, and kernels are slower to lower.
 LEAST_GAIN = 0.02
+LARGEST = 1 << 60  # sizes that a file may name
 
 
 class Unusable(ValueError):
     """A tuning file that cannot be used; the message says why."""
+
+
+class OtherDevice(Unusable):
+    """It was made on another kind of device."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,9 @@ def find(name, tuning, problem, target):
 
     - `tuning`: the backend's, see `backends.Tuning`; None for one whose kernels have no revisions.
     """
-    if target.chip is None or problem.groups != 1 or problem.mask or target.several_devices or target.partitioned:
+    if target.chip is None:
+        return "it is not known for which GPU it is compiled"
+    if problem.groups != 1 or problem.mask or target.several_devices or target.partitioned:
         return "only unmasked arrays of one group, in programs for one device, were measured"
     paths = list(_files(target.chip.device_kind))
     if not paths:
@@ -151,7 +158,8 @@ def find(name, tuning, problem, target):
                 near.append((apart, entry.of.rows, entry.of.channels, str(entry.of.activation), entry))
         if near:
             return Found(min(near, key=lambda one: one[:4])[-1], path, name)
-    return f"nothing near {wanted} was measured on {target.chip.device_kind}"
+    hint = "" if problem.channels_last else "; what a convolution made lies channels last: explain's after_convolution"
+    return f"nothing near {wanted} was measured on {target.chip.device_kind}{hint}"
 
 
 def config_of(found, tuning, problem):
@@ -172,7 +180,7 @@ def warn(path, reason):
     """Say once that something of a file is ignored."""
     if (str(path), reason) not in _said:
         _said.add((str(path), reason))
-        warnings.warn(f"the tuning file {path} is ignored: {reason}; plans are made by rule", stacklevel=2)
+        warnings.warn(f"the tuning file {path} is ignored: {reason}", stacklevel=2)
 
 
 _said: set[tuple[str, str]] = set()
@@ -256,17 +264,22 @@ def _read_once(path, changed, device_kind):
 
 def read(path, device_kind):
     """The revisions of the backends and the entries of a file that was made on this device kind; raises `Unusable`."""
+    path = pathlib.Path(path)
     try:
-        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise Unusable("it is no file")
+        document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Unusable(f"it cannot be read ({error.strerror})") from None
+    except Unusable:
+        raise
     except (ValueError, RecursionError):
         raise Unusable("it is not JSON") from None
     if not isinstance(document, dict) or "entries" not in document:
         raise Unusable("it is not a tuning file")
-    for name, value in {"format": FORMAT, "device_kind": device_kind}.items():
+    for name, value, error in (("format", FORMAT, Unusable), ("device_kind", device_kind, OtherDevice)):
         if document.get(name) != value:
-            raise Unusable(f"its {name} is {document.get(name)!r}, not {value!r}; `bn-bench tune` makes a new one")
+            raise error(f"its {name} is {document.get(name)!r}, not {value!r}; `bn-bench tune` makes a new one")
     revisions = document.get("revisions")
     if not isinstance(revisions, dict) or not isinstance(document["entries"], list):
         raise Unusable("its revisions or entries are missing")
@@ -278,7 +291,7 @@ def _is_time(value):
 
 
 def _is_size(value):
-    return type(value) is int and value >= 1
+    return type(value) is int and 1 <= value <= LARGEST
 
 
 # What a class's fields and a measurement's may be.

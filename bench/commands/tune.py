@@ -93,7 +93,10 @@ def command(
         check_room(workloads, device)
     if output is None:
         output = default_output(kind, context)
-    file = File(output, kind, functools.partial(say, console, style="yellow"))
+    try:
+        file = File(output, kind, functools.partial(say, console, style="yellow"))
+    except tuned.OtherDevice as error:
+        raise click.UsageError(f"--output {output}: {error}; it is left as it is") from None
     if resume:
         kept = {of for of in classes if file.has([part for part in parts if part.of == of])}
         say(console, f"{len(kept)} of {len(classes)} classes are in {output} already")

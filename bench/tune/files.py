@@ -23,13 +23,16 @@ class File:
         if path.exists():
             try:
                 self._open(say)
+            except tuned.OtherDevice:
+                raise
             except tuned.Unusable as error:
                 say(f"{path} is replaced: {error}")
 
     def _open(self, say):
         revisions, entries = tuned.read(self.path, self.device_kind)
         now = current_revisions()
-        stale = {name for name, revision in now.items() if revisions.get(name, revision) != revision}
+        seen = {name for entry in entries for name in entry.backends}
+        stale = {name for name, revision in now.items() if name in seen and revisions.get(name) != revision}
         if stale:
             say(f"{self.path}: what it says of {', '.join(sorted(stale))} is of earlier kernels and is left out")
         for entry in entries:

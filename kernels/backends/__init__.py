@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether `auto` takes a backend for a problem, and why; of several the one with the fewest measured seconds."""
+    """Whether `auto` takes a backend for a problem, and why; of several the one that took the smallest `share`.
+
+    `share`: its seconds over jnp's beside it, where they were measured.
+    """
 
     taken: bool
     why: str
-    seconds: float = math.inf
+    share: float = math.inf
 
 
 def no_refusal(problem, target):

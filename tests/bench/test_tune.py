@@ -455,3 +455,13 @@ def test_a_rehearsal_goes_through_a_process_and_a_file(tmp_path):
     revisions, entries = tuned.read(path, "cpu")
     assert revisions == {} and [entry.of.residual for entry in entries] == [False, True]
     assert all(set(entry.backends) == {"jnp"} for entry in entries)
+
+
+def test_another_devices_file_is_left_as_it_is(tmp_path, capsys):
+    path = tmp_path / "mine.json"
+    entry = tuned.Entry(SMALL, {"jnp": Measured(1e-5), "triton": Measured(1e-6)})
+    path.write_text(tuned.to_json(H200.chip.device_kind, [entry], {"triton": 2}, {}))
+    before = path.read_text()
+    assert cli.main(["tune", "--rehearse", "--shape", "4,4", "--output", str(path)]) == 2
+    assert "its device_kind is 'NVIDIA H200', not 'cpu'" in " ".join(capsys.readouterr().err.split())
+    assert path.read_text() == before

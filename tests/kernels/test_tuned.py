@@ -111,6 +111,22 @@ def test_a_backend_asked_for_by_name_takes_its_plan_whether_or_not_it_is_the_fas
     assert "auto does not take it: it is not faster here" in choice.reason and str(file) in choice.reason
 
 
+def test_shares_of_jnps_time_are_compared_and_not_seconds_of_different_classes(file):
+    """The nearest class of each backend may be another: here one of a third of the rows, where all take less."""
+    exact, other = entry(jnp=14e-5, pallas_gpu=11e-5), entry(33450, jnp=5e-5, triton=4.8e-5)
+    without = {name: dict(one.backends) for name, one in (("exact", exact), ("other", other))}
+    del without["exact"]["triton"], without["other"]["pallas_gpu"]
+    file.write_text(text(Entry(exact.of, without["exact"]), Entry(other.of, without["other"])))
+    assert choose(problem()).name == "pallas_gpu"
+
+
+def test_a_configuration_that_does_not_fit_is_not_said_to_be_the_plans_origin(file):
+    far = pallas_gpu.Way(fold=3, columns=128, warpgroups=64, slabs=1, share=1)
+    file.write_text(text(entry(ways=pallas_gpu.Config(far, far))))
+    choice = choose(problem(), "pallas_gpu")
+    assert choice.plan.forward is not None and "its plan is from" not in choice.reason
+
+
 def test_the_nearest_class_decides(file):
     file.write_text(text(entry(1024, config=OTHER), entry(8192)))
     plans = {rows: choose(problem(rows), "triton").plan for rows in (256, 1024, 2048, 8192, 32768)}
@@ -368,6 +384,7 @@ DAMAGED = {
     "no backend": (stored(backends={}), "an entry is"),
     "a field too many": (stored(more=1), "an entry is"),
     "a size of text": (stored(rows="100352"), "the rows of an entry is '100352'"),
+    "a size that no number of 64 bits has": (stored(rows=10**400), "the rows of an entry is 1000"),
     "a size of 0": (stored(rows=0), "the rows of an entry is 0"),
     "an unknown activation": (stored(activation="tanh"), "the activation of an entry is 'tanh'"),
     "a time that is none": (measurement(seconds=-1.0), "the seconds of a measurement of triton is -1"),
