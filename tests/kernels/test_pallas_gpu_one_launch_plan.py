@@ -23,6 +23,7 @@ from bn_fused.kernels.chips import CHIPS, chip_of
 from bn_fused.kernels.registry import check_plan, choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
+from support.compilers import on_the_newest_jax
 from support.described_devices import device
 from support.pallas_gpu_plans import DEVICE_PLANS
 from support.pallas_gpu_tiles import SHAPES, check_merged_by_hand
@@ -64,6 +65,10 @@ def work_of(t):
     return work
 
 
+# Plain integers, to which no version of JAX comes: so the longer of these tests run beside the newest alone.
+
+
+@on_the_newest_jax
 @pytest.mark.parametrize("clusters_only", [False, True], ids=["", "clusters only"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("chip", ["h200", "b200"])
@@ -119,6 +124,7 @@ def test_every_part_of_the_array_is_some_blocks_and_units_are_not_shared_out_dif
         assert {column for start in starts for column in range(start, start + t.columns)} == set(range(t.width))
 
 
+@on_the_newest_jax
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_every_worker_has_its_own_rows_in_its_tiles_and_as_many_of_these_as_the_plan_says(itemsize):
     for _, plan, t in planned("h200", itemsize):

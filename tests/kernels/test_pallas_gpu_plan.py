@@ -22,12 +22,14 @@ from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.registry import choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
+from support.compilers import on_the_newest_jax
 from support.operand_specs import operand_specs
 from support.pallas_gpu_tiles import SHAPES, check_merged_by_hand
 
 H200, B200 = Target("cuda", CHIPS["h200"]), Target("cuda", CHIPS["b200"])
 
 
+@on_the_newest_jax  # plain integers
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("chip", ["h200", "b200"])
 def test_every_plan_fits_the_chip_and_covers_every_column(chip, itemsize):
