@@ -3,6 +3,7 @@
 Pure functions of sizes: they are tested exhaustively on small sizes.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -119,6 +120,7 @@ def parse(stored):
     return Config(**{name: way(fields) for name, fields in stored.items()})
 
 
+@functools.lru_cache(maxsize=256)  # a choice asks several times, and each layer of a shape again
 def ways_of(groups, rows, channels, itemsize, chip, residual=False, derivative=False, clusters_only=False):
     """The `Way`s of a forward and of a backward, each as of `one_launch_plan.ways`."""
     sizes = groups, rows, channels, itemsize, chip
@@ -169,8 +171,7 @@ def search_set(groups, rows, channels, itemsize, chip, residual=False, derivativ
         for each in ways_of(groups, rows, channels, itemsize, chip, residual, derivative)
     ]
     longest = max(map(len, found))
-    pairs = (itertools.chain(each, itertools.repeat(each[0])) for each in found)
-    return tuple(itertools.islice(itertools.starmap(Config, zip(*pairs, strict=False)), longest))
+    return tuple(Config(*(each[place if place < len(each) else 0] for each in found)) for place in range(longest))
 
 
 def tiling(plan, groups, rows, channels, itemsize, inputs):
