@@ -33,11 +33,14 @@ class Call:
     axis_names: tuple = ()
     device_groups: tuple | None = None
 
+    def layout(self, x):
+        """Where the channels and the rows of one example x lie."""
+        return "".join(CHANNEL if axis == self.channel_axis else ROW for axis in range(x.ndim))
+
     def spec(self, x):
         """The static part of the primitives' operands, for one example x."""
-        layout = "".join(CHANNEL if axis == self.channel_axis else ROW for axis in range(x.ndim))
         return Spec(
-            layout,
+            self.layout(x),
             float(self.settings.eps),
             self.settings.activation,
             self.settings.backend,
@@ -106,7 +109,7 @@ def train(call, momentum, x, stats, weight, bias, residual, mask):
     _check_virtual(settings, vmaps)
     # Virtual batches stay on one device: what they count is not summed over devices.
     sharing = devices if settings.virtual_batch_size is None else Devices()
-    layout = call.spec(x).layout
+    layout = call.layout(x)
     examples = averaged.size * sharing.size
     positions = position_count(x, None, layout, averaged, state_dtype) * sharing.size
     if 0 in (positions, total_size(vmaps)):
@@ -155,7 +158,7 @@ def count_positions(call, x, mask, dtype):
     """How many positions of the whole batch count, a scalar: over all that is averaged but for virtual batches."""
     vmaps, device_names = split_names(call.axis_names)
     averaged, devices = Averaged(vmaps), devices_of(device_names, call.device_groups)
-    count = position_count(x, mask, call.spec(x).layout, averaged, dtype)
+    count = position_count(x, mask, call.layout(x), averaged, dtype)
     if mask is None:
         return jnp.asarray(as_number(count * devices.size, dtype), dtype)
     return devices.sum(count)
