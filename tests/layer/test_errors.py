@@ -212,7 +212,11 @@ def test_running_statistics_of_other_shapes_or_kinds_are_refused_by_their_name(f
 
 def test_running_statistics_may_be_what_numpy_has():
     stats = bn_fused.RunningStats(np.zeros(3, np.float32), np.zeros(3, np.float32), np.float32(1), np.int32(0))
-    bn_fused.batch_norm(jnp.ones((4, CHANNELS, 5)), stats, channel_axis=1)
+    x = jnp.arange(4.0 * CHANNELS * 5).reshape(4, CHANNELS, 5)
+    found, expected = (
+        bn_fused.batch_norm(x, each, channel_axis=1) for each in (stats, bn_fused.RunningStats.init(CHANNELS))
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 @pytest.mark.parametrize("inference", [False, True])

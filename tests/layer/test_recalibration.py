@@ -317,7 +317,9 @@ def test_a_state_that_lies_nowhere_in_particular_goes_on_with_sharded_arrays():
     model, state = make()
     x = jax.device_put(batches()[0], NamedSharding(mesh, P("data")))
     after = bn_fused.recalibrate(model, state, [batches()[0]], recording([]))
-    over_batch(model, x, after)
+    y, _ = over_batch(model, x, after)
+    expected, _ = over_batch(model, batches()[0], after)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_function_is_compiled_once_for_all_batches_of_a_size_and_all_calls():
