@@ -11,7 +11,7 @@ from bn_fused import arguments
 from bn_fused.kernels import Problem, Target, choose
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.chips import CHIPS, chip_of
-from bn_fused.kernels.target import FLOATING, PLATFORMS, convolutions_lie_channels_last
+from bn_fused.kernels.target import FLOATING, PLATFORMS, channels_lie_last
 
 
 def explain(
@@ -88,7 +88,7 @@ def explain(
         activation,
         residual,
         mask,
-        math.prod(shape[axis + 1 :]) == 1 or (after_convolution and convolutions_lie_channels_last(target, dtype)),
+        channels_lie_last(shape[axis + 1 :], after_convolution, target, dtype),
         "normalise" if inference else "forward",
     )
     return choose(problem, target, backend)

@@ -19,27 +19,27 @@ VERDICTS = MappingProxyType(
 )
 
 
-def verdict(backend, tuning, problem, target):
-    """The `Verdict` on a backend that can run a problem on a target; `tuning` as of the backend."""
-    if target.platform != "tpu":
-        return _measured(backend, tuning, problem, target)
+def by_table(backend, problem, target):
+    """The `Verdict` on a TPU's backend that can run a problem on a target."""
     if problem.channels < TpuChip.lanes:
         return NARROW
     chip = None if target.chip is None else target.chip.name
     return VERDICTS.get((backend, chip), Verdict(False, "nothing is known of its speed on this chip"))
 
 
-def _measured(backend, tuning, problem, target):
+def by_measurement(backend, tuning, problem, target):
+    """The `Verdict` on a GPU's backend that can run a problem on a target; `tuning` as of the backend."""
     if problem.operation not in ("forward", "backward"):
         # At inference, where XLA fuses jnp with what is around it; where moments of several devices are merged.
         return Verdict(False, "only the forward and backward of training on one device were measured")
     found = tuned.find(backend, tuning, problem, target)
     if isinstance(found, str):
         return Verdict(False, found)
-    ours, plain = found.measured.seconds, found.entry.backends.get("jnp")
+    plain = found.entry.backends.get("jnp")
     if plain is None:
         return Verdict(False, f"jnp was not measured beside it ({found.where})")
+    ours, share = found.measured.seconds, found.entry.share(backend)
     times = f"{1e6 * ours:.3g} us forward and backward, jnp {1e6 * plain.seconds:.3g} ({found.where})"
-    if ours > (1 - tuned.LEAST_GAIN) * plain.seconds:
+    if not tuned.is_faster(share):
         return Verdict(False, f"it is not faster here: {times}")
-    return Verdict(True, f"it was measured as faster than jnp: {times}", ours / plain.seconds)
+    return Verdict(True, f"it was measured as faster than jnp: {times}", share)

@@ -114,22 +114,30 @@ def choose(problem, target, requested="auto"):
 
 def _choice(backend, reason, problem, target):
     """The choice of a backend, with the plan that was measured as its fastest, or the one by rule."""
+    plan = backend.plan(problem, target)
     found = None if backend.tuning is None else tuned.find(backend.name, backend.tuning, problem, target)
     if isinstance(found, tuned.Found):
         try:
-            config = tuned.config_of(found, backend.tuning, problem)
-            if config is not None:
-                plan = backend.plan(problem, target, config)
-                refusal = backend.plan_refusal(plan, problem, target)
-                if refusal is not None:
-                    raise tuned.Unusable(f"its plan for {found.entry.of} cannot run: {refusal}")
-                # Of what does not fit this problem a backend makes its plan by rule.
-                if plan != backend.plan(problem, target):
-                    reason = f"{reason}; its plan is from {found.where}"
-                return BackendChoice(backend.name, reason, plan)
+            fastest = _fastest_plan(backend, found, problem, target)
         except tuned.Unusable as error:
             tuned.warn(found.path, str(error))
-    return BackendChoice(backend.name, reason, backend.plan(problem, target))
+        else:
+            # Of a configuration that does not fit this problem a backend makes its plan by rule.
+            if fastest not in (None, plan):
+                plan, reason = fastest, f"{reason}; its plan is from {found.where}"
+    return BackendChoice(backend.name, reason, plan)
+
+
+def _fastest_plan(backend, found, problem, target):
+    """The plan of what was measured, None where it is the rule's; raises `tuned.Unusable`."""
+    config = tuned.config_of(found, backend.tuning, problem)
+    if config is None:
+        return None
+    plan = backend.plan(problem, target, config)
+    refusal = backend.plan_refusal(plan, problem, target)
+    if refusal is not None:
+        raise tuned.Unusable(f"its plan for {found.entry.of} cannot run: {refusal}")
+    return plan
 
 
 def check_plan(choice, plan, problem, target):

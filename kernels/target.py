@@ -62,9 +62,15 @@ class Problem:
         return " and ".join(f"{name} ({size})" for name, size in sizes if is_symbolic_dim(size))
 
 
-def convolutions_lie_channels_last(target, dtype):
-    """Whether XLA lays what convolutions of 16 or 32 bits read and write channels last on a target."""
-    if target.platform != "cuda" or target.chip is None:
+def channels_lie_last(following, after_convolution, target, dtype):
+    """Whether the channels lie last in memory: no axis of another size than 1 follows, or XLA lays them so on a target.
+
+    - `following`: the sizes of the axes that follow the channels.
+    - `after_convolution`: whether a convolution, of 16 or 32 bits, made the array.
+    """
+    if all(not is_symbolic_dim(size) and size == 1 for size in following):
+        return True
+    if not after_convolution or target.platform != "cuda" or target.chip is None:
         return False
     # float32 goes through the tensor cores' float32 formats, which Ampere has for channels first.
     return jnp.dtype(dtype).itemsize == 2 or target.chip.compute_capability >= (9, 0)
@@ -72,8 +78,7 @@ def convolutions_lie_channels_last(target, dtype):
 
 def problem_of(spec: Spec, x, present, target, operation):
     """The problem that an operand x (anything with shape and dtype) and the names of the operands make on a target."""
-    after = x.shape[spec.layout.index(CHANNEL) + 1 :]
-    lies_last = all(not is_symbolic_dim(size) and size == 1 for size in after)
+    following = x.shape[spec.layout.index(CHANNEL) + 1 :]
     return Problem(
         groups=math.prod(group_shape(x.shape, spec.layout)),
         rows=count_rows(x.shape, spec.layout),
@@ -82,6 +87,6 @@ def problem_of(spec: Spec, x, present, target, operation):
         activation=spec.activation,
         residual=has_residual(present),
         mask="mask" in present,
-        channels_last=lies_last or (spec.after_convolution and convolutions_lie_channels_last(target, x.dtype)),
+        channels_last=channels_lie_last(following, spec.after_convolution, target, x.dtype),
         operation=operation,
     )

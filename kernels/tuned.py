@@ -96,6 +96,10 @@ class Entry:
     of: Class
     backends: Mapping[str, Measured]
 
+    def share(self, name):
+        """The seconds of a backend over those of jnp beside it."""
+        return self.backends[name].seconds / self.backends["jnp"].seconds
+
 
 @dataclass(frozen=True)
 class Found:
@@ -114,6 +118,11 @@ class Found:
     def where(self) -> str:
         """The file and the class."""
         return f"{self.path}: {self.entry.of}"
+
+
+def is_faster(share):
+    """Whether a share of jnp's seconds is small enough for `auto`."""
+    return share <= 1 - LEAST_GAIN
 
 
 def class_of(problem):
@@ -140,7 +149,7 @@ def distance(one, other):
 def find(name, tuning, problem, target):
     """What the files say of a backend for a problem: `Found`, or one sentence why nothing.
 
-    - `tuning`: the backend's, see `backends.Tuning`; None for one whose kernels have no revisions.
+    - `tuning`: the backend's, see `backends.Tuning`.
     """
     if target.chip is None:
         return "it is not known for which GPU it is compiled"
@@ -152,7 +161,7 @@ def find(name, tuning, problem, target):
     wanted = class_of(problem)
     for path in paths:
         near = []
-        for entry in _entries(path, target.chip.device_kind, name, None if tuning is None else tuning.revision):
+        for entry in _entries(path, target.chip.device_kind, name, tuning.revision):
             apart = distance(entry.of, wanted)
             if apart < math.inf:
                 near.append((apart, entry.of.rows, entry.of.channels, str(entry.of.activation), entry))
@@ -245,7 +254,7 @@ def _entries(path, device_kind, name, revision):
         changed = None
     revisions, entries = _read_once(str(path), changed, device_kind)
     found = [entry for entry in entries if name in entry.backends]
-    if found and revision is not None and revisions.get(name) != revision:
+    if found and revisions.get(name) != revision:
         warn(path, f"{name}'s kernels are at revision {revision}, and were at {revisions.get(name)!r} when it was made")
         return []
     return found
@@ -265,14 +274,12 @@ def _read_once(path, changed, device_kind):
 def read(path, device_kind):
     """The revisions of the backends and the entries of a file that was made on this device kind; raises `Unusable`."""
     path = pathlib.Path(path)
+    if _exists(path) and not path.is_file():
+        raise Unusable("it is no file")
     try:
-        if path.exists() and not path.is_file():
-            raise Unusable("it is no file")
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Unusable(f"it cannot be read ({error.strerror})") from None
-    except Unusable:
-        raise
     except (ValueError, RecursionError):
         raise Unusable("it is not JSON") from None
     if not isinstance(document, dict) or "entries" not in document:

@@ -179,13 +179,8 @@ def default_output(device_kind, context):
 
 def winner(entry) -> str:
     """The backend that `auto` takes in a class: jnp where none is faster by more than noise."""
-    plain = entry.backends["jnp"].seconds
-    faster = {
-        measured.seconds: name
-        for name, measured in entry.backends.items()
-        if name != "jnp" and measured.seconds <= (1 - tuned.LEAST_GAIN) * plain
-    }
-    return faster[min(faster)] if faster else "jnp"
+    fastest = min(entry.backends, key=entry.share)
+    return fastest if tuned.is_faster(entry.share(fastest)) else "jnp"
 
 
 def times_of(entry) -> str:
@@ -207,7 +202,7 @@ def table(entries) -> Table:
         taken, measured = winner(entry), entry.backends
         cells = [_us(measured[name].seconds if name in measured else None) for name in ("jnp", *names)]
         cells += [_us(measured[name].by_rule if name in measured else None) for name in names]
-        table.add_row(str(entry.of), taken, *cells, f"{measured['jnp'].seconds / measured[taken].seconds:.2f}")
+        table.add_row(str(entry.of), taken, *cells, f"{1 / entry.share(taken):.2f}")
     return table
 
 
@@ -217,7 +212,7 @@ def _us(seconds):
 
 def gains(entries) -> list[str]:
     """What was gained, in a sentence each: over jnp, and of every backend over its plans by rule."""
-    fastest = [entry.backends["jnp"].seconds / entry.backends[winner(entry)].seconds for entry in entries]
+    fastest = [1 / entry.share(winner(entry)) for entry in entries]
     lines = [f"with the fastest of each class a forward and backward is {_mean(fastest):.3f} times as fast as jnp's"]
     for name in dict.fromkeys(name for entry in entries for name in entry.backends):
         own = [entry.backends[name] for entry in entries if name in entry.backends]

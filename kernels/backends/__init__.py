@@ -47,7 +47,8 @@ class Tuning:
     """What `bn-bench tune` has to know of a backend's kernels. A configuration is a frozen dataclass of its own.
 
     - `revision`: raised with every change to the kernels or plans that makes earlier timings meaningless.
-    - `search_set(problem, target)`: the configurations to time, the first the one of the plan that is made by rule.
+    - `search_set(problem, target)`: the configurations to time, the first the one of the plan that is made by rule;
+      several may come to the same plan.
     - `parse(stored)`: a configuration from what `dataclasses.asdict` and JSON made of it; raises TypeError, ValueError
       or KeyError.
     - `combine(forward, backward)`: the configuration with the forward of one and the backward of another; None where

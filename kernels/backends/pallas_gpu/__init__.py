@@ -2,7 +2,7 @@
 
 import functools
 
-from bn_fused.kernels.auto import verdict
+from bn_fused.kernels.auto import by_measurement
 from bn_fused.kernels.backends import Backend, Tuning
 from bn_fused.kernels.backends.pallas_gpu import operations, plan
 
@@ -18,7 +18,7 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=operations.refusal,
-    verdict=functools.partial(verdict, "pallas_gpu", TUNING),
+    verdict=functools.partial(by_measurement, "pallas_gpu", TUNING),
     plan=operations.plan,
     plan_refusal=operations.plan_refusal,
     tuning=TUNING,

@@ -2,7 +2,7 @@
 
 import functools
 
-from bn_fused.kernels.auto import verdict
+from bn_fused.kernels.auto import by_table
 from bn_fused.kernels.backends import Backend
 from bn_fused.kernels.backends.pallas_tpu import operations
 
@@ -17,6 +17,6 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=operations.refusal,
-    verdict=functools.partial(verdict, "pallas_tpu", None),
+    verdict=functools.partial(by_table, "pallas_tpu"),
     plan=operations.plan,
 )

@@ -2,7 +2,7 @@
 
 import functools
 
-from bn_fused.kernels.auto import verdict
+from bn_fused.kernels.auto import by_measurement
 from bn_fused.kernels.backends import Backend, Tuning
 from bn_fused.kernels.backends.triton import limits, operations, plan
 
@@ -18,7 +18,7 @@ BACKEND = Backend(
         "normalise_backward": operations.normalise_backward,
     },
     refusal=limits.refusal,
-    verdict=functools.partial(verdict, "triton", TUNING),
+    verdict=functools.partial(by_measurement, "triton", TUNING),
     plan=limits.plan,
     plan_refusal=limits.plan_refusal,
     tuning=TUNING,

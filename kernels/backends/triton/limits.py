@@ -35,11 +35,8 @@ def plan(problem, target, config=None):
 
 
 def search_set(problem, target):
-    """The configurations to time for a problem; those that come to the same plan once."""
-    found = {}
-    for config in plans.search_set(*_sizes(problem, target)):
-        found.setdefault(plan(problem, target, config), config)
-    return tuple(found.values())
+    """The configurations to time for a problem."""
+    return plans.search_set(*_sizes(problem, target))
 
 
 def _sizes(problem, target):
