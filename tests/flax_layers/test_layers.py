@@ -241,7 +241,8 @@ def test_gradients_are_flaxs(api):
         ({"axis_name": 3}, "axis_name"),
         ({"axis_index_groups": [[0], [1, 2]]}, "axis_index_groups"),
     ],
-    ids=str,
+    # A function is written with its address, which is another in each process.
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 def test_settings_that_are_not_accepted_are_named(api, settings, message):
     with pytest.raises((ValueError, TypeError), match=message):
