@@ -97,10 +97,13 @@ def environment(rehearse: bool) -> dict[str, str]:
 
 def ended(words: list[str], limit: float, log, variables) -> str:
     """Run a command in the repository, at most so many seconds; how it ended."""
+    # What a script starts with & ignores SIGINT, and so would the part.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=variables,
         start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     late = False
     try:
         for number, wait in ((signal.SIGINT, limit), (signal.SIGKILL, GRACE)):
