@@ -66,9 +66,8 @@ def of_vectors(equation):
     return any(isinstance(value, jax.core.ShapedArray) and value.size > 1 for value in values)
 
 
-def vector_operations(sizes, plan, dtype, activation, residual):
-    """{name of a kernel: the operations on vectors in its text, the most where several operations launch it}."""
-    found = {}
+def texts(sizes, plan, dtype, activation, residual):
+    """(name of a kernel, its operations) of all operations."""
     streaming = dataclasses.replace(plan, forward=None, backward=None)
     for operation, taken in [("forward", plan), ("backward", plan), *((name, streaming) for name in OPERATIONS)]:
         spec = Spec("grc", activation=activation, plan=taken)
@@ -76,8 +75,19 @@ def vector_operations(sizes, plan, dtype, activation, residual):
         function = functools.partial(getattr(pallas_gpu, operation), spec=spec)
         traced = jax.make_jaxpr(lambda given, function=function: function(**given))(operands)
         for name, kernel in kernels_of(traced.jaxpr):
-            found[name] = max(found.get(name, 0), sum(map(of_vectors, leaves(kernel))))
+            yield name, list(leaves(kernel))
+
+
+def vector_operations(*case):
+    """{name of a kernel: the operations on vectors in its text, the most where several operations launch it}."""
+    found = {}
+    for name, operations in texts(*case):
+        found[name] = max(found.get(name, 0), sum(map(of_vectors, operations)))
     return found
+
+
+def conversions_of_bools(equation):
+    return equation.primitive.name == "convert_element_type" and equation.invars[0].aval.dtype == bool
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: "-".join(map(str, setting)))
@@ -87,3 +97,9 @@ def test_a_kernels_text_is_short_for_every_array(setting):
     for found in small, large:
         assert found.keys() == MOST.keys()
         assert {name: number for name, number in found.items() if not 20 < number <= MOST[name]} == {}
+
+
+@pytest.mark.parametrize("sizes_and_plan", [SMALL, LARGE], ids=["small", "large"])
+def test_no_kernel_converts_a_bool_for_which_mosaic_starts_ptxas(sizes_and_plan):
+    for name, operations in texts(*sizes_and_plan, "bfloat16", "gelu", True):
+        assert [str(one) for one in operations if conversions_of_bools(one)] == [], name

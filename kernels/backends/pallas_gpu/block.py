@@ -21,7 +21,7 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, as_float, div, minimum, rem
+from bn_fused.kernels.backends.pallas_gpu.tiles import ROWS_AT_ONCE, WARPGROUP, as_float, div, minimum, one_if, rem
 from bn_fused.kernels.contract import squares_about_mean
 
 F32 = jnp.float32
@@ -83,6 +83,13 @@ def as_fragment(value):
     _, plgpu = pallas()
     neighbours = min(4, math.prod(value.shape) // WARPGROUP)
     return plgpu.layout_cast(value, plgpu.Layout.WG_STRIDED(value.shape, vec_size=neighbours))
+
+
+def when(condition):
+    """`pl.when`, which converts a bool, by a choice: see `one_if`."""
+    if isinstance(condition, bool):
+        return lambda work: work() if condition else None
+    return lambda work: lax.switch(one_if(condition), [lambda: None, lambda: work()])
 
 
 def or_zero(condition, value):
@@ -304,7 +311,7 @@ class Worker:
 
         def one_tile(step, totals):
             index = index_of(step)
-            pl.when(step >= there)(lambda: self.wait(index))
+            when(step >= there)(lambda: self.wait(index))
             # First of the tile: added one after the other to a long sum, values lose more digits than sums of them do.
             totals = added(totals, self._tile(index, row, self.rows.zeros(len(totals)), inputs, outputs))
             plgpu.commit_smem()  # all threads of the warpgroup have read the tile, and written the results
@@ -313,13 +320,13 @@ class Worker:
                 return totals
             # Rows that two tiles have are written twice, with the same bits; one after the other nevertheless.
             if last_overlaps is not False:
-                pl.when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
+                when(last_overlaps & (step == step_of_the_second))(lambda: plgpu.wait_smem_to_gmem(0))
             slot, first_row = self.slot(index), self.range.tile_row(index)
             for ring, to in zip(self.rings[:outputs], written, strict=True):
                 plgpu.copy_smem_to_gmem(ring.at[slot], to(first_row))
             # A slot is filled again a step later, so that its results have had time to leave.
             plgpu.wait_smem_to_gmem(outputs, wait_read_only=True)
-            pl.when(step > 0)(lambda: refill(index_of(step - 1)))
+            when(step > 0)(lambda: refill(index_of(step - 1)))
             return totals
 
         totals = lax.fori_loop(jnp.int32(0), jnp.int32(tiles), one_tile, totals)
@@ -410,7 +417,7 @@ class Worker:
             partial_ref[whole, index, self.split, pl.ds(start, t.columns)] = value
         if t.copies > 1:
 
-            @pl.when(block == 0)
+            @when(block == 0)
             def _():
                 for index, value in enumerate(vectors):
                     partial_ref[whole, index, self.split, pl.ds(t.width, t.columns)] = value

@@ -23,6 +23,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     pallas,
     taker,
     vectors_of,
+    when,
 )
 from bn_fused.kernels.backends.pallas_gpu.tiles import ALIGNMENT, SPLITS_TOGETHER, SUMS, WARPGROUP, minimum, one_if
 from bn_fused.kernels.contract import blend_channels
@@ -165,9 +166,9 @@ class Results:
             rows.copy_out(refs, vectors, copy)
 
         if full_blocks:
-            pl.when(block < full_blocks)(lambda: write(self.columns))
+            when(block < full_blocks)(lambda: write(self.columns))
         if rest:
-            pl.when(block == full_blocks)(lambda: write(rest))
+            when(block == full_blocks)(lambda: write(rest))
 
     def cut(self, values):
         """What was written, as [groups, channels]."""
@@ -284,7 +285,7 @@ def _merge_launch(tiling, name, partial, channels, scalars, merge):
         parts = Parts(t, partial_ref, group, start, WARPGROUP, merge, warpgroup, exchange, rows)
         reduced = merge.reduce(parts)
 
-        @pl.when(warpgroup == 0)
+        @when(warpgroup == 0)
         def _():
             values = vectors_of(channel_refs, group, columns)
             finished = merge.finish(reduced, values, numbers_of(scalar_refs, group))

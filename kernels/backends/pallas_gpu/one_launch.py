@@ -34,6 +34,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     pallas,
     taker,
     vectors_of,
+    when,
 )
 from bn_fused.kernels.backends.pallas_gpu.merges import Parts, Results
 from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS, minimum
@@ -102,8 +103,8 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
                 fetch(array_refs, unit, index)
             else:
                 kept = index >= tiles - t.stages
-                pl.when(kept)(lambda: fetch(array_refs, unit, index))
-                pl.when(jnp.logical_not(kept))(lambda: fetch(array_refs[:reads], unit, index))
+                when(kept)(lambda: fetch(array_refs, unit, index))
+                when(jnp.logical_not(kept))(lambda: fetch(array_refs[:reads], unit, index))
 
         def one_unit(turn, carry):
             unit = t.unit(slot, turn)
@@ -119,7 +120,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
             totals = worker.walk(
                 lambda values: first.row(values, constants),
                 worker.rows.zeros(sums),
-                lambda index: pl.when(index + t.stages < tiles)(lambda: fetch_first(unit, index + t.stages)),
+                lambda index: when(index + t.stages < tiles)(lambda: fetch_first(unit, index + t.stages)),
                 inputs=reads,
                 there=int(moments),
                 written=[functools.partial(worker.tile_of, ref, group, start) for ref in first_refs],
@@ -130,7 +131,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
                 totals = worker.moments(pivot, totals)
             in_block.show(0, worker.warpgroup, totals)
 
-            @pl.when(worker.warpgroup == 0)
+            @when(worker.warpgroup == 0)
             def _():
                 worker.write_partial(partial_ref, unit, partial_start, within, worker.merged(in_block, copies, moments))
                 barrier.signal(unit)
@@ -142,7 +143,7 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
             finished = merge.finish(merge.reduce(parts), per_channel, per_group)
             needed, results = finished[: merge.needed], finished[-merge.results :]
 
-            @pl.when((worker.warpgroup == 0) & (split == 0))
+            @when((worker.warpgroup == 0) & (split == 0))
             def _():
                 results_per_channel.write(result_refs, results, group, start, within, worker.rows)
 
@@ -150,9 +151,9 @@ def one_launch(tiling, name, arrays, channels, scalars, first, merge, second, *,
             constants = worker.rows.spread(constants)
 
             def refill(index):
-                pl.when(index >= t.stages)(lambda: fetch(again_refs, unit, index - t.stages))
+                when(index >= t.stages)(lambda: fetch(again_refs, unit, index - t.stages))
                 if several_units:
-                    pl.when((index < t.stages) & (unit + t.at_once < t.units))(
+                    when((index < t.stages) & (unit + t.at_once < t.units))(
                         lambda: fetch_first(unit + t.at_once, index)
                     )
 

@@ -40,6 +40,7 @@ from bn_fused.kernels.backends.pallas_gpu.block import (
     pallas,
     taker,
     vectors_of,
+    when,
 )
 from bn_fused.kernels.backends.pallas_gpu.tiles import MOMENTS
 
@@ -96,7 +97,7 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
 
         def refill(index):
             following = index - t.stages if reverse else index + t.stages
-            pl.when((following >= 0) & (following < tiles))(lambda: fetch(following))
+            when((following >= 0) & (following < tiles))(lambda: fetch(following))
 
         worker.fetch_all(fetch, reverse)
         columns = pl.ds(start, t.columns)
@@ -124,7 +125,7 @@ def stream(tiling, name, arrays, channels, scalars, work, *, sums=0, outputs=0, 
         exchange, copies = Exchange(*take(2)), Copies(t, take(len(Copies.scratch(t, vectors))))
         exchange.show(0, worker.warpgroup, totals)
 
-        @pl.when(worker.warpgroup == 0)
+        @when(worker.warpgroup == 0)
         def _():
             worker.write_partial(*partial_refs, group, start, block, worker.merged(exchange, copies, moments))
 
