@@ -14,6 +14,7 @@ import pytest
 
 import bn_fused
 from bn_fused import kernels
+from bn_fused.kernels import tuned
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends.triton import limits, operations as triton_backend
 from bn_fused.kernels.backends.triton.plan import (
@@ -25,6 +26,7 @@ from bn_fused.kernels.backends.triton.plan import (
     heuristic,
     make_plan,
     merge_tile,
+    parse,
     search_set,
     slab_columns,
 )
@@ -169,6 +171,16 @@ def test_rows_are_folded_where_that_makes_loads_of_16_bytes():
             assert 1 < fold <= MOST_FOLDED and 100352 % fold == 0
             assert fold * channels * itemsize % 16 == 0, (channels, itemsize, fold)
     assert fold_of(100351, 3, 4, 256) == 1  # a prime number of rows
+
+
+def test_the_heuristic_is_what_was_the_fastest_in_most_classes_on_an_h200():
+    _, entries = tuned.read(tuned.FOLDER / "nvidia-h200.json", "NVIDIA H200")
+    fastest = {entry.of: parse(entry.backends["triton"].config) for entry in entries}
+    by_rule = {of: heuristic(1, of.rows, of.channels, 2, CHIPS["h200"]) for of in fastest}
+    assert {of.dtype for of in fastest} == {"bfloat16"}
+    assert sum(fastest[of] == by_rule[of] for of in fastest) >= 0.8 * len(fastest)
+    for of, config in fastest.items():
+        assert config in search_set(1, of.rows, of.channels, 2, CHIPS["h200"])
 
 
 def test_the_search_set_starts_with_the_heuristic_and_is_small():
