@@ -1,4 +1,4 @@
-"""`bn-bench report`: the README's performance section from recorded runs."""
+"""`bn-bench report`: the README's performance section and the documents' pictures from recorded results."""
 
 import os
 import pathlib
@@ -6,9 +6,11 @@ import shutil
 
 import click
 
+from bn_fused.bench import pictures
 from bn_fused.bench.commands.common import FAILED
 from bn_fused.bench.run.performance import RESULTS, NoRecords, file_name, put, recorded, section
 from bn_fused.bench.run.records import UnreadableRun, load
+from bn_fused.bench.step.parts import Untold
 
 
 @click.command("report")
@@ -31,12 +33,25 @@ from bn_fused.bench.run.records import UnreadableRun, load
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="Write the section into this file, between its marks; default: print it.",
 )
+@click.option(
+    "--pictures",
+    "out",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    help="Draw PNGs of the newest run and the newest training step of every GPU into this folder, and no section.",
+)
 @click.option("--check", is_flag=True, help="Write nothing; exit status 1 if the file is not up to date.")
 @click.pass_context
-def command(context, folder, added, readme, check):
-    """Make the README's performance section from the newest recorded run of every device and suite."""
+def command(context, folder, added, readme, out, check):
+    """Make the README's performance section from the newest recorded run of every device and suite.
+
+    Or, with --pictures, draw the device times of layers, and of a training step in three parts: convolutions and matrix
+    products, BatchNorm with relu and residual, the rest. For the step a network without BatchNorm has to be recorded
+    too (`bn-bench step --against no-norm`).
+    """
     if check and (readme is None or added):
         raise click.UsageError("--check needs --readme, and adds nothing")
+    if out is not None and readme is not None:
+        raise click.UsageError("--pictures and --readme are two reports")
     try:
         for path in added:
             run = load(path)
@@ -46,6 +61,10 @@ def command(context, folder, added, readme, check):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place)
             click.echo(f"recorded as {place}")
+        if out is not None:
+            for path in pictures.draw(folder, out):
+                click.echo(f"drawn: {path}")
+            return
         beside = readme.parent if readme is not None else pathlib.Path()
         text = section(recorded(folder), pathlib.Path(os.path.relpath(folder, beside)).as_posix())
         if readme is None:
@@ -53,7 +72,7 @@ def command(context, folder, added, readme, check):
             return
         before = readme.read_text(encoding="utf-8")
         after = put(before, text)
-    except (NoRecords, UnreadableRun) as error:
+    except (NoRecords, UnreadableRun, Untold) as error:
         raise click.UsageError(str(error)) from None
     if check:
         if before != after:

@@ -64,7 +64,7 @@ from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 @click.option("--json", "json_file", type=OutputFile(), help="Save the run.")
 @click.option("--csv", "csv_file", type=OutputFile(), help="Save the rows.")
 @click.option("--markdown", "markdown_file", type=OutputFile(), help="Save the rows as a table.")
-@click.option("--plot", "plot_file", type=OutputFile(".png"), help="Draw a PNG of the shares of the copy's bandwidth.")
+@click.option("--plot", "plot_file", type=OutputFile(".png"), help="Draw a PNG of the times over the copy's.")
 @click.option("--details", is_flag=True, help="On a GPU: every kernel of a row, by name.")
 @click.option("--list", "listing", is_flag=True, help="Print the suites and their workloads, and end.")
 @click.option("--dry-run", is_flag=True, help="Print what would run, and end.")

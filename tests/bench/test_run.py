@@ -155,6 +155,7 @@ def test_a_rival_that_is_not_installed_is_named_with_what_to_install(monkeypatch
         (("compare", "no-such.json", "no-such.json"), "no-such.json"),
         (("report", "--results", "no-such-folder"), "no-such-folder"),
         (("report", "--check"), "--readme"),
+        (("report", "--pictures", "pictures", "--readme", "README.md"), "two reports"),
         (("--nothing",), "--nothing"),
         (("nothing",), "nothing"),
     ],
@@ -426,12 +427,15 @@ def test_the_plot_is_a_png_with_a_bar_for_every_row(saved, tmp_path, monkeypatch
     absent = first.model_copy(update=dict(layer="flax", status="missing", median=None, of_copy=None))
     plots.plot_run(run.model_copy(update={"rows": (*run.rows, absent)}), str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    shares = {(row.layer, row.pass_name): 100 * row.of_copy for row in run.rows}
+    # Bars begin at the copy's time.
+    times = {(row.layer, row.pass_name): 1 / row.of_copy for row in run.rows}
     assert drawn == {
-        called: [[shares.get((layer, name), 0)] for name in ("fwd", "fwd+bwd")]
+        called: [[times.get((layer, name), 1) - 1] for name in ("fwd", "fwd+bwd")]
         for called, layer in {"bn_fused (jnp)": "jnp", "equinox": "equinox", "flax": "flax"}.items()
     }
-    assert sorted(texts) == sorted([*(f"{share:.0f}" for share in shares.values()), "missing", "not run"])
+    assert sorted(texts) == sorted(
+        [*(f"{one:.{1 if one >= 10 else 2}f}" for one in times.values()), "missing", "not run"]
+    )
 
 
 # compare

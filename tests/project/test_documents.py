@@ -51,6 +51,22 @@ def test_every_file_that_a_document_names_exists():
     assert [pair for pair in sorted(named) if not (ROOT / pair[1]).exists()] == []
 
 
+def test_every_picture_and_file_that_a_document_links_to_exists():
+    links = {
+        (path, link)
+        for path, text in texts("*.md", "docs/**/*.md", "bench/**/*.md").items()
+        for link in re.findall(r"\]\((?!\w+:|#)([^)#\s]+)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    }
+    assert any(link.endswith(".png") for _, link in links)
+    assert [(path.name, link) for path, link in sorted(links) if not (path.parent / link).exists()] == []
+
+
+def test_every_picture_is_shown_in_a_document():
+    shown = "\n".join(texts("*.md", "docs/**/*.md").values())
+    pictures = [path.name for path in ROOT.glob("docs/**/*.png")]
+    assert pictures and [name for name in pictures if f"{name})" not in shown] == []
+
+
 def test_every_import_in_a_document_or_in_a_program_within_a_test_is_of_something_that_exists():
     """Programs that tests run as text: those that need a chip or a compiler are run where it is, which is rarely."""
     imports = {
