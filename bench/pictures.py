@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from bn_fused.bench import saved
-from bn_fused.bench.run.performance import RESULTS, NoRecords
-from bn_fused.bench.run.records import Run, UnreadableRun, load
+from bn_fused.bench.run.performance import RESULTS, NoRecords, documents
+from bn_fused.bench.run.records import Run, load
 from bn_fused.bench.step.networks import NO_NORM, Setting
 from bn_fused.bench.step.parts import Parts, parts
 from bn_fused.bench.step.timed import Row
@@ -63,15 +63,10 @@ def _steps(path: str, content: dict) -> Steps:
 def _recorded(folder: pathlib.Path) -> Iterator[tuple[str, Layers | Steps]]:
     """What has kernels' times, with the device's folder; the oldest first. `UnreadableRun` for a damaged file."""
     found = []
-    for path in folder.rglob("*.json"):
-        name = path.relative_to(folder).as_posix()
-        try:
-            kind, version, content = saved.read(path.read_bytes())
-        except ValueError as error:
-            raise UnreadableRun(f"{path} is {error}") from None
+    for name, (kind, version, content) in documents(folder):
         one = None
         if kind == saved.RUN and any(row.get("timed_by") == "device" for row in content["rows"]):
-            run = load(path)
+            run = load(folder / name)
             one = run.date, Layers(name, run)
         elif kind == "step" and version == saved.SCHEMA:
             steps = _steps(name, content)

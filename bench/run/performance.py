@@ -1,10 +1,12 @@
-"""The README's performance section, made of recorded runs: `results/<device>/<date>-<suite>.json`."""
+"""What is recorded in `results/<device>/`, and the README's performance section, made of its runs."""
 
 import os
 import pathlib
 import re
+from collections.abc import Iterator
 
-from bn_fused.bench.run.records import Run, load
+from bn_fused.bench import saved
+from bn_fused.bench.run.records import Run, UnreadableRun, load
 from bn_fused.bench.run.report import environment_lines
 from bn_fused.kernels.registry import is_reference
 
@@ -17,12 +19,26 @@ class NoRecords(ValueError):
     """There is nothing to report, or nowhere to put it; the message is one line."""
 
 
+def documents(folder: str | os.PathLike = RESULTS) -> Iterator[tuple[str, saved.Document]]:
+    """What is recorded, each by its path relative to the folder, in which devices have folders of their own.
+
+    Raises `UnreadableRun` for a damaged file.
+    """
+    for path in sorted(pathlib.Path(folder).glob("*/**/*.json")):
+        try:
+            yield path.relative_to(folder).as_posix(), saved.read(path.read_bytes())
+        except ValueError as error:
+            raise UnreadableRun(f"{path} is {error}") from None
+
+
 def recorded(folder: str | os.PathLike = RESULTS) -> dict[str, Run]:
     """The newest run of every device and suite, by path relative to the folder; `UnreadableRun` for a damaged one."""
     newest: dict[tuple[str, str], tuple[str, Run]] = {}
-    for path in sorted(pathlib.Path(folder).glob("*/*.json")):
-        run = load(path)
-        key, entry = (path.parent.name, run.suite), (path.relative_to(folder).as_posix(), run)
+    for name, document in documents(folder):
+        if document.kind != saved.RUN:
+            continue
+        run = load(pathlib.Path(folder) / name)
+        key, entry = (file_name(run).split("/")[0], run.suite), (name, run)
         if key not in newest or newest[key][1].date <= run.date:
             newest[key] = entry
     if not newest:
