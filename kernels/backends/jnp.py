@@ -39,7 +39,17 @@ from bn_fused.kernels.contract import (
     sum_with_xhat,
     through_moments,
 )
-from bn_fused.kernels.layout import CHANNEL, ROW, as_number, axes_of, count_rows, expand, sample_rows, sum_rows
+from bn_fused.kernels.layout import (
+    CHANNEL,
+    ROW,
+    as_number,
+    axes_of,
+    count_rows,
+    expand,
+    merge_rows,
+    sample_rows,
+    sum_rows,
+)
 from bn_fused.kernels.padding import guarded, product
 
 
@@ -48,8 +58,7 @@ def moments(x, mask=None, *, spec):
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
-        sample = sample_rows(x, layout).astype(dtype)
-        pivot = sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
+        pivot = _mean_of_sample(x, spec)
     else:
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
@@ -66,6 +75,19 @@ def moments(x, mask=None, *, spec):
     delta = _sum_of(deviation, arrays, spec) / count
     mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
     return pivot, delta, _variance(mean_square, delta)
+
+
+def _mean_of_sample(x, spec):
+    """The mean of about the square root of the rows of each channel."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    if _folds(spec):
+        # A few stretches of a few examples. Some of every example are a line of memory each, and took XLA:CPU half as
+        # long as a sum over all rows.
+        (x,), layout = merge_rows((x,), layout)
+        sample = _written_out(sample_rows(x, layout, of_each_axis=True).astype(dtype))
+    else:
+        sample = sample_rows(x, layout).astype(dtype)
+    return sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
 
 
 def _variance(mean_square, delta):
@@ -329,15 +351,22 @@ def _folded_sum(function, arrays, layout, parts):
     """`_sum_of` for XLA:CPU, 2 to 3 times as fast there.
 
     XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
-    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed: so the rows are
-    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for the last
-    row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the number.
+    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed, if its innermost
+    axis is long: so row axes that lie together are made one, the first that is long enough is cut into about so many
+    parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for stretches of the
+    last row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the
+    number.
     """
+    arrays, layout = merge_rows(arrays, layout)
     shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
-    known = (axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis]))
-    axis = next((axis for axis in known if shape[axis] >= parts), None)
+    known = [axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis])]
+    counts = range(parts // 2, parts + parts // 2 + 1)
+    axis = next((axis for axis in known if shape[axis] >= counts[0]), None)
     if axis is None:
         return sum_rows(function(*arrays), layout)
+    parts = min(
+        counts, key=lambda count: (shape[axis] % count if count <= shape[axis] else math.inf, abs(count - parts))
+    )
 
     def part(start, stop):
         return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))
@@ -346,9 +375,31 @@ def _folded_sum(function, arrays, layout, parts):
     folded = part(0, size)
     for start in range(size, parts * size, size):
         folded = folded + part(start, start + size)
-    by_last_axis = jnp.sum(_written_out(folded), axes_of(layout, ROW)[-1], keepdims=True)
-    total = sum_rows(_written_out(by_last_axis), layout)
+    total = _sum_by_stretches(_written_out(folded), layout)
     return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
+
+
+STRETCH = 192  # the least that XLA:CPU's library is quick at; with 14 it takes as long for an eighth of x as for x
+
+
+def _sum_by_stretches(array, layout):
+    """The sum over the rows, in two stages: of stretches of the last row axis, and of what those give.
+
+    A stretch is about STRETCH rows long, or the square root of the axis where that is more.
+    """
+    last = axes_of(layout, ROW)[-1]
+    size = array.shape[last]
+    if not is_symbolic_dim(size) and size > STRETCH:
+        stretch = _divisor_near(size, max(STRETCH, math.isqrt(size)))
+        array = jnp.reshape(array, (*array.shape[:last], size // stretch, stretch, *array.shape[last + 1 :]))
+        layout, last = layout[:last] + ROW + layout[last:], last + 1
+    return sum_rows(_written_out(jnp.sum(array, last, keepdims=True)), layout)
+
+
+def _divisor_near(size, aim):
+    """The divisor of a size that is nearest to the aim, by their ratio."""
+    small = [number for number in range(1, math.isqrt(size) + 1) if size % number == 0]
+    return min((*small, *(size // number for number in small)), key=lambda number: max(number / aim, aim / number))
 
 
 def _written_out(array):
