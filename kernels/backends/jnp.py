@@ -13,8 +13,10 @@ reads and 1 write, with residual and activation 5 and 2. How the sums are writte
 `Plan`. x is worked on where it lies: no transpose in any layout.
 
 The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
-1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
-is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing that counts, it is the mean itself.
+1 + (pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
+factor, which is why k is sqrt(n) and not a few. On a CPU it is the square root of the examples and of the positions of
+each, where they lie apart, so that it holds of an outlying example too. A CPU makes one pass for delta and one for var,
+as it would for the sums of x and x^2, so that the pivot costs the sample alone. Under a mask, where a sample may have nothing that counts, it is the mean itself.
 Where `jax.export` leaves n open, k is at least n/15, for a fifteenth of a read more: whatever x is, the mean of k of n
 rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor is 15 at most.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
@@ -267,7 +269,7 @@ def _dresidual(dz, residual, y, dtype):
 class Plan:
     """How the sums are written, for XLA to compile them well.
 
-    - `fold`: the rows are folded into that many parts first, see `_folded_sum`; None: they are not.
+    - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
     """
 
@@ -276,7 +278,7 @@ class Plan:
 
 
 def plan(problem, target, config=None):
-    """Fold on a CPU (4 and 16 parts were slower than 8), two stages on a GPU.
+    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU.
 
     Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
     leaves open.
