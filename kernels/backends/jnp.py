@@ -12,13 +12,14 @@ reductions (GPU, any layout): forward 2 reads and 1 write, one read more with a 
 reads and 1 write, with residual and activation 5 and 2. How the sums are written decides whether XLA does so, see
 `Plan`. x is worked on where it lies: no transpose in any layout.
 
-The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
-1 + (pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
+The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with 1 +
+(pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
 factor, which is why k is sqrt(n) and not a few. On a CPU it is the square root of the examples and of the positions of
-each, where they lie apart, so that it holds of an outlying example too. A CPU makes one pass for delta and one for var,
-as it would for the sums of x and x^2, so that the pivot costs the sample alone. Under a mask, where a sample may have nothing that counts, it is the mean itself.
-Where `jax.export` leaves n open, k is at least n/15, for a fifteenth of a read more: whatever x is, the mean of k of n
-rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor is 15 at most.
+each, where they lie apart, so that it holds of an outlying example too. A CPU makes one pass for delta and one for
+var, as it would for the sums of x and x^2, so that the pivot costs the sample alone. Under a mask, where a sample may
+have nothing that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
+of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
+is 15 at most.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
