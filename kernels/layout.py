@@ -7,6 +7,7 @@ channels (exactly one). NCHW images are "rcrr", the kernels' canonical [groups, 
 Values per channel have shape [*groups, channels], values per group [*groups], with the groups in x's order.
 """
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -60,14 +61,29 @@ def sum_rows(array, layout):
     return jnp.moveaxis(total, channel, -1)
 
 
+def merge_rows(arrays, layout):
+    """Arrays of x's rank whose row axes that lie together are one, and their layout. Each has all of those rows or one.
+
+    Axes that `jax.export` leaves open stay as they are.
+    """
+    shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+    runs = itertools.groupby(
+        range(len(layout)), lambda axis: ROW if layout[axis] == ROW and not is_symbolic_dim(shape[axis]) else axis
+    )
+    runs = [tuple(axes) for _, axes in runs]
+    merged = [jnp.reshape(array, [math.prod(array.shape[axis] for axis in run) for run in runs]) for array in arrays]
+    return merged, "".join(layout[run[0]] for run in runs)
+
+
 OPEN_STRIDE = 15
 
 
-def sample_rows(array, layout):
+def sample_rows(array, layout, of_each_axis=False):
     """A slice with about sqrt(rows) rows of every group, evenly apart, for a pivot: see the backend `jnp`.
 
-    The axes between the first and the last row axis are thinned first, the first one (the examples, which may lie on
-    several devices) last. Where `jax.export` leaves a row axis open, every 15th along the first such axis.
+    `of_each_axis`: about the square root of every row axis. Else the axes between the first and the last row axis are
+    thinned first, the first one (the examples, which may lie on several devices) last. Where `jax.export` leaves a row
+    axis open, every 15th along the first such axis.
     """
     first, *others = axes_of(layout, ROW) or (None,)
     if first is None:
@@ -81,7 +97,7 @@ def sample_rows(array, layout):
     for axis in (*others, first):
         size = array.shape[axis]
         # An odd stride does not fall in step with what repeats at a power of two.
-        stride = max(1, min(size, remaining // target) - 1 | 1)
+        stride = max(1, (math.isqrt(size) if of_each_axis else min(size, remaining // target)) - 1 | 1)
         index[axis] = slice(stride // 2, size, stride)
         remaining = remaining // size * len(range(*index[axis].indices(size)))
     return array[tuple(index)]

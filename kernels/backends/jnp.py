@@ -12,11 +12,14 @@ reductions (GPU, any layout): forward 2 reads and 1 write, one read more with a 
 reads and 1 write, with residual and activation 5 and 2. How the sums are written decides whether XLA does so, see
 `Plan`. x is worked on where it lies: no transpose in any layout.
 
-The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with
-1 + (pivot - mean)^2/var; a single outlier among k sampled rows adds at most n/k^2, about 1, to that factor, which
-is why k is sqrt(n) and not a few. Under a mask, where a sample may have nothing that counts, it is the mean itself.
-Where `jax.export` leaves n open, k is at least n/15, for a fifteenth of a read more: whatever x is, the mean of k of n
-rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor is 15 at most.
+The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with 1 +
+(pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
+factor, which is why k is sqrt(n) and not a few. On a CPU it is the square root of the examples and of the positions of
+each, where they lie apart, so that it holds of an outlying example too. A CPU makes one pass for delta and one for
+var, as it would for the sums of x and x^2, so that the pivot costs the sample alone. Under a mask, where a sample may
+have nothing that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
+of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
+is 15 at most.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
@@ -39,7 +42,17 @@ from bn_fused.kernels.contract import (
     sum_with_xhat,
     through_moments,
 )
-from bn_fused.kernels.layout import CHANNEL, ROW, as_number, axes_of, count_rows, expand, sample_rows, sum_rows
+from bn_fused.kernels.layout import (
+    CHANNEL,
+    ROW,
+    as_number,
+    axes_of,
+    count_rows,
+    expand,
+    merge_rows,
+    sample_rows,
+    sum_rows,
+)
 from bn_fused.kernels.padding import guarded, product
 
 
@@ -48,8 +61,7 @@ def moments(x, mask=None, *, spec):
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
-        sample = sample_rows(x, layout).astype(dtype)
-        pivot = sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
+        pivot = _mean_of_sample(x, spec)
     else:
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
@@ -66,6 +78,19 @@ def moments(x, mask=None, *, spec):
     delta = _sum_of(deviation, arrays, spec) / count
     mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
     return pivot, delta, _variance(mean_square, delta)
+
+
+def _mean_of_sample(x, spec):
+    """The mean of about the square root of the rows of each channel."""
+    layout, dtype = spec.layout, accumulation_dtype(x.dtype)
+    if _folds(spec):
+        # A few stretches of a few examples. Some of every example are a line of memory each, and took XLA:CPU half as
+        # long as a sum over all rows.
+        (x,), layout = merge_rows((x,), layout)
+        sample = _written_out(sample_rows(x, layout, of_each_axis=True).astype(dtype))
+    else:
+        sample = sample_rows(x, layout).astype(dtype)
+    return sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
 
 
 def _variance(mean_square, delta):
@@ -245,7 +270,7 @@ def _dresidual(dz, residual, y, dtype):
 class Plan:
     """How the sums are written, for XLA to compile them well.
 
-    - `fold`: the rows are folded into that many parts first, see `_folded_sum`; None: they are not.
+    - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
     """
 
@@ -254,7 +279,7 @@ class Plan:
 
 
 def plan(problem, target, config=None):
-    """Fold on a CPU (4 and 16 parts were slower than 8), two stages on a GPU.
+    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU.
 
     Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
     leaves open.
@@ -329,15 +354,22 @@ def _folded_sum(function, arrays, layout, parts):
     """`_sum_of` for XLA:CPU, 2 to 3 times as fast there.
 
     XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
-    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed: so the rows are
-    cut into parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for the last
-    row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the number.
+    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed, if its innermost
+    axis is long: so row axes that lie together are made one, the first that is long enough is cut into about so many
+    parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for stretches of the
+    last row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the
+    number.
     """
+    arrays, layout = merge_rows(arrays, layout)
     shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
-    known = (axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis]))
-    axis = next((axis for axis in known if shape[axis] >= parts), None)
+    known = [axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis])]
+    counts = range(parts // 2, parts + parts // 2 + 1)
+    axis = next((axis for axis in known if shape[axis] >= counts[0]), None)
     if axis is None:
         return sum_rows(function(*arrays), layout)
+    parts = min(
+        counts, key=lambda count: (shape[axis] % count if count <= shape[axis] else math.inf, abs(count - parts))
+    )
 
     def part(start, stop):
         return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))
@@ -346,9 +378,31 @@ def _folded_sum(function, arrays, layout, parts):
     folded = part(0, size)
     for start in range(size, parts * size, size):
         folded = folded + part(start, start + size)
-    by_last_axis = jnp.sum(_written_out(folded), axes_of(layout, ROW)[-1], keepdims=True)
-    total = sum_rows(_written_out(by_last_axis), layout)
+    total = _sum_by_stretches(_written_out(folded), layout)
     return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
+
+
+STRETCH = 192  # the least that XLA:CPU's library is quick at; with 14 it takes as long for an eighth of x as for x
+
+
+def _sum_by_stretches(array, layout):
+    """The sum over the rows, in two stages: of stretches of the last row axis, and of what those give.
+
+    A stretch is about STRETCH rows long, or the square root of the axis where that is more.
+    """
+    last = axes_of(layout, ROW)[-1]
+    size = array.shape[last]
+    if not is_symbolic_dim(size) and size > STRETCH:
+        stretch = _divisor_near(size, max(STRETCH, math.isqrt(size)))
+        array = jnp.reshape(array, (*array.shape[:last], size // stretch, stretch, *array.shape[last + 1 :]))
+        layout, last = layout[:last] + ROW + layout[last:], last + 1
+    return sum_rows(_written_out(jnp.sum(array, last, keepdims=True)), layout)
+
+
+def _divisor_near(size, aim):
+    """The divisor of a size that is nearest to the aim, by their ratio."""
+    small = [number for number in range(1, math.isqrt(size) + 1) if size % number == 0]
+    return min((*small, *(size // number for number in small)), key=lambda number: max(number / aim, aim / number))
 
 
 def _written_out(array):

@@ -1,18 +1,27 @@
-"""The forms that the backend `jnp` has for XLA:GPU, computed on a CPU: what they are for is counted in test_traffic."""
+"""The forms that the backend `jnp` has for XLA:CPU and, computed on a CPU, for XLA:GPU.
+
+What those for XLA:GPU are for is counted in test_traffic; what those for XLA:CPU are for, here, in its compiled code.
+"""
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bn_fused
+from bn_fused.bench.audit.hlo import parse
 from bn_fused.kernels.activations import ACTIVATIONS
 from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.contract import Spec
+from bn_fused.kernels.layout import axes_of, expand, merge_rows, sample_rows
 
 from support.kernel_cases import CASES
 from support.kernel_results import check_step
+from support.tolerances import assert_close
 
 ON_A_GPU = jnp_backend.Plan(stages=True)
 # relu with y kept in float32 and bfloat16, leaky_relu, the residual kept, no residual; groups, several parts.
@@ -55,3 +64,107 @@ def test_rows_are_cut_into_equal_parts_and_as_many_as_asked_for_where_these_are_
         if divisors is not None and parts < least:
             enough = [number for number in divisors if number >= least]
             assert not any(number <= rows // jnp_backend.LEAST_ROWS for number in enough), (rows, parts)
+
+
+# ---------------------------------------------------------------------------------------------- for XLA:CPU
+
+ON_A_CPU = jnp_backend.Plan(fold=8)
+
+
+def sizes_of(text):
+    """The sizes of an array in HLO, the one whose elements lie together last: f32[8,64,2]{1,0,2} is (2, 8, 64)."""
+    sizes, order = re.search(r"\[([\d,]*)\](?:\{([\d,]*))?", text).groups()
+    sizes = [int(size) for size in sizes.split(",") if size]
+    order = [int(axis) for axis in order.split(",") if axis] if order else list(range(len(sizes)))[::-1]
+    return tuple(sizes[axis] for axis in reversed(order))
+
+
+# Short maps before the channels, after them, few examples, a number of examples that 8 does not divide.
+COMPILED = [(64, 256, 14, 14), (64, 64, 7, 7), (32, 14, 14, 256), (4, 32, 40, 40), (50, 64, 14, 14), (4096, 128)]
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", COMPILED)
+def test_a_cpu_reduces_a_quarter_of_x_at_most_and_along_long_axes(shape, dtype, pass_):
+    # XLA:CPU sums over x itself, or along an axis of 14 or 7 elements, several times as long as over this.
+    channel_axis = 3 if shape[-1] == 256 else 1
+    channels, elements = shape[channel_axis], math.prod(shape)
+    stats = bn_fused.RunningStats.init(channels)
+
+    def forward(x, weight, bias):
+        return bn_fused.batch_norm(x, stats, weight, bias, channel_axis=channel_axis, backend="jnp")[0]
+
+    def backward(x, weight, bias, dy):
+        return jax.vjp(forward, x, weight, bias)[1](dy)
+
+    x, parameter = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct((channels,), jnp.float32)
+    operands = (x, parameter, parameter) + ((x,) if pass_ == "backward" else ())
+    module = parse(jax.jit(forward if pass_ == "forward" else backward).lower(*operands).compile().as_text())
+    reduced = [
+        sizes_of(array.text)
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "reduce"
+        for array in computation[instruction.operands[0]].arrays
+    ]
+    large = [sizes for sizes in reduced if math.prod(sizes) > elements / 16]
+    # Along the channels, where they lie last, else along the positions of an example, as many as there are of them.
+    least = min(100, channels if channel_axis == len(shape) - 1 else math.prod(shape[2:]))
+    assert len(large) == (2 if pass_ == "forward" else 4), reduced
+    assert all(math.prod(sizes) <= elements / 4 and sizes[-1] >= least for sizes in large), large
+
+
+LAYOUTS = {
+    "rcrr": (64, 3, 14, 14),
+    "rrrc": (5, 13, 11, 3),
+    "rgcrr": (13, 2, 3, 7, 5),
+    "grcr": (2, 3, 4, 1601),
+    "rcgr": (9, 2, 3, 50),
+    "rc": (4099, 3),
+    "cr": (3, 100),
+    "crr": (2, 3, 3),
+    "c": (4,),
+    "gc": (2, 3),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folded_sum_has_every_row_once(layout, masked):
+    shape = LAYOUTS[layout]
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape).astype(np.float32)
+    rows, channel, groups = axes_of(layout, "r"), layout.index("c"), axes_of(layout, "g")
+    centre = rng.standard_normal([shape[axis] for axis in (*groups, channel)]).astype(np.float32)
+    mask = rng.random([1 if axis == channel else size for axis, size in enumerate(shape)]) < 0.7
+    arrays = (x, expand(jnp.asarray(centre), layout), *((mask,) if masked else ()))
+
+    def function(x, centre, mask=True):
+        return jnp.where(mask, (x - centre) ** 2, 0)
+
+    found = jax.jit(lambda *arrays: jnp_backend._sum_of(function, arrays, Spec(layout, plan=ON_A_CPU)))(*arrays)
+    terms = (x.astype(np.float64) - np.asarray(arrays[1], np.float64)) ** 2 * (mask if masked else 1)
+    expected = np.moveaxis(terms.sum(rows), layout[:channel].count("g"), -1)
+    assert_close(found, expected, what=layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_sample_of_a_cpu_has_about_the_root_of_every_axis_and_a_few_lines_of_memory(layout):
+    (x,), merged = merge_rows((np.zeros(LAYOUTS[layout], np.float32),), layout)
+    assert "rr" not in merged
+    sample = sample_rows(x, merged, of_each_axis=True)
+    for axis in range(x.ndim):
+        whole, taken = x.shape[axis], sample.shape[axis]
+        if merged[axis] == "r":
+            assert math.sqrt(whole) - 1 <= taken <= max(2 * math.sqrt(whole), min(whole, 8)), (axis, whole, taken)
+        else:
+            assert taken == whole
+
+
+@pytest.mark.parametrize("size", [1, 7, 97, 196, 3136, 12769, 50176])
+def test_a_stretch_divides_the_rows(size):
+    for aim in (1, 192, 500):
+        divisors = [number for number in range(1, size + 1) if size % number == 0]
+        assert jnp_backend._divisor_near(size, aim) in divisors
+        assert jnp_backend._divisor_near(size, aim) == min(divisors, key=lambda n: abs(math.log(n / aim)))

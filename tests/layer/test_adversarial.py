@@ -228,6 +228,14 @@ def test_one_outlier_does_not_spoil_the_other_values(shape, place):
     check_against_oracle(x, normal(shape, 1))
 
 
+@pytest.mark.parametrize("place", [0, 3, 10, 31, 63])
+def test_one_example_that_is_far_off_does_not_spoil_the_others(place):
+    """Nor may a pivot be of one example, or of so few that this one pulls it far from the mean of all."""
+    x = normal((64, 2, 14, 14))
+    x[place] += np.float32(1e6)
+    check_against_oracle(x, normal(x.shape, 1))
+
+
 @pytest.mark.parametrize("shape", [(4096, 2), (8, 2, 32, 32)])
 @pytest.mark.parametrize("period", [2, 8, 16, 32, 64, 128, 512])
 def test_a_pattern_that_a_sample_of_rows_may_hit_costs_no_digits(shape, period):
