@@ -17,6 +17,7 @@ from bn_fused.kernels import activations
 
 from support import oracle
 from support.tolerances import assert_close, computed_in
+from support.versions import on_the_newest_jax
 
 ACTIVATIONS = (None, *activations.ACTIVATIONS)
 BACKENDS = ("auto", "jnp", "reference")
@@ -364,6 +365,7 @@ DATA = {
 }
 
 
+@on_the_newest_jax
 @hypothesis.given(**DATA)
 @hypothesis.settings(max_examples=30)
 def test_any_combination_agrees_with_the_oracle(case, seed, first, offset, spread):
