@@ -110,16 +110,17 @@ def test_residual_and_relu_are_the_layers_own_where_they_are_fused(fusion):
     [pytest.param("float32", marks=ON_THE_NEWEST_JAX), pytest.param("bfloat16", marks=pytest.mark.slow)],
 )
 def test_every_network_agrees_with_equinoxs(dtype):
-    approaches, fusion = {"float32": (("batch", "ema"), "both"), "bfloat16": (("batch",), "fused")}[dtype]
-    networks = contenders(rivals=("equinox",), approaches=approaches, fusion=fusion)
-    networks += contenders(("jnp",), (), fusion=fusion, layouts=("nhwc",))[:-1]
+    networks = contenders(rivals=("equinox",), approaches=("batch",), fusion="both" if dtype == "float32" else "fused")
+    if dtype == "float32":
+        networks += contenders(("jnp",), (), approaches=("ema",), fusion="fused")[:-1]
+    networks += contenders(("jnp",), (), fusion="fused", layouts=("nhwc",))[:-1]
     rows = timed.run(setting(dtype=dtype), networks, seconds=0.01)
     assert [row.name for row in rows] == [one.name for one in networks]
     # Kernels for chips that are not here are named, and keep nobody from running.
     elsewhere = [row for row in rows if row.status == "refused"]
     assert all(row.name.startswith(("pallas", "triton")) and "cannot run on" in row.reason for row in elsewhere)
     rows = [row for row in rows if row not in elsewhere]
-    assert len(rows) > len(approaches) and all(row.status == "ok" for row in rows), rows
+    assert len(rows) >= {"float32": 5, "bfloat16": 3}[dtype] and all(row.status == "ok" for row in rows), rows
     assert all(row.median > 0 and row.rounds >= 5 and row.memory > 0 for row in rows)
     by_name = {row.name: row for row in rows}
     assert by_name[BASELINE].ratio == 1

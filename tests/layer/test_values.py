@@ -367,7 +367,7 @@ DATA = {
 
 @on_the_newest_jax
 @hypothesis.given(**DATA)
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=20)
 def test_any_combination_agrees_with_the_oracle(case, seed, first, offset, spread):
     check_in_its_precision(case, seed, first, offset, spread)
 
