@@ -54,7 +54,19 @@ def pytest_runtest_makereport(item, call):
 
 
 @pytest.fixture
-def x64():
+def unoptimised():
+    """JAX compiles without LLVM's optimisations, which take long: for tests that tell nothing about them.
+
+    What is compared in float64 is what JAX and XLA make of a program; numbers in the dtypes that are trained with are
+    compared as LLVM optimises them.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def x64(unoptimised):
     """The test runs with JAX's 64-bit types."""
     with jax.enable_x64(True):
         yield

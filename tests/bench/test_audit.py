@@ -20,6 +20,7 @@ from bn_fused.bench.commands.audit import choose_layers
 
 from support.audited import COPYING, SETTING, case_for, compiled_row, run
 from support.compilers import skip_without_compilers
+from support.versions import on_the_newest_jax
 
 SMALL = Setting((256, 128))
 
@@ -86,6 +87,7 @@ def audit_with_kernels(target, *layers, **options):
 
 @pytest.mark.compilers
 @pytest.mark.parametrize("target", ["h200", "v5e"])
+@on_the_newest_jax
 def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_operands(target):
     skip_without_compilers(target)
     rows = audit_with_kernels(target, "telling", "silent", "refusing")
@@ -112,6 +114,7 @@ def test_passes_inside_a_kernel_are_its_plans_and_those_around_do_not_count_its_
 
 
 @pytest.mark.compilers
+@on_the_newest_jax
 def test_a_tpu_kernels_instructions_are_counted_when_asked_for():
     skip_without_compilers("v5e")
     row = audit_with_kernels("v5e", "telling", instructions=True)["telling"]
@@ -121,6 +124,7 @@ def test_a_tpu_kernels_instructions_are_counted_when_asked_for():
 
 
 @pytest.mark.compilers
+@on_the_newest_jax
 def test_a_block_is_held_against_itself_without_a_norm(tmp_path):
     skip_without_compilers("h200")
     done = run(

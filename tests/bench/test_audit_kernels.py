@@ -14,11 +14,13 @@ from bn_fused.bench.audit.rows import Row, load, to_json
 
 from support.audited import COPYING, case_for, compiled_row
 from support.compilers import skip_without_compilers, skip_without_triton
+from support.versions import on_the_newest_jax
 
 SMALL = Setting((256, 128))
 
 
 @pytest.mark.compilers
+@on_the_newest_jax
 def test_the_loops_of_a_kernel_of_pallas_gpu_are_found_and_spill_nothing():
     skip_without_compilers("h200")
     skip_without_triton()
@@ -43,6 +45,7 @@ def test_the_loops_of_a_kernel_of_pallas_gpu_are_found_and_spill_nothing():
 
 
 @pytest.mark.compilers
+@on_the_newest_jax
 def test_without_a_disassembler_the_row_says_what_to_install():
     skip_without_compilers("h200")
     hidden = "from bn_fused.bench.audit import sass\nsass.nvdisasm = lambda: None\n"

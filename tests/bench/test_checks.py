@@ -19,6 +19,8 @@ from bn_fused.bench.run.jax_case import collective_bytes
 from bn_fused.bench.workloads import PASSES, SUITES, WORKLOADS, Workload
 from bn_fused.kernels.activations import ACTIVATIONS
 
+from support.versions import ON_THE_NEWEST_JAX
+
 # The oracle
 
 
@@ -201,10 +203,15 @@ PROGRAMS = {
 }
 
 
+def marks_of(options, by_default):
+    """On an older JAX the programs with everything in them."""
+    return pytest.mark.slow if not by_default else () if options == ("silu", True) else ON_THE_NEWEST_JAX
+
+
 @pytest.mark.parametrize(
     ("layout", "activation", "residual", "sets"),
     [
-        pytest.param(layout, *options, sets, marks=[] if (layout, sets) in default else [pytest.mark.slow])
+        pytest.param(layout, *options, sets, marks=marks_of(options, (layout, sets) in default))
         for (options, default), layout, sets in itertools.product(PROGRAMS.items(), ("nchw", "nhwc"), (1, 3))
     ],
 )

@@ -12,6 +12,8 @@ from bn_fused.bench.run import report, suite
 from bn_fused.bench.timing import Samples, Timed
 from bn_fused.bench.workloads import Workload
 
+from support.versions import on_the_newest_jax
+
 # Two parts that are marked on the host. On the device the first one's last kernel begins before the second one's mark,
 # the second one's first kernel does so too, by as much as two clocks may differ; a line of modules says it all again.
 TRACE = """
@@ -110,6 +112,7 @@ def on_a_gpu(monkeypatch):
     return seconds
 
 
+@on_the_newest_jax
 def test_on_a_gpu_a_row_has_the_device_time_against_the_fastest_copy_and_the_clock_beside_it(on_a_gpu):
     on_a_gpu |= {"copy": 4e-6, "device copy": 2e-6}
     on_a_gpu |= {("jnp", "fwd"): 5e-6, ("jnp", "bwd"): 2e-6, ("equinox", "fwd"): 8e-6, ("equinox", "bwd"): 6e-6}

@@ -14,7 +14,7 @@ from bn_fused.kernels import tuned
 
 from support import ROOT
 from support.child_process import child_environment
-from support.compilers import on_the_newest_jax
+from support.versions import on_the_newest_jax
 
 SCRIPT = ROOT / "bench" / "measure_gpu.sh"
 
@@ -82,6 +82,7 @@ time.sleep(60)
         (STUBBORN, "stopped at its limit, exit -9", ""),
     ],
 )
+@on_the_newest_jax
 def test_a_part_is_ended_at_its_limit_and_may_save_what_it_has_before(program, how, printed, tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "GRACE", 3.0)
     begin = time.monotonic()

@@ -18,6 +18,7 @@ from bn_fused.bench.run import performance, records, report, suite
 from bn_fused.bench.workloads import SUITES, WORKLOADS, Workload
 
 from support import ROOT
+from support.versions import ON_THE_NEWEST_JAX, on_the_newest_jax
 
 pytestmark = pytest.mark.usefixtures("narrow_terminal")
 
@@ -278,9 +279,14 @@ def test_torch_whose_threads_and_xlas_disturb_each_other_is_refused(monkeypatch)
     "options",
     [
         ("--dtype", "bfloat16", "--layout", "nhwc", "--activation", "relu", "--residual"),
-        ("--approach", "ema", "--approach", "ema_compatibility", "--cold"),
-        ("--devices", "4", "--sync", "--against", "equinox", "--against", "jnp"),
-        ("--dtype", "float64"),
+        *(
+            pytest.param(options, marks=ON_THE_NEWEST_JAX)
+            for options in (
+                ("--approach", "ema", "--approach", "ema_compatibility", "--cold"),
+                ("--devices", "4", "--sync", "--against", "equinox", "--against", "jnp"),
+                ("--dtype", "float64"),
+            )
+        ),
     ],
     ids=" ".join,
 )
@@ -293,6 +299,7 @@ def test_a_run_with_options_passes_its_checks(options, capsys, request, standard
     assert ("each with statistics of its own" in " ".join(out.split())) == ("--sync" in options)
 
 
+@on_the_newest_jax
 def test_what_sharing_statistics_costs_is_in_every_file_and_a_run_from_before_is_compared_with_it(tmp_path, capsys):
     files = {kind: tmp_path / f"run.{kind}" for kind in ("json", "csv", "markdown")}
     named = [argument for kind, path in files.items() for argument in (f"--{kind}", str(path))]

@@ -12,6 +12,8 @@ from bn_fused.approaches import APPROACHES
 from bn_fused.bench import digits, plots, saved, stability
 from bn_fused.bench.commands.stability import command
 
+from support.versions import on_the_newest_jax
+
 SKLEARN = pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
@@ -46,6 +48,7 @@ def test_a_seeds_curves_are_those_of_training_it_alone():
     assert not np.array_equal(both.losses[0], both.losses[1])
 
 
+@on_the_newest_jax
 def test_a_norm_is_compiled_once_for_all_seeds(monkeypatch):
     traced = []
     original = digits.cross_entropy
@@ -128,6 +131,7 @@ def test_every_norm_has_a_look_of_its_own():
 # The command
 
 
+@on_the_newest_jax
 def test_the_command_prints_a_row_for_each_norm_and_saves_picture_and_json(tmp_path):
     picture, record = tmp_path / "curves.png", tmp_path / "curves.json"
     done = run("--steps", 3, "--seeds", 2, "--norm", "ema", "--norm", "equinox batch", "--momentum", 0.9,

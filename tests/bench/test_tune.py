@@ -24,6 +24,7 @@ from bn_fused.kernels.target import Target
 from bn_fused.kernels.tuned import Class, Measured
 
 from support.child_process import child_environment
+from support.versions import also_on_the_newest_jax, on_the_newest_jax
 
 pytestmark = pytest.mark.usefixtures("narrow_terminal")
 H200 = Target("cuda", CHIPS["h200"])
@@ -154,8 +155,15 @@ def test_a_search_begins_with_the_rules_plan_and_has_each_plan_once(name, residu
             assert backend.tuning.parse(stored) == config
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "residual"),
+    [
+        ("bfloat16", True),
+        *also_on_the_newest_jax(("float32", False)),
+        pytest.param("float32", True, marks=pytest.mark.slow),
+        pytest.param("bfloat16", False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_compiles_checks_and_times_a_part(toy, dtype, residual):
     of = dataclasses.replace(SMALL, dtype=dtype, residual=residual)
     process = worker.Worker()
@@ -443,6 +451,7 @@ def test_without_a_backend_that_can_run_a_class_jnp_is_timed_alone():
     assert parts_of([SMALL], CPU) == [Part(SMALL, None)]
 
 
+@on_the_newest_jax
 def test_a_rehearsal_goes_through_a_process_and_a_file(tmp_path):
     path = tmp_path / "rehearsed.json"
     done = subprocess.run(

@@ -20,6 +20,7 @@ from bn_fused.bench.audit.hlo import parse
 
 from support.child_process import answer
 from support.compilers import skip_without_compilers
+from support.versions import also_on_the_newest_jax
 
 CHANNELS, POSITIONS, LOCAL = 24, 1, 64
 CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
@@ -148,7 +149,10 @@ LAUNCHES_ON_GPUS = {"gradient": 6, "tangent": 3, "per_example": 5}
 
 
 @pytest.mark.compilers
-@pytest.mark.parametrize(("backend", "target"), [("pallas_tpu", "v5e"), ("pallas_gpu", "h200"), ("triton", "a100")])
+@pytest.mark.parametrize(
+    ("backend", "target"),
+    [("pallas_tpu", "v5e"), ("pallas_gpu", "h200"), *also_on_the_newest_jax(("triton", "a100"))],
+)
 def test_the_kernels_on_four_chips_exchange_once_each_way(backend, target):
     skip_without_compilers(target, triton="cuda" if backend == "triton" else None)
     answers = child({"target": target, "devices": 4, "backend": backend})

@@ -17,6 +17,7 @@ import bn_fused
 
 from support.programs import CHANNELS, assert_trees_close, scalar
 from support.tolerances import assert_same_bits
+from support.versions import also_on_the_newest_jax
 
 DEVICES, GROUPS = 4, ((0, 2), (3, 1))
 
@@ -65,8 +66,15 @@ def without_types(function):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("approach", ["batch", "ema"])
+@pytest.mark.parametrize(
+    ("approach", "masked"),
+    [
+        ("ema", True),
+        *also_on_the_newest_jax(("batch", False)),
+        pytest.param("ema", False, marks=pytest.mark.slow),
+        pytest.param("batch", True, marks=pytest.mark.slow),
+    ],
+)
 def test_each_group_of_devices_has_the_statistics_of_its_own_batch(approach, masked):
     x, weight, bias, mask = group_inputs(masked)
 

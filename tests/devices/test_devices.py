@@ -41,11 +41,17 @@ from support.programs import (
     varied,
 )
 from support.tolerances import assert_close, assert_same_bits
+from support.versions import AN_OLDER_JAX, ON_THE_NEWEST_JAX, also_on_the_newest_jax
 
 DEVICES, LOCAL = 4, 2
 EXAMPLES = DEVICES * LOCAL
 
-CHECK_VMA = pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
+# The programs are the same with types and without: on an older JAX most are tested with them alone.
+TYPED, UNTYPED = pytest.param(True, id="check_vma"), pytest.param(False, id="no_check_vma", marks=ON_THE_NEWEST_JAX)
+CHECK_VMA = pytest.mark.parametrize("check_vma", [TYPED, UNTYPED])
+# There, of most the case without residual, mask and activation; around vmap, all cases both ways.
+SMALLEST, *LARGER = CASES
+EACH_CASE = pytest.mark.parametrize("name", [SMALLEST, *also_on_the_newest_jax(*LARGER)])
 ON_DEVICES = ("dev", "batch")
 
 IN_SPECS = Inputs(P("dev"), P("dev"), P(), P(), P(), P(), P())
@@ -100,7 +106,7 @@ def compiled(function, gradient=True):
         outputs, pullback = jax.vjp(function, inputs)
         return outputs, pullback(jax.grad(scalar)(outputs))
 
-    return jax.jit(call, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(call)
 
 
 def check(function, expected_function, inputs, gradient=True):
@@ -124,7 +130,7 @@ def check_whole_batch(function, inputs, name, later=True):
 # --- shard_map -------------------------------------------------------------------------------------------------
 
 
-@CHECK_VMA
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
 @pytest.mark.parametrize("name", CASES)
 def test_shard_map_around_vmap_is_one_device_with_the_whole_batch(name, check_vma):
     program, _, inputs = make(name)
@@ -279,8 +285,7 @@ def test_scan_inside_shard_map_carries_the_state(check_vma):
     ("path", "check_vma"),
     [
         ("packed", True),
-        ("packed", False),
-        ("two_sums", True),
+        *also_on_the_newest_jax(("packed", False), ("two_sums", True)),
         pytest.param("two_sums", False, marks=pytest.mark.slow),
     ],
 )
@@ -304,21 +309,33 @@ def test_tangents_and_second_derivatives_through_shard_map(path, check_vma, monk
     check(derivatives(on_devices), derivatives(one_device.batch), inputs, gradient=False)
 
 
-@pytest.mark.parametrize("name", [*CASES, "inference-all", "virtual-all"])
+@pytest.mark.parametrize("name", [SMALLEST, *also_on_the_newest_jax(*LARGER, "inference-all", "virtual-all")])
 def test_the_reference_in_typed_shard_map_is_one_device_with_the_whole_batch(name):
     program, _, inputs = make(name, backend="reference")
     check_whole_batch(spread(program, make_mesh()), inputs, name)
 
 
-@CHECK_VMA
-@pytest.mark.parametrize("name", ["inference-all", "virtual-all"])
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [
+        ("inference-all", False),
+        *also_on_the_newest_jax(("virtual-all", True)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in (("inference-all", True), ("virtual-all", False))),
+    ],
+)
 def test_inference_and_virtual_batches_in_shard_map(name, check_vma):
     program, _, inputs = make(name)
     check_whole_batch(spread(program, make_mesh(), check_vma=check_vma), inputs, name)
 
 
-@CHECK_VMA
-@pytest.mark.parametrize("inference", [False, True], ids=["training", "inference"])
+@pytest.mark.parametrize(
+    ("inference", "check_vma"),
+    [
+        (False, True),
+        *also_on_the_newest_jax((True, False)),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((False, False), (True, True))),
+    ],
+)
 def test_statistics_on_the_devices_may_be_closed_over(inference, check_vma):
     x = jnp.asarray(float32_data())
     stats = bn_fused.RunningStats.init(CHANNELS)._replace(zero_frac=jnp.float32(0.5))
@@ -337,11 +354,11 @@ def test_statistics_on_the_devices_may_be_closed_over(inference, check_vma):
 def test_what_does_not_fit_the_mesh_is_said_with_the_mesh_in_mind():
     program, _, inputs = make("batch", axis_name=("dve", "batch"))
     with pytest.raises(NameError, match="'dve'.*the axes of devices are 'dev'"):
-        spread(program, make_mesh())(inputs)
+        jax.eval_shape(spread(program, make_mesh()), inputs)
     program, _, inputs = make("virtual-all")
     case = dataclasses.replace(program.case, virtual_batch_size=EXAMPLES)
     with pytest.raises(ValueError, match=f"{EXAMPLES}.*batch of {LOCAL} examples on each device"):
-        spread(dataclasses.replace(program, case=case), make_mesh())(inputs)
+        jax.eval_shape(spread(dataclasses.replace(program, case=case), make_mesh()), inputs)
 
 
 def test_some_axes_manual_and_others_automatic():
@@ -360,7 +377,7 @@ def loss_inside(outputs, shared_once):
     return (jax.lax.psum(jnp.sum(y**2), "dev") if shared_once else jnp.sum(y**2)) + scalar(state)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH_CASE
 def test_a_gradient_inside_typed_shard_map_is_that_of_one_device(name):
     program, one_device, inputs = make(name)
 
@@ -374,7 +391,7 @@ def test_a_gradient_inside_typed_shard_map_is_that_of_one_device(name):
     check(spread(program, make_mesh(), local, out_specs=IN_SPECS), jax.grad(expected), inputs, gradient=False)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH_CASE
 def test_a_gradient_inside_untyped_shard_map_is_that_of_the_reference_there(name):
     program, _, inputs = make(name)
 
@@ -393,12 +410,13 @@ def test_a_gradient_inside_untyped_shard_map_is_that_of_the_reference_there(name
 @pytest.mark.parametrize(
     ("name", "check_vma"),
     [
-        ("batch", True),
-        ("ema-all", True),
-        ("ema-all", False),
         ("ema_compatibility-residual", False),
-        pytest.param("batch", False, marks=pytest.mark.slow),
-        pytest.param("ema_compatibility-residual", True, marks=pytest.mark.slow),
+        pytest.param("batch", True, marks=() if AN_OLDER_JAX else pytest.mark.slow),
+        *also_on_the_newest_jax(("ema-all", True)),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (("batch", False), ("ema-all", False), ("ema_compatibility-residual", True))
+        ),
     ],
 )
 def test_per_example_gradients_inside_shard_map_are_those_of_one_device(name, check_vma):
@@ -437,16 +455,16 @@ def by_device(values):
     return None if values is None else jnp.reshape(values, (DEVICES, LOCAL, *values.shape[1:]))
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH_CASE
 def test_pmap_is_one_device_with_the_whole_batch(name):
-    program, one_device, inputs = make(name)
+    program, _, inputs = make(name)
     split = inputs._replace(x=by_device(inputs.x), residual=by_device(inputs.residual))
     outputs = on_pmap(functools.partial(local_step, program), OUT_AXES)(split, by_device(program.mask))
     outputs = outputs._replace(y=jnp.reshape(outputs.y, inputs.x.shape))
-    assert_trees_close(outputs, jax.jit(one_device.batch)(inputs), n=EXAMPLES * POSITIONS)
+    assert_trees_close(outputs, whole_batch(name, later=True)[0], n=EXAMPLES * POSITIONS)
 
 
-@pytest.mark.parametrize("name", CASES)
+@EACH_CASE
 def test_pmap_of_a_gradient_is_that_of_the_reference_there(name):
     program, _, inputs = make(name)
     split = inputs._replace(x=by_device(inputs.x), residual=by_device(inputs.residual))
@@ -462,22 +480,22 @@ def test_pmap_of_a_gradient_is_that_of_the_reference_there(name):
 
 
 def test_a_gradient_through_pmap_is_that_of_one_device():
-    program, one_device, inputs = make("batch")
+    program, _, inputs = make("batch")
 
     def on_devices(inputs):
         split = inputs._replace(x=by_device(inputs.x))
         outputs = on_pmap(functools.partial(local_step, program), OUT_AXES)(split, None)
         return outputs._replace(y=jnp.reshape(outputs.y, inputs.x.shape))
 
-    gradients = [jax.grad(lambda inputs, f=f: scalar(f(inputs)))(inputs) for f in (on_devices, one_device.batch)]
-    assert_trees_close(*gradients, n=EXAMPLES * POSITIONS)
+    actual = jax.grad(lambda inputs: scalar(on_devices(inputs)))(inputs)
+    assert_trees_close(actual, whole_batch("batch", later=True)[1][0], n=EXAMPLES * POSITIONS)
 
 
 # --- sharded arrays under jit, without names of devices --------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["automatic", "explicit"])
-@pytest.mark.parametrize("name", CASES)
+@EACH_CASE
 def test_jit_over_sharded_arrays_is_one_device_with_the_whole_batch(name, axis_type):
     program, one_device, inputs = make(name, axis_name="batch")
     mesh = make_mesh(axis_type=axis_type)
@@ -549,8 +567,7 @@ def two_steps(backend):
         stats, y = jax.lax.scan(step, stats, None, length=2)
         return jnp.sum(y[-1] ** 3) + jnp.sum(stats.mean * stats.var), (y[-1], stats)
 
-    gradients = jax.grad(steps, argnums=(0, 1, 2, 3), has_aux=True)
-    return jax.jit(gradients, compiler_options={"xla_backend_optimization_level": 0})
+    return jax.jit(jax.grad(steps, argnums=(0, 1, 2, 3), has_aux=True))
 
 
 @functools.cache
@@ -567,8 +584,17 @@ def inputs_and_results_of_two_steps():
     return inputs, two_steps("reference")(*inputs)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize(("place", "channels"), PLACES, ids=[f"{x}-{channels}" for x, channels in PLACES])
+@pytest.mark.parametrize(
+    ("place", "channels", "backend"),
+    [
+        pytest.param(*where, backend, id=f"{where[0]}-{where[1]}-{backend}", marks=marks)
+        for index, where in enumerate(PLACES)
+        for backend, marks in (
+            ("auto", ON_THE_NEWEST_JAX if index > 1 else ()),
+            ("reference", pytest.mark.slow if index > 1 else ON_THE_NEWEST_JAX),
+        )
+    ],
+)
 def test_types_on_explicit_meshes_are_those_of_the_operands_wherever_those_lie(place, channels, backend):
     """Gradients fit what they are gradients of, and the new running state may be carried through a loop."""
     mesh = make_mesh((2, 2), ("data", "model"), AxisType.Explicit)
@@ -661,7 +687,7 @@ def in_shard_map(function, in_specs, out_specs, check_vma=True):
 
 
 @CHECK_VMA
-@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("approach", [APPROACHES[0], *also_on_the_newest_jax(*APPROACHES[1:])])
 def test_forward_is_one_small_all_reduce_and_backward_another(approach, check_vma):
     x = jnp.asarray(float32_data())
     packed = DEVICES * (3 * CHANNELS + 1)
@@ -698,7 +724,11 @@ SHARDED = {"rows": P("dev"), "positions": P(None, None, "dev"), "channels": P(No
             axis_type,
             set_mesh,
             id=f"{name}-{axis_type.name}-{'mesh_set' if set_mesh else 'mesh_not_set'}",
-            marks=[pytest.mark.slow] if set_mesh and axis_type == AxisType.Auto and name != "rows" else [],
+            marks=[pytest.mark.slow]
+            if set_mesh and axis_type == AxisType.Auto and name != "rows"
+            else ON_THE_NEWEST_JAX
+            if set_mesh or name == "positions"
+            else [],
         )
         for (name, place), axis_type, set_mesh in itertools.product(
             SHARDED.items(), (AxisType.Auto, AxisType.Explicit), (False, True)

@@ -40,7 +40,7 @@ def enough_devices():
 
 
 @pytest.fixture
-def x64():
+def x64(unoptimised):
     """64-bit types for every thread: XLA asks from one of its own, and JAX 0.10 then has no thread's own settings."""
     before = jax.config.jax_enable_x64
     jax.config.update("jax_enable_x64", True)
@@ -123,15 +123,10 @@ def inputs(x64=True):
     return data(dtype=dtype), weight, bias, running_stats(dtype), data(1, dtype=dtype)
 
 
-def compiled(function):
-    """Most of the time here is LLVM's, which has nothing to do with what is compared."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 @functools.cache
 def on_one_device():
     """What the reference gives for `inputs`."""
-    return compiled(with_gradients("reference"))(*inputs())
+    return jax.jit(with_gradients("reference"))(*inputs())
 
 
 def place(values, mesh, spec):
@@ -161,7 +156,7 @@ def test_a_kernel_computes_each_devices_part_and_the_results_are_those_of_one_de
     mesh, spec = make_mesh(axis_type), PLACES[where]
     with jax.set_mesh(mesh):
         placed = place(inputs(), mesh, spec)
-        actual = compiled(with_gradients("opaque"))(*placed)
+        actual = jax.jit(with_gradients("opaque"))(*placed)
     assert {shape for _, shape in opaque} == {part(spec, mesh)}
     sharding = NamedSharding(mesh, spec)
     for array in (actual[0][0], actual[1][0], actual[1][-1]):

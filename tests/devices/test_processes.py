@@ -21,6 +21,7 @@ import bn_fused
 from support import ROOT
 from support.child_process import child_environment
 from support.tolerances import assert_close
+from support.versions import also_on_the_newest_jax
 
 DEVICES, STEPS = 4, 4
 # Seconds after which a process that says nothing counts as dead, and for which the whole may take at most.
@@ -89,7 +90,7 @@ def alone(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize(("processes", "approach"), [(2, "ema"), (4, "batch")])
+@pytest.mark.parametrize(("processes", "approach"), [(2, "ema"), *also_on_the_newest_jax((4, "batch"))])
 def test_processes_train_together_as_one(processes, approach, alone, tmp_path):
     ended = train(processes, tmp_path / "state.eqx", approach=approach)
     assert [status for status, *_ in ended] == [0] * processes, [errors[-2000:] for *_, errors in ended]

@@ -16,6 +16,7 @@ from bn_fused.approaches import APPROACHES
 
 from support.programs import scalar
 from support.tolerances import assert_same_bits
+from support.versions import ON_THE_NEWEST_JAX
 
 DEVICES, LOCAL, CHANNELS, POSITIONS = 4, 2, 3, 5
 SHAPE = (DEVICES * LOCAL, CHANNELS, POSITIONS)
@@ -145,10 +146,17 @@ def check(function, compiled=True):
 
 
 # The reference is the same code on every path, and by default on one with types, one without and one of XLA's own.
+def default_or_not(each):
+    """Of the reference a few by default, and on an older JAX none."""
+    if each[1] == "jnp":
+        return ()
+    return ON_THE_NEWEST_JAX if each in REFERENCE_BY_DEFAULT else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("path", "backend", "phase"),
     [
-        pytest.param(*each, marks=[] if each[1] == "jnp" or each in REFERENCE_BY_DEFAULT else [pytest.mark.slow])
+        pytest.param(*each, marks=default_or_not(each))
         for each in itertools.product(PATHS, ("jnp", "reference"), ("ema", "inference"))
     ],
 )

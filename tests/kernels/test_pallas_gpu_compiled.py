@@ -14,8 +14,9 @@ from bn_fused.kernels.chips import CHIPS
 
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic
-from support.compilers import ON_THE_NEWEST_JAX, skip_without_compilers
+from support.compilers import skip_without_compilers
 from support.ptx import Flow
+from support.versions import ON_THE_NEWEST_JAX
 
 # On an older JAX test_collectives compiles these kernels, and test_pallas_gpu_plan counts what they move.
 pytestmark = [pytest.mark.compilers, *ON_THE_NEWEST_JAX]

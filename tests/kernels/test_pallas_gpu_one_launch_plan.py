@@ -23,10 +23,10 @@ from bn_fused.kernels.chips import CHIPS, chip_of
 from bn_fused.kernels.registry import check_plan, choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
-from support.compilers import on_the_newest_jax
 from support.described_devices import device
 from support.pallas_gpu_plans import DEVICE_PLANS
 from support.pallas_gpu_tiles import SHAPES, check_merged_by_hand
+from support.versions import on_the_newest_jax
 
 H200 = Target("cuda", CHIPS["h200"])
 # Arrays that are read, again where they are not kept, and written, and the values per column that are merged: forward

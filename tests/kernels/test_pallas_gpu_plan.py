@@ -22,9 +22,9 @@ from bn_fused.kernels.contract import OPERATIONS, Spec
 from bn_fused.kernels.registry import choose
 from bn_fused.kernels.target import BackendError, Problem, Target
 
-from support.compilers import on_the_newest_jax
 from support.operand_specs import operand_specs
 from support.pallas_gpu_tiles import SHAPES, check_merged_by_hand
+from support.versions import on_the_newest_jax
 
 H200, B200 = Target("cuda", CHIPS["h200"]), Target("cuda", CHIPS["b200"])
 

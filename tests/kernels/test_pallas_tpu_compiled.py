@@ -11,7 +11,8 @@ import pytest
 from bn_fused.kernels import CHIPS
 
 from support.child_process import answer
-from support.compilers import ON_THE_NEWEST_JAX, skip_without_compilers
+from support.compilers import skip_without_compilers
+from support.versions import ON_THE_NEWEST_JAX
 
 pytestmark = pytest.mark.compilers
 

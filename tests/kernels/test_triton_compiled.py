@@ -13,6 +13,7 @@ from bn_fused.kernels.target import Problem, Target
 from support.child_process import answer
 from support.compiled_operations import by_operation, check_block, check_traffic
 from support.compilers import skip_without_compilers, skip_without_triton
+from support.versions import ON_THE_NEWEST_JAX, on_the_newest_jax
 
 pytestmark = pytest.mark.compilers
 
@@ -200,6 +201,7 @@ def for_amd():
     return {(chip, index, tuple(case), name): said for index, each in found for chip, case, name, said in each}
 
 
+@on_the_newest_jax
 def test_for_amd_launches_and_passes_are_those_of_the_plan(for_amd):
     checked = 0
     for (chip, index, case, name), said in for_amd.items():
@@ -212,6 +214,7 @@ def test_for_amd_launches_and_passes_are_those_of_the_plan(for_amd):
     assert checked == len(OPERATIONS) + 2 * len(BOTH)
 
 
+@on_the_newest_jax
 def test_for_amd_jax_triton_makes_code_for_the_architecture_that_does_not_spill(for_amd):
     machines = {"mi300x": "gfx942", "mi210": "gfx90a"}
     seen = 0
@@ -228,6 +231,7 @@ def test_for_amd_jax_triton_makes_code_for_the_architecture_that_does_not_spill(
     assert seen >= 10
 
 
+@on_the_newest_jax
 def test_without_the_amd_gpu_one_sentence_says_why_nothing_is_lowered(for_amd):
     errors = [said["error"] for (_, index, *_), said in for_amd.items() if index >= len(AMD)]
     for error, there in zip(errors, ("there is none", "that is gfx942"), strict=True):
@@ -252,7 +256,9 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=() if name == "a100" else ON_THE_NEWEST_JAX) for name in CASES]
+)
 def by_xla(request):
     """What is counted in the programs: see `compiled_operations`."""
     target = request.param
@@ -272,6 +278,7 @@ def test_between_convolutions_no_copy_or_transpose_is_added(by_xla):
 
 
 @pytest.mark.parametrize(("residual", "number"), [(False, 4), (True, 8)])
+@on_the_newest_jax
 def test_the_launches_of_a_slab_run_after_those_of_the_one_before_it_and_write_into_the_same_arrays(residual, number):
     """On an RTX 4090, for which the rule takes slabs."""
     skip_without_compilers("rtx4090", triton="cuda")

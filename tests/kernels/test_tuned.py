@@ -19,6 +19,8 @@ from bn_fused.kernels.chips import CHIPS
 from bn_fused.kernels.target import Problem, Target
 from bn_fused.kernels.tuned import ALIKE, FOLDER, VARIABLE, Class, Entry, Measured, distance
 
+from support.versions import on_the_newest_jax
+
 H200 = Target("cuda", CHIPS["h200"])
 KIND = H200.chip.device_kind
 REVISIONS = {"pallas_gpu": pallas_gpu.REVISION, "triton": triton.REVISION}
@@ -193,6 +195,7 @@ def test_activations_that_cost_the_same_and_the_other_type_of_16_bits_are_near()
         assert distance(one, dataclasses.replace(one, **changes)) == apart
 
 
+@on_the_newest_jax
 def test_a_network_whose_layers_take_different_backends_agrees_with_float64():
     """Each layer the backend whose seconds are the fewest for it; one takes another backward than forward."""
     ran = []

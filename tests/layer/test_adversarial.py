@@ -1,6 +1,7 @@
 """Data that breaks a BatchNorm: large means, constants, overflow, denormals, NaN, odd sizes, outliers."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from bn_fused.approaches import APPROACHES
 
 from support import oracle
 from support.tolerances import assert_close, assert_same_bits, tol
+from support.versions import also_on_the_newest_jax
 
 FAST = "jnp"
 
@@ -68,9 +70,13 @@ def normal(shape, seed=0, dtype=np.float32):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
-@pytest.mark.parametrize("shape", [(512, 4), (16, 3, 16, 16)])
-@pytest.mark.parametrize("ratio", [1e2, 1e4])
+@pytest.mark.parametrize(
+    ("ratio", "shape", "activation"),
+    [
+        pytest.param(ratio, shape, activation, marks=[] if ratio == 1e4 or activation is None else pytest.mark.slow)
+        for ratio, shape, activation in itertools.product((1e2, 1e4), ((512, 4), (16, 3, 16, 16)), (None, "silu"))
+    ],
+)
 def test_a_mean_far_above_the_spread_costs_no_digits(ratio, shape, activation):
     for spread in (1e-2, 1.0, 100.0):
         x = (spread * (normal(shape) + ratio)).astype(np.float32)
@@ -120,7 +126,7 @@ def overflowing(size):
     return x, normal(x.shape, 1)
 
 
-@pytest.mark.parametrize("approach", APPROACHES)
+@pytest.mark.parametrize("approach", [APPROACHES[0], *also_on_the_newest_jax(*APPROACHES[1:])])
 @pytest.mark.parametrize("size", [1e30, 1e19, 3e18])
 def test_where_float32_overflows_the_pattern_is_the_definitions(approach, size):
     x, dy = overflowing(size)
@@ -137,9 +143,21 @@ def test_a_finished_warm_up_does_not_multiply_infinity_by_zero():
     assert np.all(np.isnan(np.asarray(defined)[:, 1])) and np.all(np.asarray(fused)[:, 1] == 0)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(("activation", "below"), [("relu", 0.0), ("leaky_relu", 0.01)])
-@pytest.mark.parametrize("inference", [False, True])
+# Each activation in each dtype, in training and at inference by turns; the rest is slow.
+@pytest.mark.parametrize(
+    ("inference", "activation", "below", "dtype"),
+    [
+        pytest.param(
+            inference,
+            *activation,
+            dtype,
+            marks=[] if (i + j) % 2 == inference else pytest.mark.slow,
+        )
+        for i, dtype in enumerate(("float16", "bfloat16", "float32"))
+        for j, activation in enumerate((("relu", 0.0), ("leaky_relu", 0.01)))
+        for inference in (False, True)
+    ],
+)
 def test_what_is_rounded_to_zero_after_a_residual_keeps_its_sign(inference, activation, below, dtype):
     # A last norm of a block may start with a weight of almost zero: y is zero in float16, z is not.
     x, dy = (normal((64, 4), seed).astype(dtype) for seed in range(2))
@@ -246,8 +264,17 @@ def test_a_pattern_that_a_sample_of_rows_may_hit_costs_no_digits(shape, period):
     check_against_oracle(x, normal(shape, 1))
 
 
-@pytest.mark.parametrize("approach", APPROACHES)
-@pytest.mark.parametrize("backend", ["jnp", "reference"])
+@pytest.mark.parametrize(
+    ("approach", "backend"),
+    [
+        ("batch", "jnp"),
+        *also_on_the_newest_jax(("ema", "jnp"), ("ema", "reference")),
+        *(
+            pytest.param(*other, marks=pytest.mark.slow)
+            for other in (("ema_compatibility", "jnp"), ("batch", "reference"), ("ema_compatibility", "reference"))
+        ),
+    ],
+)
 def test_two_runs_give_the_same_bits(approach, backend):
     x, dy = 3 + normal((32, 6, 13, 7)), normal((32, 6, 13, 7), 1)
     first = step(approach, backend=backend)(x, dy)

@@ -10,6 +10,7 @@ import bn_fused
 
 from support.over_batch import over_batch
 from support.tolerances import tol
+from support.versions import also_on_the_newest_jax
 
 CHANNELS = 4
 
@@ -69,8 +70,15 @@ def assert_infers_alike(one, other):
     np.testing.assert_allclose(inferred(*other), wanted, rtol=0, atol=tol(np.float32, n=100) * abs(wanted).max())
 
 
-@pytest.mark.parametrize("steps", [0, 1, 5])
-@pytest.mark.parametrize("mode", ["ema", "batch"])
+@pytest.mark.parametrize(
+    ("mode", "steps"),
+    [
+        ("ema", 1),
+        ("batch", 0),
+        *also_on_the_newest_jax(("ema", 0), ("ema", 5), ("batch", 5)),
+        pytest.param("batch", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_inference_and_training_go_on_as_with_equinox(mode, steps):
     old, old_state = make(equinoxs(mode, momentum=0.9, eps=1e-3))
     old_state = trained(old, old_state, steps)
@@ -117,8 +125,18 @@ def test_parts_under_inference_and_members_of_ensembles():
 
 
 @pytest.mark.usefixtures("standard_promotion")  # Equinox raises a float to the power of its counter
-@pytest.mark.parametrize("steps", [0, 1, 7, 300])
-@pytest.mark.parametrize("approach", ["batch", "ema_compatibility"])
+# The first step of `ema_compatibility` is its own; 300 steps leave nothing of the start.
+@pytest.mark.parametrize(
+    ("approach", "steps"),
+    [
+        ("batch", 0),
+        ("ema_compatibility", 1),
+        *also_on_the_newest_jax(("batch", 7), ("ema_compatibility", 0), ("ema_compatibility", 300)),
+        pytest.param("batch", 1, marks=pytest.mark.slow),
+        pytest.param("batch", 300, marks=pytest.mark.slow),
+        pytest.param("ema_compatibility", 7, marks=pytest.mark.slow),
+    ],
+)
 def test_and_back(approach, steps):
     def norm():
         return bn_fused.BatchNorm(CHANNELS, "batch", approach, momentum=0.9)
@@ -150,8 +168,16 @@ def test_statistics_from_elsewhere_go_to_equinox_too():
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["ema", "batch"])
-@pytest.mark.parametrize(("use_weight", "use_bias"), [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("use_weight", "use_bias", "mode"),
+    [
+        (False, True, "batch"),
+        *also_on_the_newest_jax((True, False, "ema"), (False, False, "batch")),
+        pytest.param(True, False, "batch", marks=pytest.mark.slow),
+        pytest.param(False, True, "ema", marks=pytest.mark.slow),
+        pytest.param(False, False, "ema", marks=pytest.mark.slow),
+    ],
+)
 def test_what_a_layer_has_of_weight_and_bias_goes_to_equinox(use_weight, use_bias, mode):
     def norm():
         return bn_fused.BatchNorm(CHANNELS, "batch", mode=mode, use_weight=use_weight, use_bias=use_bias)

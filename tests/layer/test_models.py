@@ -12,6 +12,7 @@ import bn_fused
 
 from support.over_batch import over_batch
 from support.tolerances import tol
+from support.versions import also_on_the_newest_jax
 
 
 class Block(eqx.Module):
@@ -152,7 +153,9 @@ FOLDED = {
 }
 
 
-@pytest.mark.parametrize(("use_weight", "use_bias"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    ("use_weight", "use_bias"), [(True, True), *also_on_the_newest_jax((True, False), (False, True), (False, False))]
+)
 @pytest.mark.parametrize("name", FOLDED)
 def test_a_folded_layer_gives_what_layer_and_norm_give(name, use_weight, use_bias):
     layer, shape = FOLDED[name]

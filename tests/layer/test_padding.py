@@ -29,8 +29,11 @@ from support.programs import (
     varied,
 )
 from support.tolerances import assert_same_bits
+from support.versions import ON_THE_NEWEST_JAX, also_on_the_newest_jax
 
 BACKENDS = ("jnp", "reference")
+# What JAX makes of the reference says the same on each version of it.
+EACH_BACKEND = pytest.mark.parametrize("backend", ["jnp", *also_on_the_newest_jax("reference")])
 PHASES = (*APPROACHES, "inference")
 BAD = (np.nan, np.inf, 1e38)
 EXAMPLES, CHANNELS, POSITIONS = 6, 3, 4
@@ -122,14 +125,20 @@ def describe(step):
     return "-".join(str(value) for value in dataclasses.astuple(step))
 
 
-# The reference, which JAX differentiates, by default with the activations whose derivative has a kink and has none.
+def marks_of(step):
+    """The reference, which JAX differentiates, by default with the activations whose derivative has a kink and none."""
+    if step.backend == "jnp":
+        return ()
+    return ON_THE_NEWEST_JAX if step.activation in ("relu", "silu") else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "step",
     [
         pytest.param(
             step,
             id=describe(step),
-            marks=[] if step.backend == "jnp" or step.activation in ("relu", "silu") else [pytest.mark.slow],
+            marks=marks_of(step),
         )
         for step in STEPS
     ],
@@ -152,7 +161,7 @@ def test_values_and_gradients_do_not_depend_on_what_padding_holds(step):
 
 
 @pytest.mark.parametrize("phase", ["ema", "inference"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 def test_second_derivatives_do_not_depend_on_what_padding_holds(backend, phase):
     step = Step(backend, phase)
 
@@ -177,7 +186,7 @@ def test_second_derivatives_do_not_depend_on_what_padding_holds(backend, phase):
 
 
 @pytest.mark.parametrize("phase", ["batch", "inference"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 def test_a_cotangent_that_is_zero_at_a_point_is_no_padding_to_its_own_derivative(backend, phase, x64):
     """Of s * sum(y), at s = 0: d/ds of the gradient is what the gradient is at s = 1."""
     step = Step(backend, phase)
@@ -191,7 +200,7 @@ def test_a_cotangent_that_is_zero_at_a_point_is_no_padding_to_its_own_derivative
     assert_trees_close(derivative, compiled(gradients)(one), n=EXAMPLES * POSITIONS)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 def test_at_inference_a_mask_changes_neither_values_nor_gradients(backend, x64):
     """Where masked outputs are used they count, as in training: all depends on them."""
     step = Step(backend, "inference")
@@ -281,7 +290,7 @@ def scan(program, inputs):
         ("inference-all", remat),
     ],
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 def test_under_transforms_gradients_do_not_depend_on_what_padding_holds(backend, name, transform, x64):
     case = {**CASES, **MORE_CASES}[name]
     inputs, count = inputs_and_count(case, later=True)

@@ -12,6 +12,7 @@ from bn_fused.approaches import APPROACHES
 
 from support.over_batch import over_batch as over_batch_eagerly
 from support.tolerances import assert_close, assert_same_bits
+from support.versions import also_on_the_newest_jax
 
 CHANNELS = 3
 BATCHES = [8, 4, 8]  # unequal
@@ -81,7 +82,11 @@ def recording(seen):
 SETTINGS = [{"approach": name} for name in APPROACHES] + [{"virtual_batch_size": 2}]
 
 
-@pytest.mark.parametrize(("settings", "trained"), [*((one, True) for one in SETTINGS), ({}, False)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "trained"),
+    [({}, False), (SETTINGS[0], True), *also_on_the_newest_jax(*((one, True) for one in SETTINGS[1:]))],
+    ids=str,
+)
 def test_unequal_batches_of_a_network_with_a_layer_used_twice(settings, trained):
     model, state = make(warmup_period=10, **settings)
     if trained:
@@ -240,8 +245,15 @@ def test_an_axis_of_devices_that_was_forgotten_is_named():
         bn_fused.recalibrate(layer, state, batches([8]), run)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("ragged", "check_vma"),
+    [
+        (True, True),
+        *also_on_the_newest_jax((False, False)),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_devices_that_share_their_statistics(ragged, check_vma):
     model, state = make(axis_name=("batch", "data"))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -298,7 +310,9 @@ def test_groups_of_devices_have_the_statistics_of_all_of_them():
     assert_close(stats.var, values.var(0), 100.0)
 
 
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [jax.sharding.AxisType.Auto, *also_on_the_newest_jax(jax.sharding.AxisType.Explicit)]
+)
 def test_sharded_arrays_under_jit(axis_type):
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
     model, state = make()

@@ -15,6 +15,7 @@ import pytest
 from bn_fused.bench import digits
 
 from support.tolerances import assert_same_bits
+from support.versions import on_the_newest_jax
 
 SEEDS = (0, 1, 2)
 
@@ -38,7 +39,8 @@ def last_losses(norm, seeds=SEEDS):
     return [float(np.median(loss[-50:])) for loss in losses]
 
 
-# No seed has ended above the limit; the others are slow.
+# No seed has ended above the limit; the others are slow. On an older JAX two steps are trained, and the same twice.
+@on_the_newest_jax
 @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:]]])
 @pytest.mark.parametrize("approach", ["batch", "ema"])
 def test_the_training_loss_falls(approach, seed):
@@ -46,6 +48,7 @@ def test_the_training_loss_falls(approach, seed):
     assert loss < 0.2
 
 
+@on_the_newest_jax
 def test_the_training_loss_of_ema_compatibility_does_not_fall():
     (loss,) = last_losses(digits.fused_norm("ema_compatibility"), seeds=(0,))
     assert loss > 1

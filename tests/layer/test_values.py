@@ -17,6 +17,7 @@ from bn_fused.kernels import activations
 
 from support import oracle
 from support.tolerances import assert_close, computed_in
+from support.versions import on_the_newest_jax
 
 ACTIVATIONS = (None, *activations.ACTIVATIONS)
 BACKENDS = ("auto", "jnp", "reference")
@@ -364,8 +365,9 @@ DATA = {
 }
 
 
+@on_the_newest_jax
 @hypothesis.given(**DATA)
-@hypothesis.settings(max_examples=30)
+@hypothesis.settings(max_examples=20)
 def test_any_combination_agrees_with_the_oracle(case, seed, first, offset, spread):
     check_in_its_precision(case, seed, first, offset, spread)
 

@@ -9,13 +9,14 @@ import sys
 import pytest
 
 from support import ROOT
+from support.versions import also_on_the_newest_jax
 
 DOCUMENTS = ("README.md", "docs/devices.md", "docs/flax.md", "docs/migrate.md", "docs/kernels-gpu.md")
 NEEDED = {"docs/flax.md": "flax"}  # what a document's examples import, of an extra
 FLAGS = "--xla_force_host_platform_device_count=4"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [DOCUMENTS[0], *also_on_the_newest_jax(*DOCUMENTS[1:])])
 def test_the_examples_run_one_after_the_other(document, tmp_path):
     if document in NEEDED:
         pytest.importorskip(NEEDED[document], reason=f"{NEEDED[document]} is not installed: the extra of that name")

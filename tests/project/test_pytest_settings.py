@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from support import ROOT
+from support.versions import on_the_newest_jax
 
 # As pytest-benchmark 5.1 does under pytest-xdist while pytest is configured, of a class that no setting here can name.
 WARNS = """
@@ -14,6 +15,7 @@ def pytest_configure(config):
 """
 
 
+@on_the_newest_jax
 def test_pytest_benchmark_does_not_end_the_run_with_its_warning(tmp_path):
     (tmp_path / "warns.py").write_text(WARNS)
     metadata = tmp_path / "warns-1.0.dist-info"

@@ -13,6 +13,7 @@ from bn_fused.bench.allocator import ALLOCATOR
 from bn_fused.bench.workloads import SUITES
 
 from support.child_process import answer
+from support.versions import on_the_newest_jax
 
 pytestmark = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc",
@@ -60,5 +61,6 @@ def ratios():
 
 @pytest.mark.parametrize("part", LIMITS)
 @pytest.mark.parametrize("workload", SUITES["quick"])
+@on_the_newest_jax
 def test_the_layer_takes_at_most_this_share_of_equinoxs_time(ratios, workload, part):
     assert ratios[workload][part] <= LIMITS[part], ratios

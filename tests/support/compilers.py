@@ -2,21 +2,10 @@
 
 import importlib.util
 
-import jax
 import pytest
 
 from bn_fused.bench import deviceless
 from bn_fused.kernels.backends.triton import limits
-
-# Marks of what takes minutes and would tell the same on an older JAX, where CI leaves it out: `pytest -m slow` runs it.
-ON_THE_NEWEST_JAX = () if jax.__version_info__ >= (0, 11) else (pytest.mark.slow,)
-
-
-def on_the_newest_jax(test):
-    """The test with these marks."""
-    for mark in ON_THE_NEWEST_JAX:
-        test = mark(test)
-    return test
 
 
 class CompilerMissing(pytest.skip.Exception):
