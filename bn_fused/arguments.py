@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +63,21 @@ def check_real(name, value):
     of_numpy = isinstance(value, np.generic) and jnp.issubdtype(value.dtype, jnp.floating)
     if isinstance(value, bool) or not (of_numpy or isinstance(value, numbers.Real)):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
+
+
+def held(state, index, whose="this layer"):
+    """What a state holds at an `equinox.nn.StateIndex`; TypeError for no state, ValueError for that of others."""
+    if not isinstance(state, eqx.nn.State):
+        raise TypeError(
+            f"state is {state!r}; accepted is the equinox.nn.State that equinox.nn.make_with_state gives with the layer"
+        )
+    try:
+        return state.get(index)
+    except KeyError:
+        raise ValueError(
+            f"state holds nothing of {whose}; make both together: layer, state = "
+            "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it"
+        ) from None
 
 
 def check_eps(name, value):

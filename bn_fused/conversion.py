@@ -3,6 +3,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from bn_fused.arguments import held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import MODES, BatchNorm
 from bn_fused.models import check_settings, layer_moments, replaced, with_fields
@@ -14,7 +15,9 @@ def from_equinox(model, state, **settings):
     Inference gives what it gave, to rounding. Mode "ema" becomes approach "ema_compatibility", mode "batch" becomes
     "batch" with debias "none": training goes on as it would have gone on, and `settings` can say otherwise. (In mode
     "batch" Equinox's running variance starts at one, and inference divides that start by a small number in the first
-    steps; it is taken over as it is, and fades as it would have.)
+    steps; it is taken over as it is, and fades as it would have.) A layer that was never trained becomes a new one of
+    ours: mean 0 and variance 1 where Equinox infers with what it happens to hold, and a first step that replaces them.
+    Weight and bias keep their dtype, statistics of 16 bits become float32.
 
     **Arguments:**
 
@@ -28,10 +31,11 @@ def from_equinox(model, state, **settings):
 
     **Raises:**
 
-    TypeError for another setting, ValueError if there is no layer to replace, and what `bn_fused.BatchNorm` raises.
+    TypeError for another setting, a subclass of `equinox.nn.BatchNorm` or what is no state; ValueError if there is no
+    layer to replace or the state is another model's; and what `bn_fused.BatchNorm` raises.
     """
     check_settings(settings)
-    return replaced(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(old, state, settings))
+    return replaced(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(path, old, state, settings))
 
 
 def to_equinox(model, state):
@@ -53,18 +57,29 @@ def to_equinox(model, state):
     **Raises:**
 
     ValueError if there is no layer to replace, and for what Equinox does not have: the approach "ema", an activation,
-    virtual batches, groups of devices. It names the layer and what to do.
+    virtual batches, groups of devices. It names the layer and what to do. TypeError and ValueError for subclasses and
+    states, as of `from_equinox`.
     """
     return replaced(model, state, BatchNorm, lambda path, old: _equinoxs(path, old, state))
 
 
-def _ours(old, state, settings):
+def _check_no_subclass(path, layer, kind):
+    if type(layer) is not kind:
+        raise TypeError(
+            f"{path or 'model'} is a {type(layer).__name__}, a subclass of {kind.__name__}: what it does beside that "
+            "would be lost; accepted is the class itself"
+        )
+
+
+def _ours(path, old, state, settings):
+    _check_no_subclass(path, old, eqx.nn.BatchNorm)
+    whose = path or "this layer"
     if old.mode == "ema":
-        first = state.get(old.ema_first_time_index)
+        first = held(state, old.ema_first_time_index, whose)
         mean, var = state.get(old.ema_state_index)
         zero_frac = jnp.where(first, 1.0, 0.0)
     else:
-        counter = state.get(old.batch_counter)
+        counter = held(state, old.batch_counter, whose)
         first = counter == 0
         mean, var = state.get(old.batch_state_index)
         zero_frac = old.momentum**counter
@@ -93,6 +108,7 @@ def _ours(old, state, settings):
 
 
 def _equinoxs(path, old, state):
+    _check_no_subclass(path, old, BatchNorm)
     for name in ("activation", "virtual_batch_size", "axis_index_groups"):
         if getattr(old, name) is not None:
             raise ValueError(
@@ -104,7 +120,7 @@ def _equinoxs(path, old, state):
             f'{path} has approach {old.approach!r}, which equinox.nn.BatchNorm does not have: "batch" or '
             '"ema_compatibility", by bn_fused.with_settings, infer with the same statistics and train otherwise'
         )
-    mean, var = layer_moments(old, state)
+    mean, var = layer_moments(old, state, path)
     zero_frac = state.get(old.zero_frac_index)
     first = zero_frac == 1
     mode = next(mode for mode, approach in MODES.items() if approach == old.approach)

@@ -3,7 +3,9 @@
 import equinox as eqx
 import jax.numpy as jnp
 
+from bn_fused import arguments
 from bn_fused.kernels.contract import reciprocal_std, widest
+from bn_fused.kernels.jax_internals import is_traced
 from bn_fused.layer import BatchNorm
 from bn_fused.models import layer_moments, with_fields
 
@@ -33,8 +35,8 @@ def fold(layer, norm, state):
     if not isinstance(layer, _LAYERS):
         accepted = ", ".join(f"equinox.nn.{each.__name__}" for each in _LAYERS)
         raise TypeError(f"layer is a {type(layer).__name__}; accepted are {accepted}, and `fold_arrays` takes arrays")
-    if not isinstance(norm, BatchNorm):
-        raise TypeError(f"norm is a {type(norm).__name__}; accepted is a bn_fused.BatchNorm")
+    if type(norm) is not BatchNorm:  # what a subclass does beside it would be lost
+        raise TypeError(f"norm is a {type(norm).__name__}; accepted is a bn_fused.BatchNorm itself")
     if norm.activation is not None:
         raise ValueError(
             f"norm has the activation {norm.activation!r}, which no layer can take over: give "
@@ -62,14 +64,28 @@ def fold_arrays(weight, bias, mean, var, norm_weight=None, norm_bias=None, *, ep
 
     **Returns:**
 
-    The weight, of its shape and dtype, and the bias, of shape [C] and the dtype of `bias`, or of `weight` without one.
+    The weight, of its shape and dtype, and the bias, of shape [C] and the dtype of `bias`, or of `weight` without one;
+    float32 for float64 where JAX has no 64-bit types.
 
     **Raises:**
 
-    ValueError where shapes do not fit.
+    TypeError for what is no floating array, ValueError where shapes do not fit, for an `axis` that the weight does not
+    have, an `eps` that is not above 0, and a variance below zero.
     """
-    channels = (weight.shape[axis],)
     named = {"bias": bias, "mean": mean, "var": var, "norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, value in {"weight": weight, **named}.items():
+        optional, dtype = name not in ("weight", "mean", "var"), getattr(value, "dtype", None)
+        if (value is None and optional) or (dtype is not None and jnp.issubdtype(dtype, jnp.floating)):
+            continue
+        given = type(value).__name__ if dtype is None else dtype
+        raise TypeError(f"{name} is {given}; accepted is a floating array{' or None' if optional else ''}")
+    if not isinstance(axis, int) or not -weight.ndim <= axis < weight.ndim:
+        raise ValueError(f"axis is {axis!r}; a weight of shape {weight.shape} has axes 0 to {weight.ndim - 1}")
+    arguments.check_eps("eps", eps)
+    if not is_traced(var) and bool((jnp.asarray(var) < 0).any()):
+        raise ValueError(f"var is {var}; accepted are variances of 0 and above")
+    weight, bias = jnp.asarray(weight), None if bias is None else jnp.asarray(bias)
+    channels = (weight.shape[axis],)
     for name, value in named.items():
         if value is not None and value.shape != channels:
             raise ValueError(

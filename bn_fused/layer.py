@@ -301,19 +301,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
         ValueError or TypeError for a state that does not hold them.
         """
-        if not isinstance(state, eqx.nn.State):
-            raise TypeError(
-                f"state is {state!r}; accepted is the equinox.nn.State that equinox.nn.make_with_state gives with the "
-                "layer"
-            )
-        try:
-            mean, var = state.get(self.state_index)
-            stats = RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
-        except KeyError:
-            raise ValueError(
-                "state holds nothing of this layer; make both together: layer, state = "
-                "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it"
-            ) from None
+        mean, var = arguments.held(state, self.state_index)
+        stats = RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
         if mean.shape != (self.input_size,) or var.shape != mean.shape:
             raise ValueError(
                 f"state holds running statistics of shapes {mean.shape} and {var.shape}, those of another layer; "

@@ -1,8 +1,12 @@
 """`BatchNorm` in place of `flax.linen.BatchNorm`. It needs flax: the extra `flax`."""
 
 import jax.numpy as jnp
-from flax import linen
-from flax.linen.dtypes import canonicalize_dtype
+
+try:
+    from flax import linen
+    from flax.linen.dtypes import canonicalize_dtype
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('bn_fused.linen needs flax: pip install "bn_fused[flax]"', name=error.name) from error
 
 from bn_fused import flax_common
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_fused.approaches import inference_moments
+from bn_fused.arguments import held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import BatchNorm
 
@@ -97,7 +98,9 @@ def renewed(model, state):
         return isinstance(node, eqx.nn.StateIndex)
 
     return jax.tree.map(
-        lambda node: eqx.nn.StateIndex(state.get(node)) if is_index(node) else node, model, is_leaf=is_index
+        lambda node: eqx.nn.StateIndex(held(state, node, "the model")) if is_index(node) else node,
+        model,
+        is_leaf=is_index,
     )
 
 
@@ -113,12 +116,12 @@ def moments_of(model, state):
     {path: (mean, var)}, path as "blocks.0.norm"; mean and variance of shape [C], 0 and 1 where a layer was never
     trained; with a leading axis for an ensemble.
     """
-    return {path: layer_moments(layer, state) for path, layer in layers_of(model).items()}
+    return {path: layer_moments(layer, state, path) for path, layer in layers_of(model).items()}
 
 
-def layer_moments(layer, state):
+def layer_moments(layer, state, path=""):
     """Mean and variance of one layer, as of `moments_of`."""
-    mean, var = state.get(layer.state_index)
+    mean, var = held(state, layer.state_index, path or "this layer")
     zero_frac = state.get(layer.zero_frac_index)[..., None]
     dtype = widest(mean.dtype)
     return inference_moments(*(jnp.asarray(value, dtype) for value in (mean, var, zero_frac)))

@@ -2,8 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-from flax.nnx.nn.dtypes import canonicalize_dtype
+
+try:
+    from flax import nnx
+    from flax.nnx.nn.dtypes import canonicalize_dtype
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('bn_fused.nnx needs flax: pip install "bn_fused[flax]"', name=error.name) from error
 
 from bn_fused import flax_common
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_fused.arguments import check_same_on_devices
+from bn_fused.arguments import check_same_on_devices, held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import BatchNorm
 from bn_fused.models import layers_of, renewed, replaced, with_fields
@@ -141,7 +141,7 @@ def _recording_class(cls):
 
 def _recording(layer, state):
     """The layer as one that records, with an empty record as its start."""
-    mean, zero_frac = state.get(layer.state_index)[0], state.get(layer.zero_frac_index)
+    mean, zero_frac = held(state, layer.state_index)[0], state.get(layer.zero_frac_index)
     dtype = widest(jnp.zeros((), float).dtype, mean.dtype)
     empty = (_placed(np.zeros(like.shape, dtype), like) for like in (zero_frac, mean, mean))
     layer = renewed(layer, state)

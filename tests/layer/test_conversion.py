@@ -230,3 +230,34 @@ def test_a_model_without_such_layers_is_an_error():
     new, state = bn_fused.from_equinox(model, state)
     with pytest.raises(ValueError, match="no equinox BatchNorm"):
         bn_fused.from_equinox(new, state)
+
+
+class Doubled(eqx.nn.BatchNorm):
+    def __call__(self, x, state, **options):
+        y, state = super().__call__(x, state, **options)
+        return 2 * y, state
+
+
+class Halved(bn_fused.BatchNorm):
+    pass
+
+
+def test_subclasses_whose_behaviour_would_be_lost_are_named():
+    model, state = eqx.nn.make_with_state(lambda: [eqx.nn.Identity(), Doubled(4, "batch", mode="batch")])()
+    with pytest.raises(TypeError, match="1 is a Doubled, a subclass of BatchNorm"):
+        bn_fused.from_equinox(model, state)
+    model, state = eqx.nn.make_with_state(Halved)(4, "batch", "batch")
+    with pytest.raises(TypeError, match="model is a Halved, a subclass of BatchNorm"):
+        bn_fused.to_equinox(model, state)
+
+
+def test_a_state_of_another_model_is_named():
+    model, state = eqx.nn.make_with_state(lambda: [eqx.nn.BatchNorm(4, "batch", mode="batch")])()
+    _, other = eqx.nn.make_with_state(lambda: {"norm": eqx.nn.BatchNorm(4, "batch", mode="batch")})()
+    with pytest.raises(ValueError, match="state holds nothing of 0; make both together"):
+        bn_fused.from_equinox(model, other)
+    with pytest.raises(TypeError, match="state is None; accepted is the equinox.nn.State"):
+        bn_fused.from_equinox(model, None)
+    model, state = bn_fused.from_equinox(model, state)
+    with pytest.raises(ValueError, match="state holds nothing of 0; make both together"):
+        bn_fused.moments_of(model, other)

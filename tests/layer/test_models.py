@@ -210,3 +210,45 @@ def test_what_cannot_be_folded_is_named():
         bn_fused.fold(eqx.nn.MLP(4, 6, 2, 1, key=KEY), plain, state)
     with pytest.raises(TypeError, match="norm is a LayerNorm"):
         bn_fused.fold(layer, eqx.nn.LayerNorm(6), state)
+
+
+ARRAYS = {
+    "weight": np.ones((3, 2), np.float32),
+    "bias": None,
+    "mean": np.zeros(3, np.float32),
+    "var": np.ones(3, np.float32),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"weight": np.ones((3, 2), int)}, TypeError, "weight is int64; accepted is a floating array"),
+        ({"weight": [[1.0, 2.0]]}, TypeError, "weight is list; accepted is a floating array"),
+        ({"bias": 1.0}, TypeError, "bias is float; accepted is a floating array or None"),
+        ({"var": np.asarray([1.0, -1.0, 1.0], np.float32)}, ValueError, "var is .*; accepted are variances of 0"),
+        ({"eps": -1}, ValueError, "eps is -1; accepted is a finite number above 0"),
+        ({"axis": 2}, ValueError, r"axis is 2; a weight of shape \(3, 2\) has axes 0 to 1"),
+        ({"axis": "x"}, ValueError, "axis is 'x'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_arrays_that_cannot_be_folded_are_named(given, error, message):
+    with pytest.raises(error, match=message):
+        bn_fused.fold_arrays(**ARRAYS | given)
+
+
+def test_float64_arrays_are_folded_in_what_jax_has():
+    weight, bias = bn_fused.fold_arrays(np.eye(3), None, np.zeros(3), np.full(3, 4.0), eps=1e-5)
+    assert (weight.dtype, bias.dtype) == (np.float32, np.float32)
+    np.testing.assert_allclose(np.asarray(weight), np.eye(3) / 2, rtol=1e-5)
+    assert bn_fused.fold_arrays(jnp.eye(3), None, jnp.zeros(3), jnp.ones(3), eps=1e-5)[0].dtype == jnp.float32
+
+
+def test_a_norm_of_a_subclass_is_not_folded():
+    class Own(bn_fused.BatchNorm):
+        pass
+
+    norm, state = eqx.nn.make_with_state(Own)(6, "batch", "batch")
+    with pytest.raises(TypeError, match="norm is a Own; accepted is a bn_fused.BatchNorm itself"):
+        bn_fused.fold(eqx.nn.Linear(4, 6, key=KEY), norm, state)
