@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from bn_fused.bench import saved
 from bn_fused.bench.run.performance import RESULTS, NoRecords, documents
-from bn_fused.bench.run.records import Run, load
+from bn_fused.bench.run.records import Run, run_of
 from bn_fused.bench.step.networks import NO_NORM, Setting
 from bn_fused.bench.step.parts import Parts, parts
 from bn_fused.bench.step.timed import Row
@@ -63,10 +63,10 @@ def _steps(path: str, content: dict) -> Steps:
 def _recorded(folder: pathlib.Path) -> Iterator[tuple[str, Layers | Steps]]:
     """What has kernels' times, with the device's folder; the oldest first. `UnreadableRun` for a damaged file."""
     found = []
-    for name, (kind, version, content) in documents(folder):
-        one = None
+    for name, document in documents(folder):
+        (kind, version, content), one = document, None
         if kind == saved.RUN and any(row.get("timed_by") == "device" for row in content["rows"]):
-            run = load(folder / name)
+            run = run_of(document, folder / name)
             one = run.date, Layers(name, run)
         elif kind == "step" and version == saved.SCHEMA:
             steps = _steps(name, content)

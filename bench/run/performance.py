@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from bn_fused.bench import saved
-from bn_fused.bench.run.records import Run, UnreadableRun, load
+from bn_fused.bench.run.records import Run, read, run_of
 from bn_fused.bench.run.report import environment_lines
 from bn_fused.kernels.registry import is_reference
 
@@ -25,10 +25,7 @@ def documents(folder: str | os.PathLike = RESULTS) -> Iterator[tuple[str, saved.
     Raises `UnreadableRun` for a damaged file.
     """
     for path in sorted(pathlib.Path(folder).glob("*/**/*.json")):
-        try:
-            yield path.relative_to(folder).as_posix(), saved.read(path.read_bytes())
-        except ValueError as error:
-            raise UnreadableRun(f"{path} is {error}") from None
+        yield path.relative_to(folder).as_posix(), read(path)
 
 
 def recorded(folder: str | os.PathLike = RESULTS) -> dict[str, Run]:
@@ -37,7 +34,7 @@ def recorded(folder: str | os.PathLike = RESULTS) -> dict[str, Run]:
     for name, document in documents(folder):
         if document.kind != saved.RUN:
             continue
-        run = load(pathlib.Path(folder) / name)
+        run = run_of(document, pathlib.Path(folder) / name)
         key, entry = (file_name(run).split("/")[0], run.suite), (name, run)
         if key not in newest or newest[key][1].date <= run.date:
             newest[key] = entry

@@ -148,14 +148,24 @@ def to_json(run: Run) -> str:
     return saved.envelope(saved.RUN, content, rows, command=command, interrupted=interrupted)
 
 
-def load(path: str | os.PathLike) -> Run:
-    """Read a saved run; `UnreadableRun` if it is none, or another version's."""
+def read(path: str | os.PathLike) -> saved.Document:
+    """What a command saved; `UnreadableRun` if the file cannot be read or is not JSON."""
     try:
-        kind, version, content = saved.read(pathlib.Path(path).read_bytes())
+        return saved.read(pathlib.Path(path).read_bytes())
     except OSError as error:
         raise UnreadableRun(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UnreadableRun(f"{path} is {error}") from None
+
+
+def load(path: str | os.PathLike) -> Run:
+    """Read a saved run; `UnreadableRun` if it is none, or another version's."""
+    return run_of(read(path), path)
+
+
+def run_of(document: saved.Document, path: str | os.PathLike) -> Run:
+    """The run that was read from this path; `UnreadableRun` as of `load`."""
+    kind, version, content = document
     if kind not in (saved.RUN, None):
         raise UnreadableRun(f"{path} was saved by bn-bench {kind}, and not by bn-bench run")
     if version != saved.SCHEMA:

@@ -367,9 +367,8 @@ def _folded_sum(function, arrays, layout, parts):
     axis = next((axis for axis in known if shape[axis] >= counts[0]), None)
     if axis is None:
         return sum_rows(function(*arrays), layout)
-    parts = min(
-        counts, key=lambda count: (shape[axis] % count if count <= shape[axis] else math.inf, abs(count - parts))
-    )
+    counts = [count for count in counts if count <= shape[axis]]
+    parts = min(counts, key=lambda count: (shape[axis] % count, abs(count - parts)))
 
     def part(start, stop):
         return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))

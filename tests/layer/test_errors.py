@@ -1,6 +1,8 @@
 """What cannot be computed says so: argument, value, what is accepted; and nothing is left half-updated."""
 
+import importlib
 import re
+import sys
 import warnings
 
 import equinox as eqx
@@ -464,3 +466,11 @@ def test_statistics_that_do_not_fit_each_other_are_refused(change, shown):
     stats = bn_fused.RunningStats.init(3)
     with pytest.raises(ValueError, match=names("stats.var", shown, "stats.mean", "same shape and dtype")):
         bn_fused.batch_norm(jnp.ones((4, 3)), stats._replace(**change))
+
+
+@pytest.mark.parametrize("module", ["nnx", "linen"])
+def test_without_flax_the_extra_is_named(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flax", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"bn_fused.{module}", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=names(f"bn_fused.{module} needs flax", "bn_fused[flax]")):
+        importlib.import_module(f"bn_fused.{module}")

@@ -553,7 +553,7 @@ def third_derivative(program, inputs):
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-def compare(function, case, program_type=Program, wrap=jax.jit):
+def check_against_reference(function, case, program_type=Program, wrap=jax.jit):
     """Run a function of (program, inputs) on the fused operation and on the layer's reference, first and later step.
 
     `wrap` is of the fused operation; the reference is compiled.
@@ -633,7 +633,7 @@ def functional_grid():
 
 @pytest.mark.parametrize(("name", "case"), list(grid()))
 def test_agrees_with_plain_autodiff_of_the_definition(name, case):
-    compare(PROGRAMS[name], case)
+    check_against_reference(PROGRAMS[name], case)
 
 
 # The rest is in the grid above, and slow.
@@ -648,12 +648,12 @@ def test_agrees_with_plain_autodiff_of_the_definition(name, case):
     ],
 )
 def test_inference_and_virtual_batches_agree_with_plain_autodiff_of_the_definition(case_name, name):
-    compare(PROGRAMS[name], MORE_CASES[case_name])
+    check_against_reference(PROGRAMS[name], MORE_CASES[case_name])
 
 
 @pytest.mark.parametrize(("name", "case"), list(functional_grid()))
 def test_the_functional_form_agrees_with_plain_autodiff_of_the_definition(name, case):
-    compare(PROGRAMS[name], case, program_type=Function)
+    check_against_reference(PROGRAMS[name], case, program_type=Function)
 
 
 def test_the_functional_form_averages_over_an_outer_name_too():
@@ -674,17 +674,17 @@ def test_the_functional_form_averages_over_an_outer_name_too():
         outputs = mapped(inputs._replace(x=halves(inputs.x), residual=halves(inputs.residual)), halves(program.mask))
         return outputs._replace(y=jnp.reshape(outputs.y, inputs.x.shape))
 
-    compare(with_gradient(run), case, program_type=Function)
+    check_against_reference(with_gradient(run), case, program_type=Function)
 
 
 @pytest.mark.parametrize("name", ["ema-all", *[pytest.param(name, marks=pytest.mark.slow) for name in MORE_CASES]])
 def test_eager_agrees_with_plain_autodiff_of_the_definition(name):
-    compare(value_and_grad, {**CASES, **MORE_CASES}[name], wrap=lambda function: function)
+    check_against_reference(value_and_grad, {**CASES, **MORE_CASES}[name], wrap=lambda function: function)
 
 
 @pytest.mark.parametrize("program_type", [Program, pytest.param(Function, marks=ON_THE_NEWEST_JAX)])
 def test_with_jit_disabled_it_agrees_with_plain_autodiff_of_the_definition(program_type):
-    compare(value_and_grad, CASES["ema-all"], program_type=program_type, wrap=jax.disable_jit())
+    check_against_reference(value_and_grad, CASES["ema-all"], program_type=program_type, wrap=jax.disable_jit())
 
 
 def test_while_loop_and_its_tangents_agree_with_plain_autodiff_of_the_definition():
@@ -700,7 +700,7 @@ def test_while_loop_and_its_tangents_agree_with_plain_autodiff_of_the_definition
 
         return jax.jvp(loop, (inputs,), (another(inputs),))
 
-    compare(run, CASES["ema-all"])
+    check_against_reference(run, CASES["ema-all"])
 
 
 def test_an_unbound_axis_name_is_a_name_error_under_every_transform():
