@@ -239,19 +239,45 @@ def as_device_groups(value):
     return tuple(tuple(int(index) for index in group) for group in groups)
 
 
-def check_bound(names):
-    """NameError for a name that no surrounding vmap, shard_map or pmap has."""
-    for name in names:
-        try:
-            axis_size(name)
-        except NameError:
-            devices = ", ".join(map(repr, sorted(device_axis_names(), key=str)))
-            raise NameError(
-                f"unbound axis name: {name!r}, which is in axis_name, is an axis of no surrounding vmap, shard_map or "
-                f"pmap{f'; the axes of devices are {devices}' if devices else ''}. A layer is called on one example, "
-                f"as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), out_axes=(0, None))(x, state); "
-                "bn_fused.batch_norm needs no name for the examples of x"
-            ) from None
+def check_bound(names, one_example=None):
+    """NameError for a name that no surrounding vmap, shard_map or pmap has.
+
+    What to do is said for a caller that gets `one_example` (True) or a whole batch (False).
+    """
+    unbound = [name for name in names if not _is_bound(name)]
+    if not unbound:
+        return
+    name, of_devices = unbound[0], device_axis_names()
+    devices = ", ".join(map(repr, sorted(of_devices, key=str)))
+    if one_example is None:
+        advice = ""
+    elif not one_example:
+        advice = (
+            ". axis_name is for axes around the call, a jax.vmap's or those of devices in jax.shard_map or jax.pmap; "
+            "the examples of x need no name, and under plain jax.jit over sharded arrays nothing does"
+        )
+    elif set(names) - set(unbound) - of_devices:  # the batch's own axis is there
+        advice = (
+            ". An axis of devices is bound by jax.shard_map or jax.pmap around the jax.vmap; on one device, and under "
+            "plain jax.jit over sharded arrays, leave it out: bn_fused.with_settings(model, axis_name=...)"
+        )
+    else:
+        advice = (
+            f". The layer is called on one example, as in jax.vmap(layer, axis_name={name!r}, in_axes=(0, None), "
+            "out_axes=(0, None))(x, state)"
+        )
+    raise NameError(
+        f"unbound axis name: {name!r}, which is in axis_name, is an axis of no surrounding vmap, shard_map or pmap"
+        f"{f'; the axes of devices are {devices}' if devices else ''}{advice}"
+    )
+
+
+def _is_bound(name):
+    try:
+        axis_size(name)
+    except NameError:
+        return False
+    return True
 
 
 def check_input(x, channels, axis, expected, inference):

@@ -82,6 +82,8 @@ def batch_norm(
     momentum = arguments.as_momentum(momentum)
     names, device_groups = arguments.as_axis_names(axis_name), arguments.as_device_groups(axis_index_groups)
     arguments.check_boolean("inference", inference)
+    if not inference:
+        arguments.check_bound(names, one_example=False)
     x = jnp.asarray(x)
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")

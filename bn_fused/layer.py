@@ -288,6 +288,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         stats = self.get_stats(state)
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
+        arguments.check_bound(call.axis_names, one_example=True)
         return self._train(call, x, stats, residual, mask, state)
 
     def _train(self, call, x, stats, residual, mask, state):

@@ -265,6 +265,9 @@ def test_calls_that_are_not_accepted_are_named(api):
         ours(data(), False, residual=jnp.ones((8, 5)))
     with pytest.raises(TypeError, match="complex"):
         ours(data().astype(jnp.complex64), False)
+    named = APIS[api](APIS[api].ours, CHANNELS, axis_name="data")
+    with pytest.raises(NameError, match="'data'.*examples of x need no name"):
+        named(data(), False)
     if api == "linen":
         with pytest.raises(ValueError, match="force_float32_reductions is False"):
             bn_fused.linen.BatchNorm(force_float32_reductions=False, use_running_average=True).init(

@@ -248,10 +248,17 @@ def test_a_missing_axis_name_is_a_name_error(backend):
         layer(jnp.ones((CHANNELS, 5)), state)
     with pytest.raises(NameError, match="batch"):
         jax.vmap(lambda x: layer(x, state), axis_name="other", out_axes=(0, None))(jnp.ones((4, CHANNELS, 5)))
-    with pytest.raises(NameError, match="devices"):
-        function(axis_name="devices", backend=backend)
     with pytest.raises(NameError, match=names("axis_name='batch', in_axes=(0, None)", "vmap", "shard_map")):
         layer(jnp.ones((CHANNELS, 5)), state)
+    with pytest.raises(NameError, match=names("devices", "examples of x need no name")) as caught:
+        function(axis_name="devices", backend=backend)
+    assert "layer" not in str(caught.value)
+    both, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, ("batch", "devices"), "batch", backend=backend)
+    with pytest.raises(NameError, match=names("'devices'", "shard_map", "with_settings")) as caught:
+        apply(both, state, jnp.ones((4, CHANNELS, 5)))
+    assert "in_axes" not in str(caught.value)
+    with pytest.raises(NameError, match=names("axis_name='batch', in_axes=(0, None)")):
+        both(jnp.ones((CHANNELS, 5)), state)
 
 
 def test_a_whole_batch_given_to_the_layer_is_named_as_such():
