@@ -5,6 +5,7 @@ An error names the argument, its value and what is accepted.
 
 import math
 import numbers
+import reprlib
 import sys
 import warnings
 from collections.abc import Hashable
@@ -68,15 +69,17 @@ def check_real(name, value):
 def held(state, index, whose="this layer"):
     """What a state holds at an `equinox.nn.StateIndex`; TypeError for no state, ValueError for that of others."""
     if not isinstance(state, eqx.nn.State):
+        given = state if state is None else f"a {type(state).__name__}"
         raise TypeError(
-            f"state is {state!r}; accepted is the equinox.nn.State that equinox.nn.make_with_state gives with the layer"
+            f"state is {given}; accepted is the equinox.nn.State that equinox.nn.make_with_state gives with the layer"
         )
     try:
         return state.get(index)
     except KeyError:
         raise ValueError(
             f"state holds nothing of {whose}; make both together: layer, state = "
-            "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it"
+            "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it; what was "
+            "trained with equinox.nn.BatchNorm comes by bn_fused.from_equinox(model, state)"
         ) from None
 
 
@@ -377,14 +380,35 @@ def check_array(name, value):
         raise TypeError(f"{name} is {value!r}; accepted is an array")
 
 
-def as_parameter(name, value, shape):
-    """A weight or bias as a JAX array; None for None. TypeError or ValueError unless it is floating, of this shape."""
+def as_array(name, value):
+    """A JAX array of an array, or of a number or nested lists of them. TypeError for anything else."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {reprlib.repr(value)}; accepted is an array") from error
+
+
+def check_no_ensemble(mean):
+    """ValueError where what a state holds as a layer's running mean, [C], has axes before that."""
+    if mean.ndim > 1:
+        raise ValueError(
+            f"state holds running statistics of shape {mean.shape}, with a leading axis: the layer is an ensemble. Use "
+            "it under equinox.filter_vmap, as in equinox.filter_vmap(lambda layer, state: layer.get_stats(state))("
+            "layer, state); of what pmap has stacked, take the first (value[0])"
+        )
+
+
+def as_parameter(name, value, shape, source):
+    """A weight or bias as a JAX array; None for None. TypeError or ValueError unless it is floating, of this shape.
+
+    `source` is what has that shape.
+    """
     if value is None:
         return None
     check_array(name, value)
     check_floating(name, value)
     if value.shape != shape:
-        raise ValueError(f"{name} has shape {value.shape}; it must be {shape}, as stats.mean")
+        raise ValueError(f"{name} has shape {value.shape}; accepted is {shape}, as {source}")
     return jnp.asarray(value)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from bn_fused.arguments import held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import MODES, BatchNorm
-from bn_fused.models import check_settings, layer_moments, replaced, with_fields
+from bn_fused.models import check_settings, layer_moments, named, replaced, with_fields
 
 
 def from_equinox(model, state, **settings):
@@ -32,7 +32,7 @@ def from_equinox(model, state, **settings):
     **Raises:**
 
     TypeError for another setting, a subclass of `equinox.nn.BatchNorm` or what is no state; ValueError if there is no
-    layer to replace or the state is another model's; and what `bn_fused.BatchNorm` raises.
+    layer to replace or the state is another model's; and what `bn_fused.BatchNorm` raises, with the layer's path.
     """
     check_settings(settings)
     return replaced(model, state, eqx.nn.BatchNorm, lambda path, old: _ours(path, old, state, settings))
@@ -92,7 +92,8 @@ def _ours(path, old, state, settings):
         "inference": old.inference,
     }
     dtype = widest(mean.dtype)
-    new = BatchNorm(old.input_size, channelwise_affine=old.channelwise_affine, dtype=dtype, **(own | settings))
+    with named(path):
+        new = BatchNorm(old.input_size, channelwise_affine=old.channelwise_affine, dtype=dtype, **(own | settings))
     # Before the first step Equinox holds anything, or ones; here it is zeros.
     mean, var = (jnp.where(first[..., None], jnp.zeros((), dtype), value.astype(dtype)) for value in (mean, var))
     return with_fields(

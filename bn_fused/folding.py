@@ -7,7 +7,7 @@ from bn_fused import arguments
 from bn_fused.kernels.contract import reciprocal_std, widest
 from bn_fused.kernels.jax_internals import is_traced
 from bn_fused.layer import BatchNorm
-from bn_fused.models import layer_moments, with_fields
+from bn_fused.models import hint_at_conversion, layer_moments, with_fields
 
 _LAYERS = (eqx.nn.Conv, eqx.nn.ConvTranspose, eqx.nn.Linear)
 
@@ -36,13 +36,16 @@ def fold(layer, norm, state):
         accepted = ", ".join(f"equinox.nn.{each.__name__}" for each in _LAYERS)
         raise TypeError(f"layer is a {type(layer).__name__}; accepted are {accepted}, and `fold_arrays` takes arrays")
     if type(norm) is not BatchNorm:  # what a subclass does beside it would be lost
-        raise TypeError(f"norm is a {type(norm).__name__}; accepted is a bn_fused.BatchNorm itself")
+        raise TypeError(
+            f"norm is a {type(norm).__name__}; accepted is a bn_fused.BatchNorm itself{hint_at_conversion(norm)}"
+        )
     if norm.activation is not None:
         raise ValueError(
             f"norm has the activation {norm.activation!r}, which no layer can take over: give "
             "bn_fused.with_settings(norm, activation=None) and apply it to what the folded layer gives"
         )
     moments = layer_moments(norm, state)
+    arguments.check_no_ensemble(moments[0])
     bias = None if layer.bias is None else jnp.reshape(layer.bias, (-1,))
     weight, bias = fold_arrays(layer.weight, bias, *moments, norm.weight, norm.bias, eps=norm.eps)
     behind = (1,) * (layer.weight.ndim - 2)  # a convolution's bias has its result's rank

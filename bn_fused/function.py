@@ -1,7 +1,6 @@
 """`batch_norm`: BatchNorm of a whole batch as a function of arrays."""
 
 import jax
-import jax.numpy as jnp
 
 from bn_fused import arguments
 from bn_fused.kernels.jax_internals import shard_like
@@ -84,7 +83,7 @@ def batch_norm(
     arguments.check_boolean("inference", inference)
     if not inference:
         arguments.check_bound(names, one_example=False)
-    x = jnp.asarray(x)
+    x = arguments.as_array("x", x)
     if not isinstance(stats, RunningStats):
         raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
     channel_axis = arguments.as_channel_axis(channel_axis, x.shape, "x")
@@ -92,8 +91,8 @@ def batch_norm(
     arguments.check_zero_start("stats", stats)
     channels = stats.mean.shape[0]
     arguments.check_input(x, channels, channel_axis, f"stats has {channels}, channel_axis is {channel_axis}", inference)
-    weight = arguments.as_parameter("weight", weight, stats.mean.shape)
-    bias = arguments.as_parameter("bias", bias, stats.mean.shape)
+    weight = arguments.as_parameter("weight", weight, stats.mean.shape, "stats.mean")
+    bias = arguments.as_parameter("bias", bias, stats.mean.shape, "stats.mean")
     residual = arguments.as_residual(residual, x)
     mask = arguments.as_mask(mask, x, channel_axis)
     if mask is not None and not (inference or names):

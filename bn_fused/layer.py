@@ -264,7 +264,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         del key
         inference = self.inference if inference is None else inference
         arguments.check_boolean("inference", inference)
-        x = jnp.asarray(x)
+        x = arguments.as_array("x", x)
         if x.ndim < 1:
             raise ValueError(f"x has shape {x.shape}; it needs the channels' axis, of size {self.input_size}")
         expected = f"input_size is {self.input_size}, and x is one example, without the batch's axis"
@@ -286,6 +286,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
         )
         call = Call(settings, 0, arguments.as_axis_names(self.axis_name), self.axis_index_groups)
         stats = self.get_stats(state)
+        for name in ("weight", "bias"):  # `equinox.tree_at` puts in anything
+            arguments.as_parameter(name, getattr(self, name), (self.input_size,), f"input_size is {self.input_size}")
         if inference:
             return infer(call, x, stats, self.weight, self.bias, residual, mask), state
         arguments.check_bound(call.axis_names, one_example=True)
@@ -304,6 +306,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         """
         mean, var = arguments.held(state, self.state_index)
         stats = RunningStats(mean, var, state.get(self.zero_frac_index), state.get(self.count_index))
+        arguments.check_no_ensemble(mean)
         if mean.shape != (self.input_size,) or var.shape != mean.shape:
             raise ValueError(
                 f"state holds running statistics of shapes {mean.shape} and {var.shape}, those of another layer; "
@@ -316,10 +319,12 @@ class BatchNorm(eqx.nn.StatefulLayer):
     def set_stats(self, state: eqx.nn.State, stats: RunningStats) -> eqx.nn.State:
         """A state that holds these running statistics for the layer, in its own dtype.
 
-        `RunningStats.of(mean, var)` are those of another library. ValueError or TypeError unless they fit the layer.
+        `RunningStats.of(mean, var)` are those of another library. ValueError or TypeError unless they fit the layer,
+        and for a state that does not hold its own.
         """
         if not isinstance(stats, RunningStats):
             raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
+        arguments.check_no_ensemble(arguments.held(state, self.state_index)[0])
         stats = arguments.as_stats(stats)
         if stats.mean.shape != (self.input_size,):
             raise ValueError(f"stats has {stats.mean.shape[0]} channels; input_size is {self.input_size}")

@@ -1,5 +1,6 @@
 """Whole models: what is said once about all BatchNorm layers that are somewhere in one."""
 
+import contextlib
 import dataclasses
 
 import equinox as eqx
@@ -31,7 +32,9 @@ def with_settings(model, *, where=None, **settings):
     """A model whose BatchNorm layers have other settings; their weights and their places in the state stay.
 
     To synchronise a model over devices, `with_settings(model, axis_name=("batch", "devices"))`; to freeze the layers of
-    a part of it, `with_settings(model, where=lambda path, layer: path.startswith("encoder"), inference=True)`.
+    a part of it, `with_settings(model, where=lambda path, layer: path.startswith("encoder"), inference=True)`. That is
+    the flag of `equinox.nn.inference_mode`: to validate in between, keep the model that trains and infer with
+    `inference_mode(model)`, because `inference_mode(model, value=False)` has the frozen layers train too.
 
     **Arguments:**
 
@@ -44,20 +47,29 @@ def with_settings(model, *, where=None, **settings):
 
     **Raises:**
 
-    TypeError for another setting, ValueError if there is no layer to change, and what `bn_fused.BatchNorm` raises.
+    TypeError for another setting, ValueError if there is no layer to change, and what `bn_fused.BatchNorm` raises, with
+    the layer's path. A momentum that rounds to 1 in the statistics' own dtype, narrower than JAX's default float, is
+    refused when the layer trains: after `equinox.nn.make_with_state` the state alone knows that dtype.
     """
     check_settings(settings)
+    if not (where is None or callable(where)):
+        raise TypeError(
+            f"where is {where!r}; accepted are None and a function of a layer's path and the layer, as lambda path, "
+            'layer: path.startswith("encoder")'
+        )
+    layers_of(model)  # raises if there are none
     changed = []
 
     def change(path, node):
         if not isinstance(node, BatchNorm) or not (where is None or where(name_of(path), node)):
             return node
         changed.append(path)
-        return _with_settings(node, settings)
+        with named(name_of(path)):
+            return _with_settings(node, settings)
 
     model = jax.tree_util.tree_map_with_path(change, model, is_leaf=_is_layer)
     if not changed:
-        raise ValueError(f"model has no bn_fused.BatchNorm{'' if where is None else ' that `where` takes'}")
+        raise ValueError("model has no bn_fused.BatchNorm that `where` takes")
     return model
 
 
@@ -69,9 +81,33 @@ def check_settings(settings):
 
 
 def layers_of(model):
-    """{path: layer} of the BatchNorm layers in a model, path as "blocks.0.norm"."""
+    """{path: layer} of the BatchNorm layers in a model, path as "blocks.0.norm"; an error if there are none."""
+    if isinstance(model, eqx.nn.State):
+        raise TypeError("model is an equinox.nn.State; accepted is a model, and its state comes after it")
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_layer)
-    return {name_of(path): layer for path, layer in leaves if _is_layer(layer)}
+    layers = {name_of(path): layer for path, layer in leaves if _is_layer(layer)}
+    if not layers:
+        raise ValueError(f"model has no bn_fused.BatchNorm{hint_at_conversion(model)}")
+    return layers
+
+
+def hint_at_conversion(model):
+    """The end of a message about what has none of our layers: what to do with Equinox's, if it has these."""
+    if not _holds(model, eqx.nn.BatchNorm):
+        return ""
+    return "; equinox.nn.BatchNorm becomes one by model, state = bn_fused.from_equinox(model, state)"
+
+
+@contextlib.contextmanager
+def named(path):
+    """A TypeError or ValueError of what is done for a layer begins with its path in the model."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not path:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{path}: {error}") from error
 
 
 def replaced(model, state, kind, replace):
@@ -79,7 +115,7 @@ def replaced(model, state, kind, replace):
 
     `replace(path, layer)` is the new layer, whose `equinox.nn.StateIndex`es hold its state.
     """
-    if not any(isinstance(node, kind) for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))):
+    if not _holds(model, kind):
         raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced")
 
     def change(path, node):
@@ -115,6 +151,10 @@ def moments_of(model, state):
 
     {path: (mean, var)}, path as "blocks.0.norm"; mean and variance of shape [C], 0 and 1 where a layer was never
     trained; with a leading axis for an ensemble.
+
+    **Raises:**
+
+    ValueError if there is no layer or the state is another model's, TypeError for what is no state.
     """
     return {path: layer_moments(layer, state, path) for path, layer in layers_of(model).items()}
 
@@ -131,6 +171,11 @@ def _is_layer(node):
     return isinstance(node, BatchNorm)
 
 
+def _holds(model, kind):
+    leaves = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))
+    return any(isinstance(leaf, kind) for leaf in leaves)
+
+
 def name_of(path):
     """A path in a pytree as "blocks.0.norm"."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -139,7 +184,9 @@ def name_of(path):
 def _with_settings(layer, settings):
     """The layer with other settings, checked as the constructor does."""
     own = {name: getattr(layer, name) for name in _SETTINGS}
-    checked = BatchNorm(layer.input_size, channelwise_affine=False, **(own | settings))
+    start = layer.state_index.init  # `make_with_state` takes it away
+    dtype = widest(start[0].dtype) if isinstance(start, tuple) else None
+    checked = BatchNorm(layer.input_size, channelwise_affine=False, dtype=dtype, **(own | settings))
     return with_fields(layer, {name: getattr(checked, name) for name in settings})
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from bn_fused.arguments import check_same_on_devices, held
 from bn_fused.kernels.contract import widest
+from bn_fused.kernels.jax_internals import is_traced
 from bn_fused.layer import BatchNorm
 from bn_fused.models import layers_of, renewed, replaced, with_fields
 from bn_fused.running_stats import RunningStats
@@ -59,15 +60,26 @@ def recalibrate(model, state, batches, run):
 
     **Raises:**
 
-    ValueError if there are no batches, or no layer that recorded one; TypeError if `run` returns no state.
+    ValueError if there are no batches, no layer in the model, or none that recorded; TypeError if `run` is no function
+    or returns no state, if `batches` is nothing to iterate over, and inside of `jax.jit` and other transforms.
     """
+    if not callable(run):
+        raise TypeError(
+            f"run is a {type(run).__name__}; accepted is a function of model, state and a batch, the last argument of "
+            "recalibrate(model, state, batches, run)"
+        )
+    try:
+        batches = iter(batches)
+    except TypeError:
+        raise TypeError(f"batches is a {type(batches).__name__}; accepted is anything to iterate over") from None
     layers = layers_of(model).values()
+    _check_not_traced("model and state", (model, state))
     if all(layer.inference is True for layer in layers):
         raise ValueError(
             "model has no bn_fused.BatchNorm that trains; equinox.nn.inference_mode(model, value=False) has all of them"
             " train"
         )
-    recording, start = replaced(model, state, BatchNorm, lambda path, layer: _recording(layer, state))
+    recording, start = replaced(model, state, BatchNorm, lambda path, layer: _recording(path, layer, state))
     places = [layer.record_index for layer in layers_of(recording).values()]
     totals = latest = None
     for batch in batches:
@@ -139,9 +151,9 @@ def _recording_class(cls):
     return types.new_class(cls.__name__, (_Records, cls))
 
 
-def _recording(layer, state):
+def _recording(path, layer, state):
     """The layer as one that records, with an empty record as its start."""
-    mean, zero_frac = held(state, layer.state_index)[0], state.get(layer.zero_frac_index)
+    mean, zero_frac = held(state, layer.state_index, path or "this layer")[0], state.get(layer.zero_frac_index)
     dtype = widest(jnp.zeros((), float).dtype, mean.dtype)
     empty = (_placed(np.zeros(like.shape, dtype), like) for like in (zero_frac, mean, mean))
     layer = renewed(layer, state)
@@ -158,9 +170,20 @@ def _records_in(result, places):
             "that the model left, alone or in a tuple"
         )
     try:
-        return [states[0].get(place) for place in places]
+        records = [states[0].get(place) for place in places]
     except KeyError:
         raise ValueError("run returned another state than the one that it was given, as the model left it") from None
+    _check_not_traced("batches", records)
+    return records
+
+
+def _check_not_traced(name, values):
+    """TypeError for what a transform traces: batches are merged on the host."""
+    if any(map(is_traced, jax.tree.leaves(values))):
+        raise TypeError(
+            f"{name} are traced, by jax.jit or another transform around recalibrate, which merges batches outside of "
+            "JAX; accepted are arrays: call it outside, and compile run"
+        )
 
 
 def _added(totals, records):

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import export
 
 from bn_fused.approaches import inference_moments
@@ -61,7 +62,7 @@ class RunningStats(NamedTuple):
         """Statistics that were trained elsewhere: zero_frac is 0, nothing of a zero start is left in them; count 0.
 
         `mean`, `var`: shape [C], the same floating dtype; 16-bit floats are widened to float32. ValueError or TypeError
-        for other arrays, and for a variance below zero.
+        for other arrays, for values that are not finite, and for a variance below zero, where the values are known.
         """
         for name, value in (("mean", mean), ("var", var)):
             check_array(name, value)
@@ -72,9 +73,13 @@ class RunningStats(NamedTuple):
                 f"mean is {mean.dtype}{list(mean.shape)} and var is {var.dtype}{list(var.shape)}; accepted are two of "
                 "shape [channels] and the same dtype"
             )
-        values = known(var)
-        if values is not None and (values < 0).any():
-            raise ValueError(f"var has the value {values.min()}; accepted are variances, which are at least 0")
+        for name, values in (("mean", known(mean)), ("var", known(var))):
+            if values is None:
+                continue
+            if not (finite := np.isfinite(values)).all():
+                raise ValueError(f"{name} has the value {values[~finite][0]}; accepted are finite numbers")
+            if name == "var" and (values < 0).any():
+                raise ValueError(f"var has the value {values.min()}; accepted are variances, which are at least 0")
         dtype = widest(mean.dtype)
         # Copies, so that whoever donates them leaves the given arrays alone.
         mean, var = jnp.array(mean, dtype), jnp.array(var, dtype)

@@ -251,6 +251,20 @@ def test_subclasses_whose_behaviour_would_be_lost_are_named():
         bn_fused.to_equinox(model, state)
 
 
+@pytest.mark.parametrize(
+    ("own", "settings", "message"),
+    [
+        ({}, {"backend": "cudnn"}, "norms.after: backend is 'cudnn'; accepted"),
+        ({}, {"momentum": "0.9"}, "norms.after: momentum is '0.9'; accepted"),
+        ({"eps": 0.0}, {}, "norms.after: eps is 0.0; accepted"),
+    ],
+)
+def test_what_our_layer_does_not_accept_is_named_with_the_layer(own, settings, message):
+    model, state = make(equinoxs("batch", **own))
+    with pytest.raises((TypeError, ValueError), match=message):
+        bn_fused.from_equinox(model, state, **settings)
+
+
 def test_a_state_of_another_model_is_named():
     model, state = eqx.nn.make_with_state(lambda: [eqx.nn.BatchNorm(4, "batch", mode="batch")])()
     _, other = eqx.nn.make_with_state(lambda: {"norm": eqx.nn.BatchNorm(4, "batch", mode="batch")})()

@@ -111,6 +111,33 @@ def test_a_state_that_is_not_float_is_refused(dtype):
 # --- inputs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("value", [None, "x", [[1.0], [1.0, 2.0]]], ids=repr)
+def test_what_is_no_array_is_named(value):
+    for call in (lambda: bn_fused.batch_norm(value, bn_fused.RunningStats.init(3)), lambda: make()[0](value, None)):
+        with pytest.raises(TypeError, match=names(f"x is {value!r}", "accepted is an array")):
+            call()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(
+    ("value", "error", "said"),
+    [
+        (jnp.ones(CHANNELS + 1), ValueError, "has shape (4,); accepted is (3,)"),
+        (jnp.ones(()), ValueError, "has shape (); accepted is (3,)"),
+        (jnp.ones((CHANNELS, 1)), ValueError, "has shape (3, 1); accepted is (3,)"),
+        (jnp.ones(CHANNELS, jnp.int32), TypeError, "has dtype int32; accepted are float32"),
+        (1.0, TypeError, "is 1.0; accepted is an array"),
+    ],
+    ids=str,
+)
+def test_a_weight_that_was_put_in_and_does_not_fit_is_named(value, error, said, inference):
+    layer, state = make()
+    for name in ("weight", "bias"):
+        other = eqx.tree_at(lambda layer, name=name: getattr(layer, name), layer, value)
+        with pytest.raises(error, match=names(f"{name} {said}")):
+            apply(other, state, jnp.ones((4, CHANNELS, 5)), inference=inference)
+
+
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.uint8, jnp.bool_, jnp.complex64])
 def test_input_that_is_not_real_and_floating_is_refused(dtype):
     x = jnp.ones((4, CHANNELS, 5), dtype)

@@ -102,6 +102,18 @@ def test_layers_of_an_ensemble_and_of_subclasses_stay_what_they_are():
     single = jax.tree.map(lambda value: value[2] if eqx.is_array(value) else value, (models, states))
     for one, other in zip(bn_fused.moments_of(*single)["blocks.0.norm"], moments, strict=True):
         np.testing.assert_array_equal(one, other[2])
+    # Methods of a layer take one of them.
+    layers, one = changed.blocks[0].norm, bn_fused.RunningStats.of(jnp.zeros(3), jnp.ones(3))
+    for call in (
+        lambda: layers.get_stats(states),
+        lambda: layers.set_stats(states, one),
+        lambda: over_batch(layers, data(), states),
+        lambda: bn_fused.fold(eqx.nn.Linear(2, 3, key=KEY), bn_fused.with_settings(layers, activation=None), states),
+    ):
+        with pytest.raises(ValueError, match=r"shape \(4, 3\).*is an ensemble.*equinox.filter_vmap\("):
+            call()
+    states = eqx.filter_vmap(lambda layer, state: layer.set_stats(state, one))(layers, states)
+    np.testing.assert_array_equal(bn_fused.moments_of(layers, states)[""], [np.zeros((4, 3)), np.ones((4, 3))])
     mine = Mine(3, "batch", "batch")
     assert type(bn_fused.with_settings(mine, momentum=0.5)) is Mine
 
@@ -110,8 +122,9 @@ def test_layers_of_an_ensemble_and_of_subclasses_stay_what_they_are():
     ("settings", "error", "message"),
     [
         ({"dtype": jnp.float64}, TypeError, "axis_name, approach.*given is dtype"),
-        ({"momentum": 2.0}, ValueError, "momentum is 2.0"),
+        ({"momentum": 2.0}, ValueError, "blocks.0.norm: momentum is 2.0"),
         ({"where": lambda path, layer: False, "momentum": 0.5}, ValueError, "model has no .*`where`"),
+        ({"where": "blocks.0", "momentum": 0.5}, TypeError, "where is 'blocks.0'; accepted are None and a function"),
     ],
 )
 def test_settings_that_cannot_be_changed_are_named(network, settings, error, message):
@@ -119,6 +132,46 @@ def test_settings_that_cannot_be_changed_are_named(network, settings, error, mes
         bn_fused.with_settings(network[0], **settings)
     with pytest.raises(ValueError, match=r"model has no bn_fused.BatchNorm$"):
         bn_fused.with_settings(eqx.nn.Linear(2, 2, key=jax.random.key(0)), momentum=0.5)
+
+
+def test_equinoxs_layers_are_answered_with_how_to_convert_them():
+    model, state = eqx.nn.make_with_state(lambda: {"norm": eqx.nn.BatchNorm(6, "batch", mode="batch")})()
+    for call in (
+        lambda: bn_fused.with_settings(model, momentum=0.5),
+        lambda: bn_fused.moments_of(model, state),
+        lambda: bn_fused.recalibrate(model, state, [data()], over_batch),
+    ):
+        with pytest.raises(ValueError, match="model has no bn_fused.BatchNorm; equinox.nn.BatchNorm.*from_equinox"):
+            call()
+    with pytest.raises(TypeError, match="norm is a BatchNorm; .*from_equinox"):
+        bn_fused.fold(eqx.nn.Linear(4, 6, key=KEY), model["norm"], state)
+    ours, _ = bn_fused.from_equinox(model, state)
+    with pytest.raises(ValueError, match="state holds nothing of norm.*from_equinox"):
+        bn_fused.moments_of(ours, state)
+
+
+def test_a_momentum_is_checked_in_the_dtype_of_the_layer(x64):
+    momentum = 1 - 1e-9
+
+    def make(dtype):
+        return {"norm": bn_fused.with_settings(bn_fused.BatchNorm(3, "batch", "batch", dtype=dtype), momentum=momentum)}
+
+    with pytest.raises(ValueError, match="momentum is 0.999999999, which float32 rounds to 1"):
+        eqx.nn.make_with_state(make)(jnp.float32)
+    assert eqx.nn.make_with_state(make)(jnp.float64)[0]["norm"].momentum == momentum
+    # Of a layer without its start the state alone knows the dtype.
+    norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(3, "batch", "batch", dtype=jnp.float32)
+    with pytest.raises(ValueError, match="momentum is 0.999999999, which float32 rounds to 1"):
+        over_batch(bn_fused.with_settings(norm, momentum=momentum), data(), state)
+
+
+def test_layers_frozen_by_a_setting_train_again_out_of_inference_mode(network):
+    frozen = bn_fused.with_settings(network[0], where=lambda path, layer: path == "blocks.0.norm", inference=True)
+    unfrozen = eqx.nn.inference_mode(eqx.nn.inference_mode(frozen), value=False)
+    assert [[block.norm.inference for block in model.blocks] for model in (frozen, unfrozen)] == [
+        [True, False],
+        [False, False],
+    ]
 
 
 def test_the_moments_of_all_layers_by_their_path(network):

@@ -379,5 +379,25 @@ def test_models_without_layers_that_train_and_batches_that_are_none():
         bn_fused.recalibrate(model, state, [], forward)
     with pytest.raises(ValueError, match="that trains.*value=False"):
         bn_fused.recalibrate(eqx.nn.inference_mode(model), state, batches(), forward)
-    with pytest.raises(ValueError, match="that trains"):
+    with pytest.raises(ValueError, match="model has no bn_fused.BatchNorm$"):
         bn_fused.recalibrate(model.convs, state, batches(), forward)
+
+
+def test_arguments_of_other_kinds_or_in_another_order_are_named():
+    model, state = make()
+    with pytest.raises(TypeError, match=r"run is a list; .*recalibrate\(model, state, batches, run\)"):
+        bn_fused.recalibrate(model, state, forward, batches())
+    with pytest.raises(TypeError, match="batches is a NoneType; accepted is anything to iterate over"):
+        bn_fused.recalibrate(model, state, None, forward)
+    with pytest.raises(TypeError, match=r"model is an equinox.nn.State"):
+        bn_fused.recalibrate(state, model, batches(), forward)
+    with pytest.raises(TypeError, match="state is a Network; accepted is the equinox.nn.State"):
+        bn_fused.recalibrate(model, model, batches(), forward)
+
+
+def test_under_a_transform_it_says_that_it_is_called_outside():
+    model, state = make()
+    with pytest.raises(TypeError, match="model and state are traced, by jax.jit .* call it outside"):
+        eqx.filter_jit(bn_fused.recalibrate)(model, state, batches(), forward)
+    with pytest.raises(TypeError, match="batches are traced"):
+        jax.jit(lambda x: jax.tree.leaves(bn_fused.recalibrate(model, state, [x], forward)))(batches()[0])

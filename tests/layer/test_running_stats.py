@@ -54,6 +54,8 @@ def test_what_is_given_stays_when_the_statistics_are_donated():
         (MEAN, VAR.astype(np.float16), ValueError, "float32.*float16"),
         (MEAN[None], VAR[None], ValueError, r"\[1, 3\].*\[channels\]"),
         (VAR, MEAN, ValueError, "var has the value -2.0"),
+        (MEAN, VAR * np.float32([1, np.nan, 1]), ValueError, "var has the value nan; accepted are finite"),
+        (MEAN + np.float32([0, 0, np.inf]), VAR, ValueError, "mean has the value inf; accepted are finite"),
         (MEAN.astype(int), VAR, TypeError, "mean has dtype int"),
         (MEAN, 1.0, TypeError, "var is 1.0"),
     ],
