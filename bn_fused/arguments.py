@@ -374,6 +374,12 @@ def check_floating(name, value):
     raise TypeError(f"{name} has dtype {dtype.name}; accepted are {', '.join(FLOATING)}")
 
 
+def check_dtype(name, value):
+    """TypeError unless it is one of the floating dtypes."""
+    if jnp.dtype(value).name not in FLOATING:
+        raise TypeError(f"{name} is {jnp.dtype(value).name}; accepted are {', '.join(FLOATING)}")
+
+
 def check_array(name, value):
     """TypeError unless the value is an array."""
     if not isinstance(value, (jax.Array, np.ndarray, np.generic)):

@@ -44,7 +44,9 @@ def to_equinox(model, state):
     Inference gives what it gave, to rounding. "ema_compatibility" becomes mode "ema", "batch" becomes mode "batch",
     which keeps the biased variance in the steps to come. Equinox stores the number of steps and not `zero_frac`: it
     gets the number that fits best, and moments that give the same inference with it. It has weight and bias or neither:
-    where one of them is missing here, it is there as 1 or 0, and trains from then on.
+    where one of them is missing here, it is there as 1 or 0, and trains from then on. In mode "ema", which trains only
+    where the statistics have x's dtype, they get the weight's, as Equinox's constructor gives it to both, rounded where
+    it has 16 bits; without a weight they keep their own, and for 16-bit inputs the new state is to be cast.
 
     **Arguments:**
 
@@ -110,15 +112,16 @@ def _ours(path, old, state, settings):
 
 def _equinoxs(path, old, state):
     _check_no_subclass(path, old, BatchNorm)
+    whose = path or "model"
     for name in ("activation", "virtual_batch_size", "axis_index_groups"):
         if getattr(old, name) is not None:
             raise ValueError(
-                f"{path} has {name} {getattr(old, name)!r}, which equinox.nn.BatchNorm does not have: give "
+                f"{whose} has {name} {getattr(old, name)!r}, which equinox.nn.BatchNorm does not have: give "
                 f"bn_fused.with_settings(model, {name}=None) and see to it outside of the layer"
             )
     if old.approach not in MODES.values():
         raise ValueError(
-            f'{path} has approach {old.approach!r}, which equinox.nn.BatchNorm does not have: "batch" or '
+            f'{whose} has approach {old.approach!r}, which equinox.nn.BatchNorm does not have: "batch" or '
             '"ema_compatibility", by bn_fused.with_settings, infer with the same statistics and train otherwise'
         )
     mean, var = layer_moments(old, state, path)
@@ -143,7 +146,8 @@ def _equinoxs(path, old, state):
     fields = {"weight": weight, "bias": bias}
     if mode == "ema":
         fields["ema_first_time_index"] = eqx.nn.StateIndex(first)
-        fields["ema_state_index"] = eqx.nn.StateIndex((mean, var))
+        dtype = weight.dtype if affine else mean.dtype
+        fields["ema_state_index"] = eqx.nn.StateIndex((mean.astype(dtype), var.astype(dtype)))
     else:
         counter = _steps(zero_frac, old.momentum)
         share = jnp.where(first, 1, 1 - old.momentum**counter)[..., None]  # what Equinox divides by

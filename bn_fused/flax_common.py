@@ -42,6 +42,7 @@ def check(layer):
         layer.backend,
     )
     arguments.as_momentum(layer.momentum)
+    arguments.check_dtype("param_dtype", layer.param_dtype)
     arguments.as_axis_names(layer.axis_name)
     arguments.as_device_groups(layer.axis_index_groups)
 
@@ -96,6 +97,10 @@ def _batch_norm(layer, stats, x, scale, bias, residual, mask, *, inference, sync
         raise ValueError(
             f"x has shape {x.shape}, with {x.shape[axis]} features on axis {axis}; the layer has {features}"
         )
+    scale, bias = (
+        arguments.as_parameter(name, value, stats.mean.shape, "the running mean")
+        for name, value in (("scale", scale), ("bias", bias))
+    )
     mask = _positions(mask, x.shape, axis)
     if residual is not None:
         residual = jnp.asarray(residual).astype(x.dtype)

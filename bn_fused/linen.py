@@ -8,7 +8,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('bn_fused.linen needs flax: pip install "bn_fused[flax]"', name=error.name) from error
 
-from bn_fused import flax_common
+from bn_fused import arguments, flax_common
 
 COLLECTION = "batch_stats"
 
@@ -19,7 +19,8 @@ class BatchNorm(linen.BatchNorm):
     The parameters `scale` and `bias` and the statistics `mean` and `var` are flax's, in name, shape, dtype and meaning,
     and inference with the same values gives the same numbers, to rounding; docs/flax.md has what differs. `init` puts
     two scalars beside the statistics: `zero_frac`, the share of the running averages that is still their start (1 in a
-    new layer), which is divided out of `mean` and `var`; and `count`, the steps of the warm-up of the approach "ema".
+    new layer; `mean` and `var` are stored after it was divided out); and `count`, the steps of the warm-up of the
+    approach "ema".
     Variables that lack them were trained: training goes on from them, and `zero_frac` stays away.
 
     **Attributes:**
@@ -45,7 +46,7 @@ class BatchNorm(linen.BatchNorm):
 
         **Arguments:**
 
-        - `x`: the batch, with its features on `axis`.
+        - `x`: the batch, with its features on `axis`; real, integers are promoted as flax does.
         - `use_running_average`: whether to infer; give it here or to the constructor.
         - `mask`: None, or an array that broadcasts to x with size 1 on `axis`: which positions count.
         - `residual`: None, or of x's shape; added before the activation.
@@ -64,7 +65,7 @@ class BatchNorm(linen.BatchNorm):
                 "force_float32_reductions is False; accepted is True: statistics are computed and kept in float32"
             )
         inference = linen.merge_param("use_running_average", self.use_running_average, use_running_average)
-        x = jnp.asarray(x)
+        x = arguments.as_array("x", x)
         shape = (x.shape[flax_common.feature_axis(self.axis, x.shape)],)
         new_layer = self.is_initializing()
 

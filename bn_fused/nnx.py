@@ -1,5 +1,7 @@
 """`BatchNorm` in place of `flax.nnx.BatchNorm`. It needs flax: the extra `flax`."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError('bn_fused.nnx needs flax: pip install "bn_fused[flax]"', name=error.name) from error
 
-from bn_fused import flax_common
+from bn_fused import arguments, flax_common
 
 
 class BatchNorm(nnx.BatchNorm):
@@ -17,9 +19,10 @@ class BatchNorm(nnx.BatchNorm):
 
     `mean`, `var`, `scale` and `bias` are flax's, in shape, dtype and meaning, and inference with the same values gives
     the same numbers, to rounding; docs/flax.md has what differs. Beside them the layer has two scalars of type
-    `nnx.BatchStat`: `zero_frac`, the share of the running averages that is still their start (1 in a new layer), which
-    is divided out of `mean` and `var`; and `count`, the steps of the warm-up of the approach "ema". Moments from a
-    checkpoint that lacks them, put into a new layer (`nnx.update`), count as trained.
+    `nnx.BatchStat`: `zero_frac`, the share of the running averages that is still their start (1 in a new layer; `mean`
+    and `var` are stored after it was divided out); and `count`, the steps of the warm-up of the approach "ema". Moments
+    from a checkpoint that lacks them, put into a new layer (`nnx.update`), count as trained. `__init__` lists the
+    arguments.
     """
 
     def __init__(
@@ -67,7 +70,7 @@ class BatchNorm(nnx.BatchNorm):
 
         **Arguments:**
 
-        - `x`: the batch, with its features on `axis`.
+        - `x`: the batch, with its features on `axis`; real, integers are promoted as flax does.
         - `use_running_average`: whether to infer; None is the layer's own.
         - `mask`: None, or an array that broadcasts to x with size 1 on `axis`: which positions count.
         - `residual`: None, or of x's shape; added before the activation.
@@ -86,6 +89,7 @@ class BatchNorm(nnx.BatchNorm):
             error_msg="use_running_average is None in the layer and in its call; accepted are True (to infer) and "
             "False (to train), in one of them",
         )
+        x = arguments.as_array("x", x)
         scale, bias = (None if value is None else value[...] for value in (self.scale, self.bias))
         stored = flax_common.Stored(self.mean[...], self.var[...], self.zero_frac[...], self.count[...])
         x, _, _, scale, bias = self.promote_dtype((x, stored.mean, stored.var, scale, bias), dtype=self.dtype)
@@ -99,3 +103,14 @@ class BatchNorm(nnx.BatchNorm):
             value = jax.lax.stop_gradient(value) if variable._can_update else value
             variable[...] = value.astype(variable[...].dtype)
         return y.astype(dtype)
+
+
+def _with_flaxs_arguments(init):
+    """The signature of `__init__` with flax's keywords, which it passes on, by name: for `help` and `inspect`."""
+    own = list(inspect.signature(init).parameters.values())
+    flaxs = inspect.signature(nnx.BatchNorm.__init__).parameters.values()
+    passed_on = [parameter for parameter in flaxs if parameter.kind == parameter.KEYWORD_ONLY]
+    return inspect.Signature([*own[:-1], *passed_on])  # without `**flax_arguments`
+
+
+BatchNorm.__init__.__signature__ = _with_flaxs_arguments(BatchNorm.__init__)

@@ -1,6 +1,7 @@
 """`bn_fused.nnx.BatchNorm` and `bn_fused.linen.BatchNorm` beside flax's own: values, variables, dtypes, errors."""
 
 import dataclasses
+import functools
 import inspect
 import subprocess
 import sys
@@ -51,8 +52,8 @@ def test_the_arguments_are_flaxs_and_ours():
     # Of nnx's every argument is in our documentation: a new one of flax is to be looked at.
     flaxs = list(inspect.signature(nnx.BatchNorm.__init__).parameters)[1:]
     assert [name for name in flaxs if f"`{name}`" not in bn_fused.nnx.BatchNorm.__init__.__doc__] == []
-    own = inspect.signature(bn_fused.nnx.BatchNorm.__init__).parameters
-    assert [name for name, value in own.items() if value.kind == value.KEYWORD_ONLY] == settings
+    own = list(inspect.signature(bn_fused.nnx.BatchNorm.__init__).parameters)[1:]
+    assert own == [flaxs[0], *settings, *flaxs[1:]]
     for cls, base in ((bn_fused.nnx.BatchNorm, nnx.BatchNorm), (bn_fused.linen.BatchNorm, linen.BatchNorm)):
         ours = list(inspect.signature(cls.__call__).parameters)
         assert ours == [*inspect.signature(base.__call__).parameters, "residual"]
@@ -118,7 +119,7 @@ def test_each_step_is_that_of_the_function(api, approach):
 def test_statistics_are_right_from_the_first_step_and_flax_reads_them(api):
     flaxs, ours = pair(api, CHANNELS)
     x = data()
-    np.testing.assert_array_equal(ours(x, True), x / np.sqrt(np.float32(1 + 1e-5)))
+    assert_close(ours(x, True), np.asarray(x, np.float64) / np.sqrt(1 + 1e-5), np.max(np.abs(x)))
     ours(x, False)
     values, exact = ours.values(), np.asarray(x, np.float64)
     assert_close(values["mean"], exact.mean((0, 1, 2)), 3, what="mean")
@@ -240,6 +241,7 @@ def test_gradients_are_flaxs(api):
         ({"activation": jax.nn.relu}, "activation is"),
         ({"axis_name": 3}, "axis_name"),
         ({"axis_index_groups": [[0], [1, 2]]}, "axis_index_groups"),
+        ({"param_dtype": jnp.int32}, "param_dtype is int32; accepted are float32"),
     ],
     # A function is written with its address, which is another in each process.
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
@@ -265,6 +267,9 @@ def test_calls_that_are_not_accepted_are_named(api):
         ours(data(), False, residual=jnp.ones((8, 5)))
     with pytest.raises(TypeError, match="complex"):
         ours(data().astype(jnp.complex64), False)
+    for x in (None, "x"):
+        with pytest.raises(TypeError, match=f"x is {x!r}; accepted is an array"):
+            ours(x, False)
     named = APIS[api](APIS[api].ours, CHANNELS, axis_name="data")
     with pytest.raises(NameError, match="'data'.*examples of x need no name"):
         named(data(), False)
@@ -276,6 +281,11 @@ def test_calls_that_are_not_accepted_are_named(api):
     else:
         with pytest.raises(ValueError, match="9 features on axis 1; the layer has 5"):
             ours(data(0, (8, 9)), True)
+        for name in ("scale", "bias"):
+            changed = bn_fused.nnx.BatchNorm(CHANNELS, rngs=nnx.Rngs(0))
+            setattr(changed, name, nnx.Param(jnp.ones(CHANNELS + 1)))
+            with pytest.raises(ValueError, match=rf"{name} has shape \(6,\); accepted is \(5,\)"):
+                changed(data())
         with pytest.raises(ValueError, match="use_running_average is None"):
             bn_fused.nnx.BatchNorm(CHANNELS, use_running_average=None, rngs=nnx.Rngs(0))(data())
 
@@ -285,6 +295,21 @@ def test_integers_are_promoted_as_flax_does(api):
     flaxs, ours = pair(api, CHANNELS)
     x = jnp.asarray(np.random.default_rng(0).integers(0, 255, (8, CHANNELS)), jnp.uint8)
     assert_alike(ours(x, False), flaxs(x, False))
+
+
+@every_api
+def test_inference_of_the_reference_is_in_jaxs_own_operations(api):
+    """Which exporters translate one by one."""
+    programs = []
+    for backend in ("auto", "reference"):
+        layer = APIS[api](APIS[api].ours, CHANNELS, backend=backend, activation="relu").layer
+        if api == "linen":
+            variables = layer.init(jax.random.key(0), data(), use_running_average=True)
+            infer = functools.partial(layer.apply, variables, use_running_average=True)
+        else:
+            infer = functools.partial(layer, use_running_average=True)
+        programs.append("bn_fused" in str(jax.make_jaxpr(infer)(data())))
+    assert programs == [True, False]
 
 
 def test_rounding_of_the_stored_moments_does_not_grow():

@@ -158,6 +158,22 @@ def test_and_back(approach, steps):
 
 
 @pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("mode", ["ema", "batch"])
+def test_a_16_bit_model_of_equinox_goes_there_and_back_and_trains_on(mode):
+    x = data(0).astype(jnp.bfloat16)
+    norm, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(CHANNELS, "batch", mode=mode, dtype=jnp.bfloat16)
+    _, state = over_batch(norm, x, state)
+    back, back_state = bn_fused.to_equinox(*bn_fused.from_equinox(norm, state))
+    arrays = [jax.tree.leaves(eqx.filter(one, eqx.is_array)) for one in ((norm, state), (back, back_state))]
+    for like, value in zip(*arrays, strict=True):
+        assert mode == "batch" or value.dtype == like.dtype
+        np.testing.assert_allclose(np.float32(value), np.float32(like), rtol=2**-8)
+    y, stepped = over_batch(back, x, clone(back_state))
+    assert y.dtype == jnp.bfloat16
+    assert eqx.tree_equal(*(jax.tree.map(jnp.result_type, each) for each in (stepped, back_state)))
+
+
+@pytest.mark.usefixtures("standard_promotion")
 def test_statistics_from_elsewhere_go_to_equinox_too():
     norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(CHANNELS, "batch", "batch")
     mean, var = jnp.arange(4.0), 1 + jnp.arange(4.0)
