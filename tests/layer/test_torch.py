@@ -32,8 +32,9 @@ def randomise(module):
     for layer in module.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             with torch.no_grad():
-                layer.weight.uniform_(0.5, 1.5)
-                layer.bias.normal_()
+                if layer.affine:
+                    layer.weight.uniform_(0.5, 1.5)
+                    layer.bias.normal_()
                 layer.running_mean.normal_()
                 layer.running_var.uniform_(0.5, 2)
 
@@ -86,11 +87,14 @@ def test_a_whole_resnet_gives_torchs_logits():
     np.testing.assert_allclose(y, wanted, rtol=0, atol=tol(np.float32, n=512 * 9) * abs(wanted).max())
 
 
-def test_training_goes_on_as_torchs():
+@pytest.mark.parametrize("affine", [True, False])
+def test_training_goes_on_as_torchs(affine):
     torch.manual_seed(0)
-    theirs = torch.nn.BatchNorm2d(4, eps=1e-4, momentum=0.2).double()
+    theirs = torch.nn.BatchNorm2d(4, eps=1e-4, momentum=0.2, affine=affine).double()
     randomise(theirs)
-    norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(4, "batch", "batch", eps=1e-4, momentum=0.8)
+    norm, state = eqx.nn.make_with_state(bn_fused.BatchNorm)(
+        4, "batch", "batch", eps=1e-4, momentum=0.8, channelwise_affine=affine
+    )
     norm, state = from_torch(norm, state, {f"bn.{name}": value for name, value in tensors_of(theirs).items()}, "bn")
     for step in range(3):
         x = (2 + 3 * np.random.default_rng(step).standard_normal((2, 4, 3, 3))).astype(np.float32)
