@@ -32,9 +32,9 @@ def with_settings(model, *, where=None, **settings):
     """A model whose BatchNorm layers have other settings; their weights and their places in the state stay.
 
     To synchronise a model over devices, `with_settings(model, axis_name=("batch", "devices"))`; to freeze the layers of
-    a part of it, `with_settings(model, where=lambda path, layer: path.startswith("encoder"), inference=True)`. That is
-    the flag of `equinox.nn.inference_mode`: to validate in between, keep the model that trains and infer with
-    `inference_mode(model)`, because `inference_mode(model, value=False)` has the frozen layers train too.
+    a part of it, `with_settings(model, where=lambda path, layer: path.startswith("encoder"), inference=True)`.
+    `equinox.nn.inference_mode` sets the same flag: to validate in between, infer with `inference_mode(model)` and go on
+    training with `model` itself, because `inference_mode(model, value=False)` has the frozen layers train too.
 
     **Arguments:**
 
