@@ -10,6 +10,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     ).strip()
 
 import collections
+import tempfile
 
 import hypothesis
 import jax
@@ -19,6 +20,13 @@ from support.compilers import CompilerMissing
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests run the same small programs as others: what a process compiled it reads again. Each process has a cache of
+# its own, for as long as it runs: JAX writes entries while others may read them.
+COMPILATION_CACHE = tempfile.TemporaryDirectory(prefix="bn_fused_tests_")
+jax.config.update("jax_compilation_cache_dir", COMPILATION_CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 # The same examples in every run, and no data base of them in the working directory.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
