@@ -12,7 +12,6 @@ from bn_fused.kernels.registry import is_reference
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results"
 BEGIN, END = "<!-- made by `bn-bench report`: begin -->", "<!-- made by `bn-bench report`: end -->"
-RIVAL = "equinox"
 
 
 class NoRecords(ValueError):
@@ -56,18 +55,18 @@ def section(runs: dict[str, Run], folder: str) -> str:
     """The section in Markdown: for every run what it ran on, and the ratios of our layers; records lie in `folder`."""
     parts = [_table(f"{folder}/{path}", run) for path, run in runs.items()]
     note = (
-        "Each figure is the median over paired rounds in one process: a ratio of times to "
-        '`equinox.nn.BatchNorm(mode="batch")` (below 1 is faster), and the share of the bandwidth of a copy of x in '
+        "Each figure is the median over paired rounds in one process: the time over that of another library's layer "
+        '(above 1, bn_fused is slower; equinox is in mode "batch"), and the share of the bandwidth of a copy of x in '
         "the same rounds, counting the passes over x that none can save."
     )
     return "\n\n".join([*parts, note])
 
 
 def _table(path: str, run: Run) -> str:
-    others = {name for name in run.rivals if name != "jnp"}
-    rows = [row for row in run.rows if row.layer not in others and not is_reference(row.layer)]
+    rivals = [name for name in run.rivals if name != "jnp"]
+    rows = [row for row in run.rows if row.layer not in rivals and not is_reference(row.layer)]
     passes = list(dict.fromkeys(row.pass_name for row in rows))
-    columns = [f"{name} / {RIVAL}" for name in passes] + [f"{name}, of copy" for name in passes]
+    columns = [f"{name} / {rival}" for rival in rivals for name in passes] + [f"{name}, of copy" for name in passes]
     lines = [f"{line}  " for line in environment_lines(run.environment)]
     lines += [f"{run.date[:10]}, `{run.command}` ([record]({path}))", ""]
     lines += ["| workload | backend | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
@@ -76,15 +75,16 @@ def _table(path: str, run: Run) -> str:
         by_pass = {
             row.pass_name: row for row in rows if (str(row.at), row.layer, row.approach) == (at, layer, approach)
         }
-        cells = [_ratio(by_pass.get(name)) for name in passes] + [_share(by_pass.get(name)) for name in passes]
+        cells = [_ratio(by_pass.get(name), rival) for rival in rivals for name in passes]
+        cells += [_share(by_pass.get(name)) for name in passes]
         lines.append(f"| {at} | {layer} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _ratio(row):
+def _ratio(row, rival):
     if row is not None and row.status == "failed":
         return "FAILED"
-    return "-" if row is None or RIVAL not in row.ratios else f"{row.ratios[RIVAL]:.2f}"
+    return "-" if row is None or rival not in row.ratios else f"{row.ratios[rival]:.2f}"
 
 
 def _share(row):

@@ -533,6 +533,21 @@ def test_report_puts_the_newest_run_of_a_device_and_suite_into_the_readme(saved,
     assert "not up to date" in capsys.readouterr().err
 
 
+def test_report_has_a_column_for_each_library_and_pass(saved, tmp_path):
+    slower = {"equinox": 0.5, "flax": 1.25}
+    rows = tuple(row.model_copy(update={"ratios": slower}) for row in records.load(saved).rows if row.layer == "jnp")
+    added = altered(saved, rows=rows, rivals=("equinox", "flax", "jnp"))
+    assert bn_bench("report", "--results", str(tmp_path), "--add", added) == 0
+    lines = performance.section(performance.recorded(tmp_path), "results").splitlines()
+    (heads,) = [line for line in lines if line.startswith("| workload")]
+    (cells,) = [line for line in lines if line.startswith("| shape")]
+    by_column = dict(
+        zip(*([cell.strip() for cell in line.strip("|").split("|")] for line in (heads, cells)), strict=True)
+    )
+    ratios = {"fwd / equinox": "0.50", "fwd+bwd / equinox": "0.50", "fwd / flax": "1.25", "fwd+bwd / flax": "1.25"}
+    assert {name: value for name, value in by_column.items() if "/" in name} == ratios
+
+
 def test_report_records_no_run_that_failed_or_was_interrupted(saved, tmp_path, capsys):
     for changes in (
         {"interrupted": True},
