@@ -28,9 +28,10 @@ from bn_fused.kernels.jax_internals import (
     threads_agree_on_x64,
     vary_together,
 )
+from bn_fused.kernels.kept import lower_kept
 from bn_fused.kernels.layout import CHANNEL, GROUP, axes_of
 from bn_fused.kernels.partition import ASKING_PLATFORMS, partitioned
-from bn_fused.kernels.registry import check_plan, choose, operation_of
+from bn_fused.kernels.registry import check_plan, choose, operation_of, slow_to_lower
 from bn_fused.kernels.target import PLATFORMS, Target, problem_of
 
 WITH_ROWS = (LIKE_X, MASK)  # the kinds that have x's rows, and so its rank
@@ -118,12 +119,16 @@ def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
 fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 
-def _run_choice(choice, problem, target, operation, spec, operands):
-    """The list of an operation's results, computed by a chosen backend."""
+def _planned(choice, problem, target, spec):
+    """The spec with its plan: its own, which is checked, or the choice's."""
     if spec.plan is None:
-        spec = replace(spec, plan=choice.plan)
-    else:
-        check_plan(choice, spec.plan, problem, target)
+        return replace(spec, plan=choice.plan)
+    check_plan(choice, spec.plan, problem, target)
+    return spec
+
+
+def _run_choice(choice, operation, spec, operands):
+    """The list of an operation's results, computed by a chosen backend after a spec with its plan."""
     results = operation_of(choice, operation)(**operands, spec=spec)
     return list(results) if isinstance(results, (tuple, list)) else [results]
 
@@ -131,7 +136,8 @@ def _run_choice(choice, problem, target, operation, spec, operands):
 def _run_chosen(target, operation, spec, /, **operands):
     """`run` for a known target, without a primitive in between."""
     problem = problem_of(spec, operands["x"], operands, target, operation)
-    return _run_choice(choose(problem, target, spec.backend), problem, target, operation, spec, operands)
+    choice = choose(problem, target, spec.backend)
+    return _run_choice(choice, operation, _planned(choice, problem, target, spec), operands)
 
 
 def _dispatch_lower(context, *values, names, spec, operation, platform):
@@ -153,9 +159,13 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
         function = partitioned(run, run_part, operation, spec, names, choice.name)
         return lower_plainly(function, context, *values)
 
-    def compute(*arrays):
-        return _run_choice(choice, problem, target, operation, spec, dict(zip(names, arrays, strict=True)))
+    spec = _planned(choice, problem, target, spec)
 
+    def compute(*arrays):
+        return _run_choice(choice, operation, spec, dict(zip(names, arrays, strict=True)))
+
+    if slow_to_lower(choice):
+        return lower_kept(compute, (choice.name, operation, names, spec, target), context, *values)
     return lower_plainly(compute, context, *values)
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "define_evaluation",
     "device_axis_names",
     "fancy_primitive_batchers",
+    "is_one_devices_program",
     "is_partitioned",
     "is_traced",
     "lower_fun",
@@ -140,6 +141,13 @@ def runs_on_several_devices(context):
     """Whether a lowering context is that of a program for several devices, whoever partitions it."""
     axes = context.module_context.axis_context
     return (axes.num_devices if hasattr(axes, "num_devices") else axes.mesh.size) > 1
+
+
+def is_one_devices_program(context):
+    """Whether a lowering context is that of a program for one device of one platform, which runs in this process."""
+    module = context.module_context
+    several = runs_on_several_devices(context) or len(module.platforms) > 1
+    return not several and not module.lowering_parameters.for_export
 
 
 def partitioned_mesh(context):

@@ -155,3 +155,8 @@ def check_plan(choice, plan, problem, target):
 def operation_of(choice, operation):
     """The function with which a chosen backend computes an operation."""
     return _BACKENDS[choice.name].operations[operation]
+
+
+def slow_to_lower(choice):
+    """Whether the lowered code of a chosen backend is to be kept."""
+    return _BACKENDS[choice.name].slow_to_lower

@@ -74,6 +74,7 @@ class Backend:
     - `plan_refusal(plan, problem, target)`: None, or one sentence: why a plan given by hand must not run there.
     - `tuning`: a `Tuning` where plans are found by measurement.
     - `open_sizes`: whether it takes sizes that `jax.export` leaves open. Where it does not, it is not asked about them.
+    - `slow_to_lower`: whether its kernels take so long to lower that the lowered code is kept; see `kernels.kept`.
 
     `problem` and `target` are those of `bn_fused.kernels.target`.
     """
@@ -86,3 +87,4 @@ class Backend:
     plan_refusal: Callable = no_plan_refusal
     tuning: Tuning | None = None
     open_sizes: bool = False
+    slow_to_lower: bool = False

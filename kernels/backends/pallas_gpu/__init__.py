@@ -22,4 +22,5 @@ BACKEND = Backend(
     plan=operations.plan,
     plan_refusal=operations.plan_refusal,
     tuning=TUNING,
+    slow_to_lower=True,
 )
