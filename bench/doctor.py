@@ -11,6 +11,7 @@ from bn_fused.approaches import APPROACHES
 from bn_fused.bench.check import CHECKED, Check, check_approach
 from bn_fused.bench.providers import RIVALS
 from bn_fused.bench.run.suite import refusal
+from bn_fused.kernels.kept import folder, why_not
 from bn_fused.kernels.tuned import VARIABLE, in_use
 
 
@@ -54,6 +55,13 @@ def tuning() -> list[str]:
     if device.platform not in ("gpu", "cuda", "rocm") and not os.environ.get(VARIABLE):
         return []
     return in_use(device.device_kind)
+
+
+def lowered_kernels() -> list[str]:
+    """Where kernels for GPUs are kept once they were lowered, or how to have them kept; nothing on what is no GPU."""
+    if jax.devices()[0].platform not in ("gpu", "cuda"):
+        return []
+    return [f"lowered kernels are not kept: {why}" if (why := why_not()) else f"lowered kernels are kept in {folder()}"]
 
 
 def compilers() -> dict[str, str]:

@@ -29,14 +29,18 @@ _LOWERED: dict[pathlib.Path, export.Exported] = {}
 
 
 def folder():
-    """The folder where lowered kernels are kept; None where JAX keeps no programs, or not in a folder of this machine.
+    """The folder where lowered kernels are kept; None where `why_not` says why they are not."""
+    return None if why_not() else pathlib.Path(jax.config.jax_compilation_cache_dir) / "bn_fused"
 
-    It takes the package `flatbuffers`, in which `jax.export` writes.
-    """
+
+def why_not():
+    """What is to be done to have lowered kernels kept; "" where they are."""
     place = jax.config.jax_compilation_cache_dir
     if not jax.config.jax_enable_compilation_cache or not place or "://" in str(place):
-        return None
-    return None if importlib.util.find_spec("flatbuffers") is None else pathlib.Path(place) / "bn_fused"
+        return "JAX keeps no programs in a folder here: set JAX_COMPILATION_CACHE_DIR"
+    if importlib.util.find_spec("flatbuffers") is None:  # in which jax.export writes
+        return "pip install flatbuffers"
+    return ""
 
 
 def lower_kept(function, described, context, *values):

@@ -25,7 +25,7 @@ def print_doctor(console: Console) -> bool:
     say(console, f"backends that run here: {', '.join(able)}")
     for name, reason in refusals.items():
         say(console, f"  {name} does not: {reason}")
-    for line in doctor.tuning():
+    for line in (*doctor.tuning(), *doctor.lowered_kernels()):
         say(console, f"measured plans: {line}")
     for what, states in (("rivals", doctor.rivals()), ("compilers for the audit", doctor.compilers())):
         say(console, f"{what}:")

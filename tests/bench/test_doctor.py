@@ -1,5 +1,6 @@
 """`bn-bench doctor`: what it says is here, what can run, and whether it is right."""
 
+import sys
 import types
 
 import jax
@@ -33,6 +34,20 @@ def test_the_doctor_speaks_of_tuning_files_where_there_is_a_gpu_or_somebody_name
         line
         == f"{tmp_path / 'mine.json'} (by BN_FUSED_TUNING) is ignored: it cannot be read (No such file or directory)"
     )
+
+
+def test_the_doctor_says_where_lowered_kernels_are_kept_on_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu", device_kind="Some GPU")])
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        assert doctor.lowered_kernels() == [f"lowered kernels are kept in {tmp_path / 'bn_fused'}"]
+        monkeypatch.setitem(sys.modules, "flatbuffers", None)
+        assert doctor.lowered_kernels() == ["lowered kernels are not kept: pip install flatbuffers"]
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert "JAX_COMPILATION_CACHE_DIR" in doctor.lowered_kernels()[0]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_the_doctor_exits_with_1_if_a_backend_computes_wrong_numbers(broken_backend, capsys):

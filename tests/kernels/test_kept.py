@@ -15,6 +15,7 @@ import bn_fused
 from bn_fused.bench import deviceless
 from bn_fused.kernels import kept
 from bn_fused.kernels.backends import pallas_gpu
+
 from support.compilers import skip_without_compilers
 from support.versions import on_the_newest_jax
 
