@@ -101,8 +101,9 @@ def _ours(path, old, state, settings):
     return with_fields(
         new,
         {
-            "weight": old.weight,
-            "bias": old.bias,
+            # Equinox computes without what somebody put there.
+            "weight": old.weight if old.channelwise_affine else None,
+            "bias": old.bias if old.channelwise_affine else None,
             "state_index": eqx.nn.StateIndex((mean, var)),
             "zero_frac_index": eqx.nn.StateIndex(zero_frac.astype(dtype)),
             "count_index": eqx.nn.StateIndex(jnp.zeros(first.shape, jnp.int32)),

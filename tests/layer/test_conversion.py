@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import bn_fused
+from bn_fused.models import with_fields
 
 from support.over_batch import over_batch
 from support.tolerances import tol
@@ -117,8 +118,13 @@ def test_parts_under_inference_and_members_of_ensembles():
     step = eqx.filter_vmap(over_batch, in_axes=(eqx.if_array(0), None, eqx.if_array(0)))
     _, old_state = step(old, data(0), old_state)
     old = eqx.tree_at(lambda model: model.norms["before"].inference, old, True)
+    # Without channelwise_affine Equinox computes without weight and bias, whatever is in their places.
+    after = old.norms["after"]
+    ignored = {"channelwise_affine": False, "weight": 2 * after.weight, "bias": 1 + after.bias}
+    old.norms["after"] = with_fields(after, ignored)
     new, state = bn_fused.from_equinox(old, old_state)
     assert [new.norms[name].inference for name in ("before", "after")] == [True, False]
+    assert (new.norms["after"].weight, new.norms["after"].bias) == (None, None)
     wanted, _ = step(eqx.nn.inference_mode(old), data(1), clone(old_state))
     y, _ = step(eqx.nn.inference_mode(new), data(1), state)
     np.testing.assert_allclose(y, wanted, rtol=0, atol=tol(np.float32, n=100) * float(abs(wanted).max()))
