@@ -25,6 +25,11 @@ from bn_fused.kernels.target import FLOATING
 LOW_PRECISION = ("bfloat16", "float16")
 _PACKAGES = (__package__, "equinox", "jax")  # whose lines a warning does not point at
 STATE_DTYPES = ("float32", "float64")
+OURS = (
+    "layer, state = equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it; "
+    "what was trained with equinox.nn.BatchNorm comes by bn_fused.from_equinox(model, state)"
+)
+EQUINOXS = "model, state = equinox.nn.make_with_state(...)(...), and go on with what training makes of this state"
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,11 @@ def check_real(name, value):
         raise TypeError(f"{name} is {value!r}; accepted is a Python number")
 
 
-def held(state, index, whose="this layer"):
-    """What a state holds at an `equinox.nn.StateIndex`; TypeError for no state, ValueError for that of others."""
+def held(state, index, whose="this layer", advice=OURS):
+    """What a state holds at an `equinox.nn.StateIndex`; TypeError for no state, ValueError for that of others.
+
+    The advice, `OURS` or `EQUINOXS`, ends the latter: how the state of such a layer is made.
+    """
     if not isinstance(state, eqx.nn.State):
         given = state if state is None else f"a {type(state).__name__}"
         raise TypeError(
@@ -76,11 +84,7 @@ def held(state, index, whose="this layer"):
     try:
         return state.get(index)
     except KeyError:
-        raise ValueError(
-            f"state holds nothing of {whose}; make both together: layer, state = "
-            "equinox.nn.make_with_state(bn_fused.BatchNorm)(...), or the same of the model that contains it; what was "
-            "trained with equinox.nn.BatchNorm comes by bn_fused.from_equinox(model, state)"
-        ) from None
+        raise ValueError(f"state holds nothing of {whose}; make both together: {advice}") from None
 
 
 def check_eps(name, value):

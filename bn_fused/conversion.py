@@ -3,7 +3,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 
-from bn_fused.arguments import held
+from bn_fused.arguments import EQUINOXS, held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import MODES, BatchNorm
 from bn_fused.models import check_settings, layer_moments, named, replaced, with_fields
@@ -77,11 +77,11 @@ def _ours(path, old, state, settings):
     _check_no_subclass(path, old, eqx.nn.BatchNorm)
     whose = path or "this layer"
     if old.mode == "ema":
-        first = held(state, old.ema_first_time_index, whose)
+        first = held(state, old.ema_first_time_index, whose, EQUINOXS)
         mean, var = state.get(old.ema_state_index)
         zero_frac = jnp.where(first, 1.0, 0.0)
     else:
-        counter = held(state, old.batch_counter, whose)
+        counter = held(state, old.batch_counter, whose, EQUINOXS)
         first = counter == 0
         mean, var = state.get(old.batch_state_index)
         zero_frac = old.momentum**counter
@@ -101,8 +101,9 @@ def _ours(path, old, state, settings):
     return with_fields(
         new,
         {
-            "weight": old.weight,
-            "bias": old.bias,
+            # Equinox computes without what somebody put there.
+            "weight": old.weight if old.channelwise_affine else None,
+            "bias": old.bias if old.channelwise_affine else None,
             "state_index": eqx.nn.StateIndex((mean, var)),
             "zero_frac_index": eqx.nn.StateIndex(zero_frac.astype(dtype)),
             "count_index": eqx.nn.StateIndex(jnp.zeros(first.shape, jnp.int32)),

@@ -4,7 +4,7 @@ import jax
 
 from bn_fused import arguments
 from bn_fused.kernels.jax_internals import shard_like
-from bn_fused.running_stats import RunningStats
+from bn_fused.running_stats import check_stats
 from bn_fused.step import Call, infer, train
 
 EXAMPLES = "bn_fused.examples"  # the name of the axis of examples while one example is traced
@@ -84,8 +84,7 @@ def batch_norm(
     if not inference:
         arguments.check_bound(names, one_example=False)
     x = arguments.as_array("x", x)
-    if not isinstance(stats, RunningStats):
-        raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
+    check_stats(stats)
     channel_axis = arguments.as_channel_axis(channel_axis, x.shape, "x")
     given, stats = stats, arguments.as_stats(stats)
     arguments.check_zero_start("stats", stats)

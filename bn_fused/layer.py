@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from bn_fused import arguments
 from bn_fused.approaches import APPROACHES
-from bn_fused.running_stats import RunningStats
+from bn_fused.running_stats import RunningStats, check_stats
 from bn_fused.step import Call, infer, train
 
 MODES = {"ema": "ema_compatibility", "batch": "batch"}  # of equinox.nn.BatchNorm, and the approach that each is
@@ -322,8 +322,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         `RunningStats.of(mean, var)` are those of another library. ValueError or TypeError unless they fit the layer,
         and for a state that does not hold its own.
         """
-        if not isinstance(stats, RunningStats):
-            raise TypeError(f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats")
+        check_stats(stats)
         arguments.check_no_ensemble(arguments.held(state, self.state_index)[0])
         stats = arguments.as_stats(stats)
         if stats.mean.shape != (self.input_size,):

@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import reprlib
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
 from bn_fused.approaches import inference_moments
-from bn_fused.arguments import held
+from bn_fused.arguments import EQUINOXS, held
 from bn_fused.kernels.contract import widest
 from bn_fused.layer import BatchNorm
 
@@ -57,7 +58,7 @@ def with_settings(model, *, where=None, **settings):
             f"where is {where!r}; accepted are None and a function of a layer's path and the layer, as lambda path, "
             'layer: path.startswith("encoder")'
         )
-    layers_of(model)  # raises if there are none
+    paths = list(layers_of(model))  # raises if there are none
     changed = []
 
     def change(path, node):
@@ -69,7 +70,7 @@ def with_settings(model, *, where=None, **settings):
 
     model = jax.tree_util.tree_map_with_path(change, model, is_leaf=_is_layer)
     if not changed:
-        raise ValueError("model has no bn_fused.BatchNorm that `where` takes")
+        raise ValueError(f"where takes no bn_fused.BatchNorm of model; their paths are {reprlib.repr(paths)}")
     return model
 
 
@@ -82,8 +83,7 @@ def check_settings(settings):
 
 def layers_of(model):
     """{path: layer} of the BatchNorm layers in a model, path as "blocks.0.norm"; an error if there are none."""
-    if isinstance(model, eqx.nn.State):
-        raise TypeError("model is an equinox.nn.State; accepted is a model, and its state comes after it")
+    check_no_state(model)
     leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_layer)
     layers = {name_of(path): layer for path, layer in leaves if _is_layer(layer)}
     if not layers:
@@ -91,11 +91,26 @@ def layers_of(model):
     return layers
 
 
+def check_no_state(model):
+    """TypeError for a state in the model's place."""
+    if isinstance(model, eqx.nn.State):
+        raise TypeError("model is an equinox.nn.State; accepted is a model, and its state comes after it")
+
+
 def hint_at_conversion(model):
-    """The end of a message about what has none of our layers: what to do with Equinox's, if it has these."""
-    if not _holds(model, eqx.nn.BatchNorm):
+    """The end of a message about what has none of our layers: what to do with Equinox's or flax's, if it has these."""
+    if _holds(model, eqx.nn.BatchNorm):
+        return "; equinox.nn.BatchNorm becomes one by model, state = bn_fused.from_equinox(model, state)"
+    return _hint_at_flax(model)
+
+
+def _hint_at_flax(model):
+    def is_flaxs(node):
+        return any(cls.__module__.split(".")[0] == "flax" for cls in type(node).__mro__)
+
+    if not any(map(is_flaxs, jax.tree.leaves(model, is_leaf=is_flaxs))):
         return ""
-    return "; equinox.nn.BatchNorm becomes one by model, state = bn_fused.from_equinox(model, state)"
+    return "; it is flax's, and this function is for Equinox models: docs/flax.md says what there is for flax"
 
 
 @contextlib.contextmanager
@@ -115,8 +130,11 @@ def replaced(model, state, kind, replace):
 
     `replace(path, layer)` is the new layer, whose `equinox.nn.StateIndex`es hold its state.
     """
+    check_no_state(model)
     if not _holds(model, kind):
-        raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced")
+        other, name = (eqx.nn.BatchNorm, "equinox.nn") if kind is BatchNorm else (BatchNorm, "bn_fused")
+        hint = f"; its layers are {name}.BatchNorm already" if _holds(model, other) else _hint_at_flax(model)
+        raise ValueError(f"model has no {kind.__module__.split('.')[0]} {kind.__name__} that could be replaced{hint}")
 
     def change(path, node):
         return replace(name_of(path), node) if isinstance(node, kind) else renewed(node, state)
@@ -134,7 +152,7 @@ def renewed(model, state):
         return isinstance(node, eqx.nn.StateIndex)
 
     return jax.tree.map(
-        lambda node: eqx.nn.StateIndex(held(state, node, "the model")) if is_index(node) else node,
+        lambda node: eqx.nn.StateIndex(held(state, node, "the model", EQUINOXS)) if is_index(node) else node,
         model,
         is_leaf=is_index,
     )

@@ -90,6 +90,8 @@ class BatchNorm(nnx.BatchNorm):
             "False (to train), in one of them",
         )
         x = arguments.as_array("x", x)
+        if jnp.iscomplexobj(x):
+            arguments.check_floating("x", x)  # before scale and bias are promoted to its dtype
         scale, bias = (None if value is None else value[...] for value in (self.scale, self.bias))
         stored = flax_common.Stored(self.mean[...], self.var[...], self.zero_frac[...], self.count[...])
         x, _, _, scale, bias = self.promote_dtype((x, stored.mean, stored.var, scale, bias), dtype=self.dtype)

@@ -96,5 +96,14 @@ class RunningStats(NamedTuple):
         return inference_moments(*(value.astype(dtype) for value in (stats.mean, stats.var, stats.zero_frac)))
 
 
+def check_stats(stats):
+    """TypeError unless it is a `RunningStats`."""
+    if not isinstance(stats, RunningStats):
+        raise TypeError(
+            f"stats is a {type(stats).__name__}; accepted is a bn_fused.RunningStats, of arrays that were trained "
+            "elsewhere bn_fused.RunningStats.of(mean, var)"
+        )
+
+
 # So that an exported function may take and return them.
 export.register_namedtuple_serialization(RunningStats, serialized_name="bn_fused.RunningStats")

@@ -265,8 +265,12 @@ def test_calls_that_are_not_accepted_are_named(api):
             ours(data(), False, mask=jnp.ones(shape, bool))
     with pytest.raises(ValueError, match=r"residual has shape \(8, 5\)"):
         ours(data(), False, residual=jnp.ones((8, 5)))
-    with pytest.raises(TypeError, match="complex"):
+    with pytest.raises(TypeError, match="^x has dtype complex64: complex"):
         ours(data().astype(jnp.complex64), False)
+    for call in (bn_fused.with_settings, lambda model: bn_fused.from_equinox(model, None)):
+        for model in (ours.layer, {"norm": ours.layer}):
+            with pytest.raises(ValueError, match="model has no .*flax's, and .* for Equinox models"):
+                call(model)
     for x in (None, "x"):
         with pytest.raises(TypeError, match=f"x is {x!r}; accepted is an array"):
             ours(x, False)

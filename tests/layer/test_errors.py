@@ -216,7 +216,7 @@ def test_a_mask_is_bool_and_broadcasts_to_x_without_its_channels():
 
 
 def test_stats_are_running_stats():
-    with pytest.raises(TypeError, match=names("stats", "tuple", "RunningStats")):
+    with pytest.raises(TypeError, match=names("stats", "tuple", "RunningStats.of(mean, var)")):
         bn_fused.batch_norm(jnp.ones((4, 3)), (jnp.zeros(3), jnp.ones(3)))
 
 

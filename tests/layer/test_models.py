@@ -123,7 +123,7 @@ def test_layers_of_an_ensemble_and_of_subclasses_stay_what_they_are():
     [
         ({"dtype": jnp.float64}, TypeError, "axis_name, approach.*given is dtype"),
         ({"momentum": 2.0}, ValueError, "blocks.0.norm: momentum is 2.0"),
-        ({"where": lambda path, layer: False, "momentum": 0.5}, ValueError, "model has no .*`where`"),
+        ({"where": lambda path, layer: False, "momentum": 0.5}, ValueError, "where takes no .*'blocks.0.norm'"),
         ({"where": "blocks.0", "momentum": 0.5}, TypeError, "where is 'blocks.0'; accepted are None and a function"),
     ],
 )
