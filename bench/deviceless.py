@@ -137,6 +137,16 @@ def compile_for(target: str, fn, *specs):
 
 def lower_for(target: str, fn, *specs):
     """The `jax.stages.Lowered` that `compile_for` compiles: the function traced, and lowered for the target."""
+    return lower_traced(target, trace_for(target, fn, *specs))
+
+
+def lower_traced(target: str, traced):
+    """What `trace_for` traced, as `lower_for`."""
+    return traced.lower(lowering_platforms=(target_named(target).platform,))
+
+
+def trace_for(target: str, fn, *specs):
+    """The `jax.stages.Traced` that `lower_for` lowers."""
     import jax
     import numpy as np
 
@@ -155,7 +165,7 @@ def lower_for(target: str, fn, *specs):
     # Without arguments there is nothing that says where the results should be, other than this.
     function = jax.jit(fn, out_shardings=sharding)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return function.trace(*placed).lower(lowering_platforms=(description.platform,))
+        return function.trace(*placed)
 
 
 def _gpu_topology(target: GpuChip):

@@ -24,7 +24,7 @@ from bn_fused.bench.commands.common import (
 from bn_fused.bench.commands.numbers import Number
 from bn_fused.bench.installing import versions, versions_text
 from bn_fused.bench.run import records, report
-from bn_fused.bench.step import apart as _apart, resnet
+from bn_fused.bench.step import apart as _apart, compile_time as _compile_time, resnet
 from bn_fused.bench.step.audit import audit
 from bn_fused.bench.step.networks import (
     BASELINE,
@@ -70,19 +70,23 @@ SMALLEST_IMAGE = 16
               help="nchw: our layer in the Equinox network; nhwc: our function in the same network with channels last, "
               "as Flax's is. Repeatable; default: nchw, and nhwc beside an installed Flax.")  # fmt: skip
 @click.option("--seconds", type=Number(min=0, min_open=True), default=20.0, show_default=True,
-              help="Time for the samples of all rows, without compilation.")  # fmt: skip
+              help="Time for the samples of all rows, without compilation; with --compile-time for its rounds, "
+              f"{_compile_time.MIN_ROUNDS} at least.")  # fmt: skip
 @click.option("--audit", "target", type=click.Choice(deviceless.COMPILABLE),
               help="Compile for this chip, without having it, and count what is moved; nothing is timed.")  # fmt: skip
+@click.option("--compile-time", is_flag=True,
+              help="Time how long the step takes to trace, lower and compile, and run nothing; with --audit for that "
+              "chip. Compared with flax, or with equinox where there is none.")  # fmt: skip
 @click.option("--time-limit", type=Number(min=0, min_open=True), default=600.0, show_default=True,
-              help="With --audit: seconds after which a compilation is ended. With --apart: for all compilations; who "
-              "is not ready then is left out.")  # fmt: skip
+              help="With --audit or --compile-time: seconds after which a compilation is ended. With --apart: for all "
+              "compilations; who is not ready then is left out.")  # fmt: skip
 @click.option("--apart/--together", default=None,
               help="Each network in a process of its own, lowered at the same time and timed in turn; default: apart "
               "on a GPU, where the rows have their kernels too.")  # fmt: skip
 @click.option("--details", is_flag=True, help="On a GPU: the kernels of every row that take most, by name.")
 @click.option("--json", "json_file", type=OutputFile(), help="Save the rows.")
 @click.pass_context
-def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, target, time_limit,
+def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, target, compile_time, time_limit,
             apart, details, json_file, **sizes):  # fmt: skip
     """Time the training step of a ResNet, optimiser included, with bn_fused and with other BatchNorms.
 
@@ -117,11 +121,19 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
     if device is None:
         say(console, versions_text(versions()))
         say(console, f"{setting}, compiled for {target}")
-        rows, interrupted = _audit(console, target, setting, networks, options, time_limit)
     else:
         for line in report.environment_lines(records.environment()):
             say(console, line)
         say(console, str(setting))
+    if compile_time:
+        how = functools.partial(_compile_time.run, target, options=options, time_limit=time_limit)
+        rows, interrupted = _measure(console, setting, networks, seconds, how)
+        if rows:
+            show(console, compile_table(rows))
+            console.print(Text(COMPILE_NOTE, "dim"))
+    elif device is None:
+        rows, interrupted = _audit(console, target, setting, networks, options, time_limit)
+    else:
         if apart is None:
             apart = device.platform == "gpu"
         how = functools.partial(_apart.run, options=options, time_limit=time_limit) if apart else run
@@ -130,7 +142,8 @@ def command(context, *, approaches, backends, rivals, fusion, layouts, seconds, 
         say(console, line, style)
     if json_file is not None:
         settings = dataclasses.asdict(setting) | {name: value for name, value in options.items() if name != "backends"}
-        what, where = ("step", device.device_kind) if device is not None else ("step audit", target)
+        where = target if device is None else device.device_kind
+        what = "step compile time" if compile_time else "step audit" if device is None else "step"
         json_file.write_text(saved.to_json(what, where, settings, rows, interrupted=interrupted), encoding="utf-8")
     if interrupted:
         finished = sum(row.status != "untimed" for row in rows)
@@ -148,7 +161,8 @@ def _reasons(rows):
         yield f"{names}: {status.upper() if failed else status}: {reason}", "bold red" if failed else ""
 
 
-def _time(console, setting, networks, seconds, how, details):
+def _measure(console, setting, networks, seconds, how):
+    """The rows of `how`, with a bar for the progress, and whether it was interrupted."""
     rows, interrupted = [], False
     with progress_bar(console) as progress:
         task = progress.add_task("", total=1)
@@ -161,6 +175,11 @@ def _time(console, setting, networks, seconds, how, details):
             )
         except RunInterrupted as stopped:
             rows, interrupted = stopped.rows, True
+    return rows, interrupted
+
+
+def _time(console, setting, networks, seconds, how, details):
+    rows, interrupted = _measure(console, setting, networks, seconds, how)
     if rows:
         show(console, time_table(rows))
         if any(row.busy is not None for row in rows):
@@ -212,6 +231,11 @@ TIME_NOTE = (
 KERNEL_NOTE = (
     "busy: all kernels, copies and fills of a step; span: from the first one's begin to the last one's end, under the "
     "profiler. lowered beside the others, compiled one after the other."
+)
+COMPILE_NOTE = (
+    "Seconds by the clock, medians: of a step that is jitted anew, with JAX's caches cleared. CPU: of all threads. The "
+    "ratios: over the row that has 1, the median over paired rounds, with their 10th and 90th percentile; of the CPU "
+    "seconds where other programs share the machine."
 )
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
@@ -283,6 +307,24 @@ def kernel_lines(rows) -> list[str]:
         for name, (launches, seconds) in list(row.kernels.items())[:MOST_KERNELS]:
             lines.append(f"{row.name}: {1e3 * launches * seconds:.3f} ms, {launches:g} x {1e6 * seconds:.1f} us {name}")
     return lines
+
+
+def compile_table(rows) -> Table:
+    """How long networks take to compile."""
+    reference = next((row.compared_with for row in rows if row.compared_with is not None), "-")
+    table = _empty(
+        "BatchNorm", "traced in s", "lowered in s", "compiled in s", "together s", f"/ {reference}", "p10-p90", "CPU s",
+        f"CPU / {reference}", "rounds", "",
+    )  # fmt: skip
+    for row in rows:
+        percentiles = "-" if row.ratio is None else f"{row.ratio_p10:.2f}-{row.ratio_p90:.2f}"
+        table.add_row(
+            report.called(row.name), _number(row.tracing, form=".2f"), _number(row.lowering, form=".2f"),
+            _number(row.compilation, form=".2f"), _number(row.total, form=".2f"), _number(row.ratio, form=".2f"),
+            percentiles, _number(row.cpu, form=".2f"), _number(row.cpu_ratio, form=".2f"), str(row.rounds),
+            _verdict(row),
+        )  # fmt: skip
+    return table
 
 
 def audit_table(rows) -> Table:

@@ -24,7 +24,7 @@ import bn_fused
 from bn_fused.bench.child import Child, ChildEnded, answer_requests
 from bn_fused.bench.device_time import measure_device
 from bn_fused.bench.step.agreement import Expected, Losses, epsilon
-from bn_fused.bench.step.networks import BASELINE, Contender, Setting, contenders
+from bn_fused.bench.step.networks import BASELINE, Contender, Setting, contender_named
 from bn_fused.bench.step.timed import TIMED, Row, RunInterrupted, compared, make_run, one_line, timed
 from bn_fused.bench.timing import MAX_ROUNDS, MIN_ROUNDS, Samples, Timed
 
@@ -208,7 +208,7 @@ class _Network:
     def lower(self, setting, options, name):
         """Make the network and lower its step."""
         begin = time.monotonic()
-        self.network = next(one for one in contenders(**options) if one.name == name)
+        self.network = contender_named(name, options)
         self.run = make_run(self.network, Setting(**setting))
         return {"lowering": time.monotonic() - begin}
 

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-import jax
 import jax.numpy as jnp
 
 import bn_fused
@@ -14,7 +13,7 @@ from bn_fused.bench import deviceless
 from bn_fused.bench.audit.traffic import passes
 from bn_fused.bench.child import Child, ChildEnded, answer_requests
 from bn_fused.bench.step import resnet
-from bn_fused.bench.step.networks import Contender, Setting, contenders, program
+from bn_fused.bench.step.networks import Contender, Setting, argument_types, contender_named, program
 from bn_fused.bench.step.timed import one_line
 
 
@@ -51,11 +50,7 @@ def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
     """Compile one network's step for a target, in this process."""
     try:
         training = program(one, setting)
-        shape = (setting.batch, 3, setting.image, setting.image)
-        shape = (shape[0], *shape[2:], 3) if training.channels_last else shape
-        images, labels = jax.ShapeDtypeStruct(shape, setting.dtype), jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
-        lr = jax.ShapeDtypeStruct((), jnp.float32)
-        compiled = deviceless.compile_for(target, training.step, training.carry, images, labels, lr)
+        compiled = deviceless.compile_for(target, training.step, *argument_types(training, setting))
     except bn_fused.BackendError as error:
         return AuditRow(one.name, "refused", str(error))
     except deviceless.DevicelessUnavailable as error:
@@ -79,6 +74,13 @@ def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
     )
 
 
+def why_left_out(one: Contender) -> tuple[str, str] | None:
+    """Status and reason of a network that XLA does not compile here; None of the others."""
+    if one.missing is not None:
+        return "missing", one.missing
+    return ("refused", "torch is not compiled by XLA") if one.module == "torch" else None
+
+
 def audit(
     target: str,
     setting: Setting,
@@ -99,10 +101,8 @@ def audit(
     try:
         for one in networks:
             before(one.name)
-            if one.missing is not None:
-                yield AuditRow(one.name, "missing", one.missing)
-            elif one.module == "torch":
-                yield AuditRow(one.name, "refused", "torch is not compiled by XLA")
+            if (left_out := why_left_out(one)) is not None:
+                yield AuditRow(one.name, *left_out)
             else:
                 child = child or Child(command, environment)
                 request = {
@@ -119,9 +119,8 @@ def audit(
 
 
 def _answer(request):
-    setting = Setting(**request["setting"])
-    one = next(one for one in contenders(**request["options"]) if one.name == request["name"])
-    return dataclasses.asdict(audit_one(request["target"], one, setting))
+    one = contender_named(request["name"], request["options"])
+    return dataclasses.asdict(audit_one(request["target"], one, Setting(**request["setting"])))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Every contender is the same network with the same weights on the same images. Pa
 
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -219,6 +219,11 @@ def contenders(
     return networks
 
 
+def contender_named(name: str, options: Mapping) -> Contender:
+    """The one with this name of the `contenders` of these options."""
+    return next(one for one in contenders(**options) if one.name == name)
+
+
 # The step
 
 
@@ -295,6 +300,14 @@ def _channels_last_program(setting, norm):
 
     carry = Carry(parameters, first, jax.tree.map(jnp.zeros_like, parameters))
     return Program(training_step(loss_of), carry, channels_last=True)
+
+
+def argument_types(training: Program, setting: Setting) -> tuple:
+    """The arguments of its step, with shapes and dtypes in place of the images, the labels and the learning rate."""
+    sizes = (setting.image, setting.image)
+    shape = (setting.batch, *sizes, 3) if training.channels_last else (setting.batch, 3, *sizes)
+    images, labels = jax.ShapeDtypeStruct(shape, setting.dtype), jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
+    return training.carry, images, labels, jax.ShapeDtypeStruct((), jnp.float32)
 
 
 def data(setting: Setting) -> tuple[np.ndarray, np.ndarray]:

@@ -19,9 +19,10 @@ from bn_fused import kernels
 from bn_fused.bench import deviceless, installing, timing
 from bn_fused.bench.commands.step import command
 from bn_fused.bench.run.report import called
-from bn_fused.bench.step import agreement, audit, resnet, timed
+from bn_fused.bench.step import agreement, audit, compile_time, resnet, timed
 from bn_fused.bench.step.networks import (
     BASELINE,
+    Program,
     Setting,
     contenders,
     default_backends,
@@ -433,6 +434,94 @@ def test_the_passes_are_over_what_the_norms_take():
     # stem and pooled: 4 channels of 8x8, 4x4 twice; then 8 channels of 2x2, main path twice and shortcut
     assert audit.norm_bytes(setting()) == 4 * 4 * (4 * 64 + 2 * 4 * 16 + 3 * 8 * 4)
     assert audit.norm_bytes(setting(dtype="bfloat16")) == audit.norm_bytes(setting()) // 2
+
+
+# How long it takes to compile
+
+
+class FakeCompiler:
+    """In place of the process that compiles; Flax takes twice as long in each round, and jnp ends it in the second."""
+
+    asked: list[str] = []
+
+    def __init__(self, arguments, environment):
+        assert "bn_fused.bench.step.compile_time" in arguments
+        assert environment["JAX_ENABLE_COMPILATION_CACHE"] == "false"
+
+    def ask(self, request, time_limit):
+        request = json.loads(json.dumps(request))
+        assert request["target"] == "h200" and Setting(**request["setting"]).model == "resnet50"
+        name = request["name"]
+        self.asked.append(name)
+        if name.startswith("jnp") and self.asked.count(name) == 2:
+            raise compile_time.ChildEnded(f"stopped at the time limit of {time_limit:g} s")
+        if name == "pallas_gpu batch, fused":
+            return {"status": "refused", "reason": "it needs a chip"}
+        number = self.asked.count(name) * (2.0 if name == "flax" else 1.0)
+        return {"seconds": [number, number, 3 * number], "cpu": 2 * number}
+
+    def close(self):
+        pass
+
+
+def test_compile_times_are_of_paired_rounds_and_over_those_of_flax(monkeypatch, no_compiler_needed, tmp_path):
+    monkeypatch.setattr(compile_time, "Child", FakeCompiler)
+    monkeypatch.setattr(FakeCompiler, "asked", [])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: name == "flax" or None)
+    record = tmp_path / "rows.json"
+    against = ("--against", "flax", "--against", "torch", "--layout", "nchw")
+    ours = ("--backend", "jnp", "--backend", "pallas_gpu")
+    limits = ("--seconds", "1e-6", "--time-limit", 7)
+    done = run("--compile-time", "--audit", "h200", *ours, *against, *limits, "--json", record)
+    assert done.exit_code == 1 and "jnp batch, fused: FAILED: stopped at the time limit of 7 s" in done.output
+    assert "/ flax" in done.output and "it needs a chip" in done.output
+    saved = json.loads(record.read_text())
+    rows = {row["name"]: row for row in saved["rows"]}
+    assert saved["kind"] == "step compile time" and rows["torch"]["status"] == "missing"
+    # Every second round goes backwards; who is left out is not asked again.
+    first, second = FakeCompiler.asked[:4], FakeCompiler.asked[4:7]
+    assert first == ["jnp batch, fused", "pallas_gpu batch, fused", BASELINE, "flax"]
+    assert second == ["flax", BASELINE, "jnp batch, fused"] and FakeCompiler.asked[7:] == [BASELINE, "flax"]
+    assert [rows["flax"][name] for name in ("tracing", "lowering", "compilation", "total", "cpu")] == [4, 4, 12, 20, 8]
+    assert rows["flax"]["ratio"] == 1 and rows[BASELINE]["rounds"] == compile_time.MIN_ROUNDS
+    assert [rows[BASELINE][name] for name in ("ratio", "ratio_p10", "ratio_p90", "cpu_ratio")] == [0.5] * 4
+
+
+@pytest.mark.parametrize(("rounds", "statuses"), [(0, ["untimed", "untimed"]), (2, ["ok", "ok"])])
+def test_interrupted_compile_times_are_those_of_whole_rounds(rounds, statuses, monkeypatch, interruptible):
+    asked = []
+
+    class Interrupted(FakeCompiler):
+        def ask(self, request, time_limit):
+            asked.append(request["name"])
+            if len(asked) > 2 * rounds + 1:
+                signal.raise_signal(signal.SIGINT)
+            return {"seconds": [1.0, 1.0, 1.0], "cpu": 1.0}
+
+    monkeypatch.setattr(compile_time, "Child", Interrupted)
+    done = run(*SMALL, "--compile-time", "--backend", "jnp", "--against", "none")
+    assert done.exit_code == 130 and f"{statuses.count('ok')} of 2 rows are finished" in done.output
+    assert ("interrupted before a round was finished" in done.output) == (rounds == 0)
+
+
+def test_a_sample_of_the_compile_time_is_fresh(monkeypatch):
+    done = []
+
+    def make(one, asked):
+        if one.ours:
+            raise bn_fused.BackendError("it needs a chip")
+        return Program(lambda carry, *arguments: done.append("trace") or (carry, jnp.sin(carry)), jnp.ones(3))
+
+    monkeypatch.setattr(compile_time, "program", make)
+    monkeypatch.setattr(jax, "clear_caches", lambda: done.append("clear"))
+    request = {"target": None, "setting": dataclasses.asdict(setting()), "options": {"backends": ["jnp"]}}
+    sampler = compile_time.Sampler()
+    samples = [sampler.answer(request | {"name": BASELINE}) for _ in range(2)]
+    assert done == ["trace", "clear", "trace", "clear", "trace"]
+    for sample in samples:
+        assert len(sample["seconds"]) == 3 and min(sample["seconds"]) > 0 and sample["cpu"] >= 0
+    refused = sampler.answer(request | {"name": "jnp batch, fused"})
+    assert refused == {"status": "refused", "reason": "it needs a chip"}
 
 
 @pytest.mark.compilers
