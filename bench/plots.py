@@ -40,8 +40,9 @@ def plot_run(run: Run, path: str, source: str = "") -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, max(1, len(passes)), sharex=True, sharey=True, squeeze=False)[0]
     all_times = [1.0, *(1 / row.of_copy for row in run.rows if row.of_copy)]
+    right = 1.4 * max(all_times)
     for panel, pass_name in zip(panels, passes, strict=False):
-        panel.set(xscale="log", xlim=(min(all_times), 1.4 * max(all_times)))
+        panel.set(xscale="log", xlim=(min(all_times), right))
         rows = {(str(row.at), row.layer, row.approach): row for row in run.rows if row.pass_name == pass_name}
         for index, (layer, approach) in enumerate(drawn):
             name = f"{called(layer)} {approach}" if several else called(layer)
@@ -56,7 +57,8 @@ def plot_run(run: Run, path: str, source: str = "") -> None:
                     continue
                 ends = [time * row.p10 / row.median, time * row.p90 / row.median]
                 panel.plot(ends, [place, place], color="black", linewidth=0.8)
-                panel.text(1.03 * max(1, *ends), place, f"{time:.{1 if time >= 10 else 2}f}", va="center", fontsize=7)
+                beside = min(1.03 * max(1, *ends), right)  # a wide spread is cut off
+                panel.text(beside, place, f"{time:.{1 if time >= 10 else 2}f}", va="center", fontsize=7)
         panel.axvline(1, color="black", linewidth=0.8)
         panel.set_xlabel(f"{pass_name}: {measure} over that of a copy of as many bytes, logarithmic", fontsize=8.5)
         _plain_ticks(panel)

@@ -9,6 +9,7 @@ and of this package's kernels.
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -16,7 +17,6 @@ import tempfile
 import warnings
 
 import jax
-import jaxlib
 from jax import export
 
 from bn_fused.kernels.jax_internals import is_one_devices_program, lower_plainly
@@ -74,7 +74,7 @@ def _made_by():
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return jax.__version__, jaxlib.__version__, digest.hexdigest()
+    return *map(importlib.metadata.version, ("jax", "jaxlib")), digest.hexdigest()
 
 
 def _read(path):

@@ -432,7 +432,8 @@ def test_the_plot_is_a_png_with_a_bar_for_every_row(saved, tmp_path, monkeypatch
     run = records.load(saved)
     first = run.rows[0]
     absent = first.model_copy(update=dict(layer="flax", status="missing", median=None, of_copy=None))
-    plots.plot_run(run.model_copy(update={"rows": (*run.rows, absent)}), str(tmp_path / "run.png"))
+    spread = first.model_copy(update=dict(p90=1e6 * first.median))
+    plots.plot_run(run.model_copy(update={"rows": (spread, *run.rows[1:], absent)}), str(tmp_path / "run.png"))
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     # Bars begin at the copy's time.
     times = {(row.layer, row.pass_name): 1 / row.of_copy for row in run.rows}

@@ -261,6 +261,27 @@ def probe_threads_agree_on_x64(internals):
         assert internals.threads_agree_on_x64() == (jax.__version_info__ >= (0, 11))
 
 
+def probe_is_one_devices_program(internals):
+    """a lowering context says whether its program is for one device of one platform, and for this process"""
+    primitive = internals.Primitive("bn_fused_probe_one_device")
+    primitive.def_abstract_eval(lambda x: x)
+    seen = []
+
+    def rule(context, value):
+        seen.append(internals.is_one_devices_program(context))
+        return [value]
+
+    internals.register_lowering(primitive, rule)
+    program, x = jax.jit(primitive.bind), jnp.ones(4)
+    program.lower(x)
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    jax.jit(lambda x: primitive.bind(x)).lower(jax.device_put(x, jax.sharding.NamedSharding(mesh, P("d"))))
+    on_devices(lambda split, whole: primitive.bind(split))
+    jax.jit(lambda x: primitive.bind(x)).trace(x).lower(lowering_platforms=("cpu", "cuda"))
+    jax.export.export(program)(x)
+    assert seen[0] and len(seen) >= 5 and not any(seen[1:])
+
+
 def probe_is_partitioned(internals):
     """a lowering context says whether XLA partitions the program over several devices"""
     primitive = internals.Primitive("bn_fused_probe_partitioned")
@@ -446,6 +467,7 @@ PROBES = {
     "define_evaluation": probe_define_evaluation,
     "device_axis_names": probe_device_axis_names,
     "fancy_primitive_batchers": probe_fancy_primitive_batchers,
+    "is_one_devices_program": probe_is_one_devices_program,
     "is_partitioned": probe_is_partitioned,
     "is_traced": probe_is_traced,
     "lower_fun": probe_lowering,
