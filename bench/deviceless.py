@@ -132,7 +132,27 @@ def compile_for(target: str, fn, *specs):
     **Raises:** ValueError for an unknown target; `DevicelessUnavailable` if its compiler is not installed or does not
     start, or if this process has compiled for another GPU before.
     """
-    return lower_for(target, fn, *specs).compile()
+    return compile_lowered(lower_for(target, fn, *specs))
+
+
+def compile_lowered(lowered):
+    """The `jax.stages.Compiled` of what `lower_for` lowered.
+
+    JAX's cache of compiled programs is left aside: it cannot read those for devices that are not there.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    def enable(value):
+        jax.config.update("jax_enable_compilation_cache", value)
+        compilation_cache.reset_cache()  # which looks at the setting once
+
+    enabled = jax.config.jax_enable_compilation_cache
+    enable(False)
+    try:
+        return lowered.compile()
+    finally:
+        enable(enabled)
 
 
 def lower_for(target: str, fn, *specs):

@@ -231,7 +231,7 @@ def compile_case(case: Case, dump: pathlib.Path | None = None) -> Row:
             times = [time.perf_counter()]
             lowered = deviceless.lower_for(case.target, program.function, *program.specs)
             times.append(time.perf_counter())
-            compiled = lowered.compile()
+            compiled = deviceless.compile_lowered(lowered)
             times.append(time.perf_counter())
     except bn_fused.BackendError as error:
         return Row(case, "refused", _line(error))

@@ -11,6 +11,8 @@ import pytest
 
 from bn_fused.bench import deviceless, installing
 
+from support.compilers import skip_without_compilers
+
 
 def test_the_requirements_are_those_of_the_installed_jax():
     version = jax.__version__
@@ -46,6 +48,15 @@ def test_a_missing_compiler_is_named_with_the_command_that_installs_it(monkeypat
         command = f"{target} is not installed: {installing.pip_install('--no-deps')} {listed}"
         with pytest.raises(deviceless.DevicelessUnavailable, match=re.escape(command)):
             deviceless.compile_for(target, jnp.sin, jnp.ones(3))
+
+
+@pytest.mark.compilers
+def test_what_jax_keeps_of_compiled_programs_is_left_aside():
+    skip_without_compilers("h200")
+    assert jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache  # by conftest
+    first, second = (deviceless.compile_for("h200", lambda x: jnp.sin(x), jnp.ones(3)) for _ in range(2))
+    assert first.as_text() == second.as_text()
+    assert jax.config.jax_enable_compilation_cache
 
 
 def test_for_an_amd_gpu_nothing_is_compiled_and_one_line_says_so():
