@@ -108,7 +108,7 @@ def _hint_at_flax(model):
     def is_flaxs(node):
         return any(cls.__module__.split(".")[0] == "flax" for cls in type(node).__mro__)
 
-    if not any(map(is_flaxs, jax.tree.leaves(model, is_leaf=is_flaxs))):
+    if not _has_node(model, is_flaxs):
         return ""
     return "; it is flax's, and this function is for Equinox models: docs/flax.md says what there is for flax"
 
@@ -190,8 +190,11 @@ def _is_layer(node):
 
 
 def _holds(model, kind):
-    leaves = jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, kind))
-    return any(isinstance(leaf, kind) for leaf in leaves)
+    return _has_node(model, lambda node: isinstance(node, kind))
+
+
+def _has_node(model, is_one):
+    return any(map(is_one, jax.tree.leaves(model, is_leaf=is_one)))
 
 
 def name_of(path):

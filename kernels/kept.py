@@ -1,10 +1,10 @@
 """Lowered kernels, kept beside the programs that JAX keeps: `lower_kept`.
 
-Mosaic builds a kernel for GPUs operation by operation in Python, a quarter of a second for each; a ResNet-50's training
-step has 32 kinds. Where JAX keeps compiled programs (`JAX_COMPILATION_CACHE_DIR`, a folder here), the lowered code is
+Mosaic builds a kernel for GPUs operation by operation in Python, for which a large network waits longer than for all
+else that is lowered. Where JAX keeps compiled programs (`JAX_COMPILATION_CACHE_DIR`, a folder here), lowered code is
 kept in its folder `bn_fused`, as `jax.export` writes it, and neither traced nor lowered again: not by another program,
 and not by another process. It belongs to what made it: the operation, its plan and types, the chip, the versions of JAX
-and of this package's kernels.
+and the text of this package's kernels.
 """
 
 import functools

@@ -1,28 +1,21 @@
 """What is kept of lowered kernels: it is read in place of lowering, and nothing else is read."""
 
 import contextlib
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-import bn_fused
-from bn_fused.bench import deviceless
 from bn_fused.kernels import kept
 from bn_fused.kernels.backends import pallas_gpu
 
+from support.child_process import answer
 from support.compilers import skip_without_compilers
+from support.kept_kernels import CHANNELS, compiled, forward, lowered, temporary_bytes
 from support.versions import on_the_newest_jax
 
 pytestmark = pytest.mark.compilers
-CHANNELS = 64
-X = jax.ShapeDtypeStruct((4096, CHANNELS), jnp.bfloat16)
-VALUES = jax.ShapeDtypeStruct((CHANNELS,), jnp.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -35,16 +28,6 @@ def folder(tmp_path):
     yield tmp_path / "bn_fused"
     kept._LOWERED.clear()
     jax.config.update("jax_compilation_cache_dir", before)
-
-
-def forward(x, mean, var, weight, bias, activation="relu"):
-    stats = bn_fused.RunningStats.of(mean, var)
-    return bn_fused.batch_norm(x, stats, weight, bias, activation=activation, backend="pallas_gpu")
-
-
-def lowered(function=forward, x=X):
-    jax.clear_caches()
-    return deviceless.lower_for("h200", lambda *arrays: function(*arrays), x, *(4 * [VALUES]))
 
 
 @pytest.fixture
@@ -72,34 +55,27 @@ def test_what_was_lowered_is_read_by_another_program_and_another_process(folder,
         assert lowered().as_text() == first
 
 
-ANOTHER_PROCESS = """
-from kernels.test_kept import lowered, pallas_gpu
-pallas_gpu.BACKEND.operations.clear()
-lowered().compile()
-"""
-
-
 @on_the_newest_jax
 def test_another_process_compiles_what_it_reads(folder):
-    lowered()
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder.parent), "JAX_PLATFORMS": "cpu"}
-    tests = pathlib.Path(__file__).parents[1]
-    subprocess.run([sys.executable, "-c", ANOTHER_PROCESS], env=environment, cwd=tests, check=True)
+    here = compiled()
+    there = answer(["-m", "support.kept_kernels"], None, {"JAX_COMPILATION_CACHE_DIR": str(folder.parent)})
+    assert there == temporary_bytes(here)
+    assert len(list(folder.iterdir())) == 1
 
 
 @on_the_newest_jax
 def test_the_compiled_program_is_the_one_that_is_made_without_keeping(folder):
-    def compiled():
-        program = lowered().compile()
+    def facts():
+        program = compiled()
         # Where the code stands in files, and by what names it was traced.
         text = re.sub(r', metadata=\{[^}]*\}|"[^"]*"|%[\w.-]+', "", program.as_text().split("FileNames")[0])
-        return text, program.memory_analysis().temp_size_in_bytes
+        return text, temporary_bytes(program)
 
     lowered()
     kept._LOWERED.clear()
-    from_the_folder = compiled()
+    from_the_folder = facts()
     jax.config.update("jax_compilation_cache_dir", None)
-    assert from_the_folder == compiled()
+    assert from_the_folder == facts()
 
 
 def test_it_belongs_to_the_operation_its_types_and_the_kernels(folder, monkeypatch):

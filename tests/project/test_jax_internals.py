@@ -261,17 +261,23 @@ def probe_threads_agree_on_x64(internals):
         assert internals.threads_agree_on_x64() == (jax.__version_info__ >= (0, 11))
 
 
-def probe_is_one_devices_program(internals):
-    """a lowering context says whether its program is for one device of one platform, and for this process"""
-    primitive = internals.Primitive("bn_fused_probe_one_device")
+def asked_when_lowered(internals, name, question):
+    """A primitive of one operand whose lowering asks something of its context, and the list of the answers."""
+    primitive = internals.Primitive(name)
     primitive.def_abstract_eval(lambda x: x)
-    seen = []
+    answers = []
 
     def rule(context, value):
-        seen.append(internals.is_one_devices_program(context))
+        answers.append(question(context))
         return [value]
 
     internals.register_lowering(primitive, rule)
+    return primitive, answers
+
+
+def probe_is_one_devices_program(internals):
+    """a lowering context says whether its program is for one device of one platform, and for this process"""
+    primitive, seen = asked_when_lowered(internals, "bn_fused_probe_one_device", internals.is_one_devices_program)
     program, x = jax.jit(primitive.bind), jnp.ones(4)
     program.lower(x)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
@@ -284,15 +290,7 @@ def probe_is_one_devices_program(internals):
 
 def probe_is_partitioned(internals):
     """a lowering context says whether XLA partitions the program over several devices"""
-    primitive = internals.Primitive("bn_fused_probe_partitioned")
-    primitive.def_abstract_eval(lambda x: x)
-    seen = []
-
-    def rule(context, value):
-        seen.append(bool(internals.is_partitioned(context)))
-        return [value]
-
-    internals.register_lowering(primitive, rule)
+    primitive, seen = asked_when_lowered(internals, "bn_fused_probe_partitioned", internals.is_partitioned)
     mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     sharded = jax.device_put(jnp.ones(4), jax.sharding.NamedSharding(mesh, P("d")))
     jax.jit(primitive.bind).lower(jnp.ones(4))
@@ -307,15 +305,7 @@ def probe_is_partitioned(internals):
 
 def probe_runs_on_several_devices(internals):
     """a lowering context knows the number of devices of its program, under plain jit and inside shard_map"""
-    primitive = internals.Primitive("bn_fused_probe_several")
-    primitive.def_abstract_eval(lambda x: x)
-    seen = []
-
-    def rule(context, value):
-        seen.append(internals.runs_on_several_devices(context))
-        return [value]
-
-    internals.register_lowering(primitive, rule)
+    primitive, seen = asked_when_lowered(internals, "bn_fused_probe_several", internals.runs_on_several_devices)
     jax.jit(primitive.bind).lower(jnp.ones(4))
     on_devices(lambda split, whole: primitive.bind(split))
     assert seen == [False, True]
