@@ -23,6 +23,7 @@ from bn_fused.kernels.contract import (
     OPERATIONS,
     PER_CHANNEL,
     PER_GROUP,
+    Blend,
     Coefficients,
     accumulation_dtype,
     blend,
@@ -356,24 +357,29 @@ def _normalisation_tangents(tangents, toffset, tnorm_var):
     return {**renamed, "toffset": toffset, "tnorm_var": tnorm_var}
 
 
-@functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
-def _statistics_tangents(rstd, from_state, from_moments):
-    """The tangents of a blend, the sum of two parts, and the one of rstd."""
-    tangents = jax.tree.map(jnp.add, from_state, from_moments)
-    return tangents, -rstd * rstd * rstd / 2 * tangents.norm_var
+# Traced once for all layers of the same channels.
+
+
+@functools.partial(jax.jit, inline=True)
+def _blend_tangents(arguments, tangents):
+    """The tangents of `blend`, given its arguments and the tangents of some of them, by name."""
+    return _jvp_in(blend, arguments, tangents)[1]
+
+
+@functools.partial(jax.jit, inline=True)
+def _rstd_tangent(rstd, tnorm_var):
+    return -rstd * rstd * rstd / 2 * tnorm_var
 
 
 def _forward_jvp(values, tangents, *, names, spec, averaged):
     operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
     results = forward(spec, averaged, **operands)
     pivot, delta, var, rstd = (results[name] for name in ("pivot", "delta", "var", "rstd"))
-    state = {name: operands[name] for name in ("running_mean", "running_var", "coefficients")}
-
+    state = ("running_mean", "running_var", "coefficients")
+    arguments = {"pivot": pivot, "delta": delta, "var": var, **_only(operands, state)}
     # What the statistics' tangents are apart from those of the batch's moments, and then with them.
-    def of_state(**state):
-        return blend(pivot, delta, var, **state)
-
-    _, from_state = _jvp_in(of_state, state, tangents)
+    of_state = _only(tangents, state)
+    apart = _blend_tangents(arguments, of_state) if of_state else Blend(None, None, None, None)
     step = {
         "x": operands["x"],
         "pivot": pivot,
@@ -387,17 +393,16 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
         "mask": operands.get("mask"),
         **kept_for_derivative(spec, operands.get("residual"), results["y"]),
     }
-    linear = _normalisation_tangents(tangents, from_state.offset, from_state.norm_var)
+    linear = _normalisation_tangents(tangents, apart.offset, apart.norm_var)
     result_tangents = tangent(spec, averaged, **linear, **step)
     tmean, tvar = result_tangents["tmean"], result_tangents["tvar"]
-    _, from_moments = jax.jvp(lambda delta, var: blend(pivot, delta, var, **state), (delta, var), (tmean, tvar))
-    of_blend, trstd = _statistics_tangents(rstd, from_state, from_moments)
+    of_blend = _blend_tangents(arguments, {"delta": tmean, "var": tvar, **of_state})
     tangents_out = {
         "y": result_tangents["ty"],
         "pivot": zero_tangent(pivot),
         "delta": tmean,
         "var": tvar,
-        "rstd": trstd,
+        "rstd": _rstd_tangent(rstd, of_blend.norm_var),
         **of_blend._asdict(),
     }
     return list(results.values()), [tangents_out[name] for name in results]

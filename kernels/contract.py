@@ -206,8 +206,7 @@ def accumulation_dtype(dtype):
 
 
 def _product(coefficient, value):
-    # Not broadcast_to: the product has value's sharding too, on meshes with explicit axes.
-    coefficient = coefficient[..., None] * jnp.ones_like(value)
+    coefficient = coefficient[..., None]
     return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
 
 

@@ -24,7 +24,7 @@ is 15 at most.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,6 +33,9 @@ from jax.export import is_symbolic_dim
 from bn_fused.kernels.activations import ACTIVATIONS, activate
 from bn_fused.kernels.backends import Backend, Verdict
 from bn_fused.kernels.contract import (
+    LIKE_X,
+    MASK,
+    OPERATIONS,
     accumulation_dtype,
     blend,
     moments_cotangents,
@@ -63,34 +66,33 @@ def moments(x, mask=None, *, spec):
         count = as_number(count_rows(x.shape, layout), dtype)
         pivot = _mean_of_sample(x, spec)
     else:
-        # The mask has one channel: [*groups, 1], and the same count for all of them.
-        count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
-        count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index(CHANNEL)]))
-        pivot = _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), spec) / count
-    # An infinite pivot would turn an infinite mean into NaN.
-    pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
+        values = x.astype(dtype), jnp.ones(x.shape, dtype)
+        total, count = _sums_of([jnp.where(mask, value, jnp.zeros_like(value)) for value in values], spec)
+        count = jnp.maximum(count, 1)
+        pivot = _or_zero(total / count)
 
-    def deviation(x, pivot, mask=None):
-        d = x.astype(dtype) - pivot
-        return d if mask is None else jnp.where(mask, d, jnp.zeros((), dtype))
-
-    arrays = (x, expand(pivot, layout), *(() if mask is None else (mask,)))
-    delta = _sum_of(deviation, arrays, spec) / count
-    mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
-    return pivot, delta, _variance(mean_square, delta)
+    d = deviation(x, pivot, spec)
+    d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
+    total, square_sum = _sums_of((d, jnp.square(d)), spec)
+    delta = total / count
+    return pivot, delta, _variance(square_sum / count, delta)
 
 
 def _mean_of_sample(x, spec):
-    """The mean of about the square root of the rows of each channel."""
+    """The mean of about the square root of the rows of each channel, finite."""
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if _folds(spec):
         # A few stretches of a few examples. Some of every example are a line of memory each, and took XLA:CPU half as
         # long as a sum over all rows.
-        (x,), layout = merge_rows((x,), layout)
-        sample = _written_out(sample_rows(x, layout, of_each_axis=True).astype(dtype))
-    else:
-        sample = sample_rows(x, layout).astype(dtype)
-    return sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype)
+        sample = sample_rows(x, layout, of_each_axis=True).astype(dtype)
+        return sum_rows(_written_out(_or_zero(sample) / as_number(count_rows(sample.shape, layout), dtype)), layout)
+    sample = sample_rows(x, layout).astype(dtype)
+    return _or_zero(sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype))
+
+
+def _or_zero(values):
+    """The values, those that are not finite as zero: as a pivot they would turn an infinite mean into NaN."""
+    return jnp.where(jnp.isfinite(values), values, jnp.zeros_like(values))
 
 
 def _variance(mean_square, delta):
@@ -216,8 +218,9 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     if spec.activation is None:
         return dz
     dz = product(mask, dz, activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec))
-    # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
-    return _written_out(dz) if _folds(spec) else dz
+    # Two loops read dz. A CPU computes it in both where it is no result anyway and the derivative is one of steps.
+    twice = residual is None and y is None and ACTIVATIONS[spec.activation].steps is not None
+    return _written_out(dz) if _folds(spec) and not twice else dz
 
 
 def _of_bits(argument, below, at_zero):
@@ -246,9 +249,7 @@ def _as_stored(array):
 def _sums(d, dz, offset, rstd, mask, spec):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     least_sums = 1 if spec.activation is None else LEAST_SUMS
-    sum_dz = _sum_of(lambda dz: dz, (dz,), spec, least_sums)
-    arrays = (dz, d) if mask is None else (dz, d, mask)
-    sum_dz_d = _sum_of(lambda dz, d, mask=None: product(mask, dz, d), arrays, spec, least_sums)
+    sum_dz, sum_dz_d = _sums_of((dz, product(mask, dz, d)), spec, least_sums)
     return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
@@ -287,7 +288,7 @@ def plan(problem, target, config=None):
     del problem, config
     if target.partitioned:
         return Plan()
-    return Plan(fold=8 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))
+    return Plan(fold=16 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))
 
 
 def _folds(spec):
@@ -304,16 +305,16 @@ LEAST_SUMS = 1 << 16
 LEAST_ROWS = 32  # of each of those
 
 
-def _sum_of(function, arrays, spec, least_sums=1):
-    """Sum function(*arrays), elementwise, over the rows. Arrays broadcast: their axes have x's size or one.
+def _sums_of(arrays, spec, least_sums=1):
+    """The sums over the rows of arrays of x's shape, which are computed for that alone or not at all.
 
     On a GPU the rows are cut into so many parts that there are `least_sums` sums in all, where that may be.
     """
     if _folds(spec):
-        return _folded_sum(function, arrays, spec.layout, spec.plan.fold)
+        return _folded_sums(arrays, spec.layout, spec.plan.fold)
     if _stages(spec):
-        return _staged_sum(function(*arrays), spec.layout, least_sums)
-    return sum_rows(function(*arrays), spec.layout)
+        return [_staged_sum(array, spec.layout, least_sums) for array in arrays]
+    return [sum_rows(array, spec.layout) for array in arrays]
 
 
 def _staged_sum(array, layout, least_sums):
@@ -350,58 +351,40 @@ def _parts(rows, least):
     return next((parts for parts in candidates if parts >= least), candidates[-1])
 
 
-def _folded_sum(function, arrays, layout, parts):
-    """`_sum_of` for XLA:CPU, 2 to 3 times as fast there.
+def _folded_sums(arrays, layout, parts):
+    """`_sums_of` for XLA:CPU, 2 to 4 times as fast there.
 
-    XLA:CPU gives reductions to a library, together with the elementwise work before them, each operation of which
-    costs it about as much as the reduction alone. A fused loop does that work at the memory's speed, if its innermost
-    axis is long: so row axes that lie together are made one, the first that is long enough is cut into about so many
-    parts, a loop adds the parts' values, and only their sum is left to be reduced. That is done for stretches of the
-    last row axis first, because XLA:CPU may add up what it reduces one after the other, and rounding grows with the
-    number.
+    XLA:CPU gives a reduction to a library, together with the elementwise work before it, each operation of which costs
+    it about as much as the reduction alone. It does not know those of several arrays at once: XLA makes them with what
+    comes before in one loop and one read, at the memory's speed if few rows are added up and the innermost axis is
+    long. So the first row axis that is long enough is cut into about so many parts, they are added up that way, and the
+    library sums what is left.
     """
-    arrays, layout = merge_rows(arrays, layout)
-    shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+    shape, dtype = arrays[0].shape, arrays[0].dtype
     known = [axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis])]
     counts = range(parts // 2, parts + parts // 2 + 1)
     axis = next((axis for axis in known if shape[axis] >= counts[0]), None)
     if axis is None:
-        return sum_rows(function(*arrays), layout)
+        return [sum_rows(array, layout) for array in arrays]
     counts = [count for count in counts if count <= shape[axis]]
     parts = min(counts, key=lambda count: (shape[axis] % count, abs(count - parts)))
-
-    def part(start, stop):
-        return function(*(a if a.shape[axis] == 1 else lax.slice_in_dim(a, start, stop, axis=axis) for a in arrays))
-
     size, rest = divmod(shape[axis], parts)
-    folded = part(0, size)
-    for start in range(size, parts * size, size):
-        folded = folded + part(start, start + size)
-    total = _sum_by_stretches(_written_out(folded), layout)
-    return total + sum_rows(part(parts * size, shape[axis]), layout) if rest else total
+
+    def in_parts(array):
+        array = lax.slice_in_dim(array, 0, parts * size, axis=axis)
+        return jnp.reshape(array, (*shape[:axis], parts, size, *shape[axis + 1 :]))
+
+    zeros = [jnp.zeros((), dtype)] * len(arrays)
+    folded = lax.reduce([in_parts(array) for array in arrays], zeros, _add, (axis,))
+    sums = [sum_rows(array, layout) for array in folded]
+    if rest:
+        remainders = (lax.slice_in_dim(array, parts * size, shape[axis], axis=axis) for array in arrays)
+        sums = [total + sum_rows(array, layout) for total, array in zip(sums, remainders, strict=True)]
+    return sums
 
 
-STRETCH = 192  # the least that XLA:CPU's library is quick at; with 14 it takes as long for an eighth of x as for x
-
-
-def _sum_by_stretches(array, layout):
-    """The sum over the rows, in two stages: of stretches of the last row axis, and of what those give.
-
-    A stretch is about STRETCH rows long, or the square root of the axis where that is more.
-    """
-    last = axes_of(layout, ROW)[-1]
-    size = array.shape[last]
-    if not is_symbolic_dim(size) and size > STRETCH:
-        stretch = _divisor_near(size, max(STRETCH, math.isqrt(size)))
-        array = jnp.reshape(array, (*array.shape[:last], size // stretch, stretch, *array.shape[last + 1 :]))
-        layout, last = layout[:last] + ROW + layout[last:], last + 1
-    return sum_rows(_written_out(jnp.sum(array, last, keepdims=True)), layout)
-
-
-def _divisor_near(size, aim):
-    """The divisor of a size that is nearest to the aim, by their ratio."""
-    small = [number for number in range(1, math.isqrt(size) + 1) if size % number == 0]
-    return min((*small, *(size // number for number in small)), key=lambda number: max(number / aim, aim / number))
+def _add(values, others):
+    return [value + other for value, other in zip(values, others, strict=True)]
 
 
 def _written_out(array):
@@ -414,6 +397,36 @@ def _written_out(array):
     return lax.optimization_barrier(lax.reduce_precision(array, precision.nexp, precision.nmant))
 
 
+SHORT = 32  # a last axis with fewer rows; XLA:CPU's loops took up to three times as long with 14
+
+
+def _with_merged_rows(operation):
+    """An operation of the contract whose row axes that lie together are one, where the plan folds.
+
+    XLA:CPU's loops run along the last axis of their result. Where that is short, what has x's shape is written in the
+    merged shape; but not y without an activation, because the user's own may follow, in the same loop.
+    """
+    contract = OPERATIONS[operation.__name__]
+
+    def merged(*, spec, **operands):
+        if not _folds(spec):
+            return operation(**operands, spec=spec)
+        shape = operands["x"].shape
+        with_rows = [name for name in operands if contract.operands[name] in (LIKE_X, MASK)]
+        arrays, layout = merge_rows([operands[name] for name in with_rows], spec.layout)
+        operands |= dict(zip(with_rows, arrays, strict=True))
+        results = operation(**operands, spec=replace(spec, layout=layout))
+        results = list(results if isinstance(results, tuple) else (results,))
+        is_short = layout[-1] == ROW and not is_symbolic_dim(shape[-1]) and shape[-1] < SHORT
+        for index, (name, kind) in enumerate(contract.result_kinds(operands).items()):
+            if kind == LIKE_X:
+                written = is_short and (name != "y" or spec.activation is not None)
+                results[index] = jnp.reshape(_written_out(results[index]) if written else results[index], shape)
+        return tuple(results)
+
+    return merged
+
+
 def verdict(problem, target):
     """`auto` takes it wherever it takes no kernels."""
     del problem
@@ -423,12 +436,8 @@ def verdict(problem, target):
 BACKEND = Backend(
     "jnp",
     {
-        "forward": forward,
-        "backward": backward,
-        "moments": moments,
-        "moments_backward": moments_backward,
-        "normalise": normalise,
-        "normalise_backward": normalise_backward,
+        operation.__name__: _with_merged_rows(operation)
+        for operation in (forward, backward, moments, moments_backward, normalise, normalise_backward)
     },
     verdict=verdict,
     plan=plan,

@@ -68,7 +68,7 @@ def test_rows_are_cut_into_equal_parts_and_as_many_as_asked_for_where_these_are_
 
 # ---------------------------------------------------------------------------------------------- for XLA:CPU
 
-ON_A_CPU = jnp_backend.Plan(fold=8)
+ON_A_CPU = jnp_backend.Plan(fold=16)
 
 
 def sizes_of(text):
