@@ -26,6 +26,7 @@ is 15 at most.
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
@@ -56,28 +57,61 @@ from bn_fused.kernels.layout import (
 from bn_fused.kernels.padding import guarded, product
 
 
-def moments(x, mask=None, *, spec):
-    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask)."""
+def moments(x, mask=None, *, spec, expected=None):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask).
+
+    `expected`: what the mean may be near to, per channel, or None.
+    """
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
+        if _in_convolutions(spec) and expected is not None:
+            return _moments_about_expected(expected.astype(dtype), x, count, spec)
         pivot = _mean_of_sample(x, spec)
     else:
         # The mask has one channel: [*groups, 1], and the same count for all of them.
         count = jnp.maximum(sum_rows(mask.astype(dtype), layout), 1)
         count = jnp.broadcast_to(count, (*count.shape[:-1], x.shape[layout.index(CHANNEL)]))
         pivot = _sum_of(lambda x, mask: jnp.where(mask, x.astype(dtype), jnp.zeros((), dtype)), (x, mask), spec) / count
-    # An infinite pivot would turn an infinite mean into NaN.
+    return _moments_about(pivot, x, count, mask, spec)
+
+
+def _moments_about(pivot, x, count, mask, spec):
+    """`moments` about a pivot: zero where it is not finite, which would turn an infinite mean into NaN."""
+    dtype = pivot.dtype
     pivot = jnp.where(jnp.isfinite(pivot), pivot, jnp.zeros_like(pivot))
 
     def deviation(x, pivot, mask=None):
         d = x.astype(dtype) - pivot
         return d if mask is None else jnp.where(mask, d, jnp.zeros((), dtype))
 
-    arrays = (x, expand(pivot, layout), *(() if mask is None else (mask,)))
+    arrays = (x, expand(pivot, spec.layout), *(() if mask is None else (mask,)))
     delta = _sum_of(deviation, arrays, spec) / count
     mean_square = _sum_of(lambda *values: jnp.square(deviation(*values)), arrays, spec) / count
     return pivot, delta, _variance(mean_square, delta)
+
+
+FAR = 2  # standard deviations of a channel
+AGAIN = "bn_fused_moments_again"  # the scope of what is computed where a mean is far
+
+
+def _moments_about_expected(expected, x, count, spec):
+    """`moments` for XLA:TPU, about a pivot that is there before x: a convolution's kernel then makes the sums too.
+
+    About a sample's mean it makes them only when x is written, and reads all of x again. Channels whose mean is far
+    from the pivot, where var's rounding error is more than 1 + FAR^2 times what it is about the mean, have their
+    moments computed a second time.
+    """
+    pivot, delta, var = first = _moments_about(expected, x, count, None, spec)
+    near = jnp.isfinite(var) & (jnp.square(delta) <= FAR**2 * var)
+
+    def again():
+        second = _moments_about(pivot + delta, x, count, None, spec)
+        # The others keep theirs: what one channel has in it changes nothing in another.
+        return tuple(jnp.where(near, *either) for either in zip(first, second, strict=True))
+
+    with jax.named_scope(AGAIN):
+        return lax.cond(jnp.all(near), lambda: first, again)
 
 
 def _mean_of_sample(x, spec):
@@ -115,7 +149,7 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    pivot, delta, var = moments(x, mask, spec=spec)
+    pivot, delta, var = moments(x, mask, spec=spec, expected=running_mean)
     new = blend(pivot, delta, var, running_mean, running_var, coefficients)
     rstd = reciprocal_std(new.norm_var, spec.eps)
     y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec)
@@ -215,7 +249,11 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     dz = dy.astype(d.dtype)
     if spec.activation is None:
         return dz
-    dz = product(mask, dz, activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec))
+    derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
+    if _in_convolutions(spec) and ACTIVATIONS[spec.activation].steps == (0, 0):
+        # Of a choice in dy's dtype XLA:TPU writes the result for its next uses, else a mask and dy beside each other.
+        return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
+    dz = product(mask, dz, derivative)
     # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
     return _written_out(dz) if _folds(spec) else dz
 
@@ -272,22 +310,28 @@ class Plan:
 
     - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
+    - `in_convolutions`: so that they are made in the kernels of the convolutions around, see `_moments_about_expected`.
     """
 
     fold: int | None = None
     stages: bool = False
+    in_convolutions: bool = False
 
 
 def plan(problem, target, config=None):
-    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU.
+    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU, in convolutions on a TPU.
 
-    Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
+    None of it where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
     leaves open.
     """
     del problem, config
     if target.partitioned:
         return Plan()
-    return Plan(fold=8 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))
+    return Plan(
+        fold=8 if target.platform == "cpu" else None,
+        stages=target.platform in ("cuda", "rocm"),
+        in_convolutions=target.platform == "tpu",
+    )
 
 
 def _folds(spec):
@@ -296,6 +340,10 @@ def _folds(spec):
 
 def _stages(spec):
     return isinstance(spec.plan, Plan) and spec.plan.stages
+
+
+def _in_convolutions(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.in_convolutions
 
 
 # Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms
