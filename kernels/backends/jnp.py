@@ -65,7 +65,7 @@ def moments(x, mask=None, *, spec, expected=None):
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
-        if _in_convolutions(spec) and expected is not None:
+        if expected is not None and _expects(spec):
             return _moments_about_expected(expected.astype(dtype), x, count, spec)
         pivot = _mean_of_sample(x, spec)
     else:
@@ -250,7 +250,7 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     if spec.activation is None:
         return dz
     derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
-    if _in_convolutions(spec) and ACTIVATIONS[spec.activation].steps == (0, 0):
+    if _chooses(spec) and ACTIVATIONS[spec.activation].steps == (0, 0):
         # Of a choice in dy's dtype XLA:TPU writes the result for its next uses, else a mask and dy beside each other.
         return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
     dz = product(mask, dz, derivative)
@@ -310,28 +310,41 @@ class Plan:
 
     - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
-    - `in_convolutions`: so that they are made in the kernels of the convolutions around, see `_moments_about_expected`.
+    - `expects`: those of a forward's moments are made about the running mean first, see `_moments_about_expected`.
+    - `chooses`: those of a backward through relu have dy or zero as their terms, chosen in place of a product.
     """
 
     fold: int | None = None
     stages: bool = False
-    in_convolutions: bool = False
+    expects: bool = False
+    chooses: bool = False
 
 
 def plan(problem, target, config=None):
-    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU, in convolutions on a TPU.
+    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU, the others on a TPU.
 
-    None of it where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
-    leaves open.
+    Nothing of it where XLA partitions the arrays over devices: a part would cross them. Nor are there parts or stages
+    along axes that `jax.export` leaves open.
     """
-    del problem, config
+    del config
     if target.partitioned:
         return Plan()
     return Plan(
         fold=8 if target.platform == "cpu" else None,
         stages=target.platform in ("cuda", "rocm"),
-        in_convolutions=target.platform == "tpu",
+        expects=target.platform == "tpu" and _leaves_the_chip(problem, target.chip),
+        chooses=target.platform == "tpu",
     )
+
+
+def _leaves_the_chip(problem, chip):
+    """Whether x is larger than what a TPU's VMEM may hold of it until its moments are known: half, or not known.
+
+    What stays there costs nothing to read again, and what a condition may read does not stay there.
+    """
+    if chip is None or problem.left_open:
+        return True
+    return 2 * problem.groups * problem.rows * problem.channels * jnp.dtype(problem.dtype).itemsize > chip.vmem
 
 
 def _folds(spec):
@@ -342,8 +355,12 @@ def _stages(spec):
     return isinstance(spec.plan, Plan) and spec.plan.stages
 
 
-def _in_convolutions(spec):
-    return isinstance(spec.plan, Plan) and spec.plan.in_convolutions
+def _expects(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.expects
+
+
+def _chooses(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.chooses
 
 
 # Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms
