@@ -26,8 +26,8 @@ HOW = (
 )
 
 SELDOM = (
-    "jnp sums the moments a second time where a channel's mean lies more than two standard deviations from its running "
-    "mean. What that reads is not in the figures."
+    "jnp sums a large x about its running mean, and a second time where a channel's mean is more than two standard "
+    "deviations from that. What the second time reads is not in the figures."
 )
 
 

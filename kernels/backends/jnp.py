@@ -20,6 +20,10 @@ var, as it would for the sums of x and x^2, so that the pivot costs the sample a
 have nothing that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
 of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
 is 15 at most.
+
+On a TPU XLA makes sums in the kernel of the convolution or matrix product before, and spares a read of x, if the pivot
+is there before x. So a large x has the running mean as its pivot. Where that is more than two standard deviations from
+a channel's mean, so that the factor is above 5, the sums are made again about the mean.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
@@ -250,8 +254,9 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     if spec.activation is None:
         return dz
     derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
-    if _chooses(spec) and ACTIVATIONS[spec.activation].steps == (0, 0):
-        # Of a choice in dy's dtype XLA:TPU writes the result for its next uses, else a mask and dy beside each other.
+    is_result = residual is not None or y is not None
+    if _chooses(spec) and is_result and ACTIVATIONS[spec.activation].steps == (0, 0):
+        # XLA:TPU writes and reads it so; a product is in float32, and it writes and reads a mask and dy for that.
         return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
     dz = product(mask, dz, derivative)
     # Three loops read dz: a CPU is slower in computing the derivative three times than in writing it once.
@@ -311,7 +316,7 @@ class Plan:
     - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
     - `expects`: those of a forward's moments are made about the running mean first, see `_moments_about_expected`.
-    - `chooses`: those of a backward through relu have dy or zero as their terms, chosen in place of a product.
+    - `chooses`: where dz = dy * relu' is a result of a backward too, it is dy or zero, chosen in place of a product.
     """
 
     fold: int | None = None
@@ -338,13 +343,14 @@ def plan(problem, target, config=None):
 
 
 def _leaves_the_chip(problem, chip):
-    """Whether x is larger than what a TPU's VMEM may hold of it until its moments are known: half, or not known.
+    """Whether x is larger than half of a TPU's on-chip memory, or that is not known.
 
-    What stays there costs nothing to read again, and what a condition may read does not stay there.
+    What XLA keeps there costs nothing to read again, and what a condition may read it does not keep there.
     """
     if chip is None or problem.left_open:
         return True
-    return 2 * problem.groups * problem.rows * problem.channels * jnp.dtype(problem.dtype).itemsize > chip.vmem
+    nbytes = problem.groups * problem.rows * problem.channels * jnp.dtype(problem.dtype).itemsize
+    return nbytes > max(chip.vmem, chip.cmem) / 2
 
 
 def _folds(spec):
