@@ -27,7 +27,7 @@ HOW = (
 
 SELDOM = (
     "jnp sums a large x about its running mean, and a second time where a channel's mean is more than two standard "
-    "deviations from that. What the second time reads is not in the figures."
+    "deviations from that. What the second time moves is not in the figures."
 )
 
 
