@@ -93,6 +93,7 @@ class TpuChip:
     """A TPU generation, as JAX shows it: one device.
 
     - `vmem`: the on-chip memory of a core; `vmem_limit`: what a kernel gets of it unless it asks for more.
+    - `cmem`: v4's larger on-chip memory, which kernels do not use and XLA does.
     - `cores`: tensor cores of a device; two share the work of one program on v4 and v5p.
     - `lanes`: columns of a vector register, of which an array in VMEM has a multiple.
     """
@@ -103,6 +104,7 @@ class TpuChip:
     vmem_limit: int
     memory_bandwidth: int
     cores: int = 1
+    cmem: int = 0
     platform: str = "tpu"
     lanes: ClassVar[int] = 128
 
@@ -135,7 +137,7 @@ CHIPS = _table(
     AmdChip(
         "mi300x", "AMD Instinct MI300X", "gfx942", 304, 64 * _KIB, 32 * _MIB, 192 * _GIB, 5300 * _GB, 2.1, 256 * _MIB
     ),
-    TpuChip("v4", "TPU v4", 16 * _MIB, 16 * _MIB, 1228 * _GB, cores=2),
+    TpuChip("v4", "TPU v4", 16 * _MIB, 16 * _MIB, 1228 * _GB, cores=2, cmem=128 * _MIB),
     TpuChip("v5e", "TPU v5 lite", 128 * _MIB, 16 * _MIB, 819 * _GB),
     TpuChip("v5p", "TPU v5", 64 * _MIB, 16 * _MIB, 2765 * _GB, cores=2),
     TpuChip("v6e", "TPU v6 lite", 128 * _MIB, 32 * _MIB, 1640 * _GB),

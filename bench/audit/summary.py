@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 
 from bn_fused.bench.audit.blocks import Setting
 from bn_fused.bench.audit.rows import Row
+from bn_fused.bench.deviceless import TPU
 from bn_fused.bench.installing import versions_text
 from bn_fused.bench.providers import NO_NORM
 from bn_fused.bench.workloads import PASSES
+from bn_fused.kernels.chips import CHIPS
 
 # Totals that differ by less than this share count as equal.
 EQUAL = 0.02
@@ -21,6 +23,11 @@ HOW = (
     'of channels, whose own passes are in the figures (the line "no norm" has them alone). "fwd" is a training step, '
     '"fwd+bwd" the step and its gradient with respect to x and all parameters. The fewest passes of a setting on a '
     "chip are bold, and what is within 2 % of them. An empty cell was not compiled."
+)
+
+SELDOM = (
+    "jnp sums a large x about its running mean, and a second time where a channel's mean is more than two standard "
+    "deviations from that. What the second time moves is not in the figures."
 )
 
 
@@ -37,7 +44,8 @@ def summary(title: str, rows: Sequence[Row], documents: Sequence[Mapping]) -> st
     targets = list(dict.fromkeys(row.case.target for row in rows))
     if not any(row.total is not None for row in rows):
         raise Unsuitable("there is no program in it whose passes are known")
-    parts = [f"# {title}", HOW, *_verdicts(rows)]
+    on_tpu = any(CHIPS[target].platform == TPU for target in targets)
+    parts = [f"# {title}", HOW, *([SELDOM] if on_tpu else []), *_verdicts(rows)]
     for pass_name in PASSES:
         of_pass = [row for row in rows if row.case.pass_name == pass_name]
         if of_pass:

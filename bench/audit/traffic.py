@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 
 from bn_fused.bench.audit.hlo import Array, Instruction, Module, parse
+from bn_fused.kernels.backends.jnp import AGAIN
 
 # Instructions that name or group arrays, or wait for them, and move nothing.
 _FREE = frozenset(
@@ -53,17 +54,22 @@ _TRIP_COUNT = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """What one kernel of the program reads and writes of arrays of about x's size, in passes over x."""
+    """What one kernel of the program reads and writes of arrays of about x's size, in passes over x.
+
+    - `seldom`: whether it runs only where a channel's mean lies far from what was expected, see `passes`.
+    """
 
     instruction: str
     opcode: str
     reads: float
     writes: float
     times: int = 1
+    seldom: bool = False
 
     def __str__(self) -> str:
         repeated = f", {self.times} times" if self.times > 1 else ""
-        return f"{self.instruction} ({self.opcode}): {self.reads:g}R + {self.writes:g}W{repeated}"
+        seldom = ", seldom: not counted" if self.seldom else ""
+        return f"{self.instruction} ({self.opcode}): {self.reads:g}R + {self.writes:g}W{repeated}{seldom}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Traffic:
 
     - `reads`, `writes`: passes over x.
     - `launches`: kernels, copies and custom calls that run, small ones included.
-    - `details`: the accesses with any of these passes, in the program's order.
+    - `details`: the accesses with any of these passes, in the program's order, and those that are seldom made.
     - `copies_or_transposes`: names of the kernels that do nothing but copy or transpose an array of about x's size.
     """
 
@@ -81,6 +87,11 @@ class Traffic:
     launches: int
     details: tuple[Access, ...]
     copies_or_transposes: tuple[str, ...]
+
+    @property
+    def seldom(self) -> float:
+        """The passes, reads and writes, that are not counted because they are seldom made."""
+        return sum(access.times * (access.reads + access.writes) for access in self.details if access.seldom)
 
     def __str__(self) -> str:
         return f"{self.reads:g}R + {self.writes:g}W in {self.launches} launches"
@@ -100,8 +111,9 @@ def passes(hlo_text: str, x_elements: int, x_bytes: int, *, smallest: float = 1 
     **Counted** are the kernels of the entry computation and of the computations it calls. A fusion reads of each
     operand what it uses: if that goes through slices alone, the slices. An operand that is used twice by one kernel is
     read once. A dynamic-update-slice works in place: it reads and writes the update. A loop's body counts as often as
-    the loop runs (once if HLO does not say), a conditional as its most expensive branch. What lies on the chip costs
-    nothing.
+    the loop runs (once if HLO does not say), a conditional as its most expensive branch; but that with which `jnp` sums
+    the moments again, where a channel's mean lies far from what was expected, as the cheaper one: what the other one
+    does is among the details as seldom. What lies on the chip costs nothing.
 
     Raises ValueError for sizes below 1, and for a text without an entry computation.
     """
@@ -135,11 +147,15 @@ class _Counter:
             if opcode in _FREE or opcode.endswith(("-done", "-update")):
                 continue
             if opcode in _CONTROL:
-                inner, times = self._called(instruction)
+                runs, times = self._called(instruction)
+                seldom = opcode == "conditional" and AGAIN in instruction.attributes
+                inner = runs[0 if seldom else -1]
                 reads += times * inner.reads
                 writes += times * inner.writes
                 launches += times * inner.launches
                 details.extend(dataclasses.replace(access, times=times * access.times) for access in inner.details)
+                if seldom:
+                    details.extend(dataclasses.replace(access, seldom=True) for access in runs[-1].details)
                 copies.extend(inner.copies_or_transposes)
                 continue
             launches += 1
@@ -156,8 +172,8 @@ class _Counter:
                     copies.append(instruction.name)
         return Traffic(reads, writes, launches, tuple(details), tuple(copies))
 
-    def _called(self, instruction: Instruction) -> tuple[Traffic, int]:
-        """The traffic of what a control instruction runs once, and how often it runs it."""
+    def _called(self, instruction: Instruction) -> tuple[list[Traffic], int]:
+        """The traffic of what a control instruction may run, the most expensive last, and how often it runs it."""
         names = _CALLED.findall(instruction.attributes)
         for branches in _BRANCHES.findall(instruction.attributes):
             names.extend(name.strip().lstrip("%") for name in branches.split(","))
@@ -166,7 +182,7 @@ class _Counter:
         # A loop over x's rows reads little of x in each round, and all of it in the end.
         inner = _Counter(self.module, self.least_elements / max(times, 1), self.x_bytes, self.padded)
         runs = [inner.run(name) for name in names] or [Traffic(0.0, 0.0, 0, (), ())]
-        return max(runs, key=lambda traffic: traffic.reads + traffic.writes), times
+        return sorted(runs, key=lambda traffic: traffic.reads + traffic.writes), times
 
     def _passes(self, arrays: tuple[Array, ...], elements: float = math.inf) -> float:
         """The passes that an access to at most `elements` of each of these arrays makes."""

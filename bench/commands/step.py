@@ -239,7 +239,9 @@ COMPILE_NOTE = (
 )
 AUDIT_NOTE = (
     "read, written: bytes of all kernels through the chip's memory, counted in the compiled program, convolutions and "
-    "optimiser included; passes: these over the bytes that all BatchNorms of the network take. XLA: its own estimate "
+    "optimiser included; passes: these over the bytes that all BatchNorms of the network take. seldom: what would be "
+    "added if every layer of jnp summed its moments twice, as on a TPU each does where a channel's mean lies far from "
+    "its running mean. XLA: its own estimate "
     "of the bytes, - where it gives none (NVIDIA). temporary: memory beside arguments and results. launches: kernels, "
     "copies and library calls."
 )
@@ -329,11 +331,13 @@ def compile_table(rows) -> Table:
 
 def audit_table(rows) -> Table:
     """What was compiled."""
-    table = _empty("BatchNorm", "read GB", "written GB", "passes", "XLA GB", "temporary GB", "launches", "")
+    table = _empty(
+        "BatchNorm", "read GB", "written GB", "passes", "seldom GB", "XLA GB", "temporary GB", "launches", ""
+    )
     for row in rows:
         table.add_row(
             report.called(row.name), _number(row.read, 1e-9, ".3f"), _number(row.written, 1e-9, ".3f"),
-            _number(row.passes, 1, ".2f"),
+            _number(row.passes, 1, ".2f"), _number(row.seldom or None, 1e-9, ".3f"),
             _number(row.accessed, 1e-9, ".3f"), _number(row.temporary, 1e-9, ".3f"), _number(row.launches, 1, "d"),
             _verdict(row),
         )  # fmt: skip

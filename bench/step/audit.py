@@ -25,6 +25,7 @@ class AuditRow:
     - `read`, `written`: bytes moved through the chip's memory by all kernels, counted in the program (`audit.traffic`).
     - `passes`: those bytes over the bytes of all that the norms take: what the step costs in passes over the
         activations. Convolutions and the optimiser are in it, the same for all.
+    - `seldom`: bytes beside those, read and written, in a step in which every layer sums its moments again.
     - `accessed`: XLA's own estimate of the bytes.
     - `temporary`: bytes of temporary memory. `launches`: kernels, copies and library calls.
     """
@@ -38,6 +39,7 @@ class AuditRow:
     accessed: int | None = None
     temporary: int | None = None
     launches: int | None = None
+    seldom: int | None = None
 
 
 def norm_bytes(setting: Setting) -> int:
@@ -71,6 +73,7 @@ def audit_one(target: str, one: Contender, setting: Setting) -> AuditRow:
         accessed=None if accessed is None else int(accessed),
         temporary=None if analysis is None else int(analysis.temp_size_in_bytes),
         launches=traffic.launches,
+        seldom=int(traffic.seldom),
     )
 
 

@@ -20,12 +20,17 @@ var, as it would for the sums of x and x^2, so that the pivot costs the sample a
 have nothing that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
 of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
 is 15 at most.
+
+On a TPU XLA makes sums in the kernel of the convolution or matrix product before, and spares a read of x, if the pivot
+is there before x. So a large x has the running mean as its pivot. Where that is more than two standard deviations from
+a channel's mean, so that the factor is above 5, the sums are made again about the mean.
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
 import math
 from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
@@ -59,23 +64,55 @@ from bn_fused.kernels.layout import (
 from bn_fused.kernels.padding import guarded, product
 
 
-def moments(x, mask=None, *, spec):
-    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask)."""
+def moments(x, mask=None, *, spec, expected=None):
+    """Mean, as pivot + delta, and biased variance of each channel over its rows (those that count, under a mask).
+
+    `expected`: what the mean may be near to, per channel, or None.
+    """
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
+        if expected is not None and _expects(spec):
+            return _moments_about_expected(expected.astype(dtype), x, count, spec)
         pivot = _mean_of_sample(x, spec)
     else:
         values = x.astype(dtype), jnp.ones(x.shape, dtype)
         total, count = _sums_of([jnp.where(mask, value, jnp.zeros_like(value)) for value in values], spec)
         count = jnp.maximum(count, 1)
         pivot = _or_zero(total / count)
+    return _moments_about(pivot, x, count, mask, spec)
 
+
+def _moments_about(pivot, x, count, mask, spec):
+    """`moments` about a finite pivot."""
     d = deviation(x, pivot, spec)
     d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
     total, square_sum = _sums_of((d, jnp.square(d)), spec)
     delta = total / count
     return pivot, delta, _variance(square_sum / count, delta)
+
+
+FAR = 2  # standard deviations of a channel
+AGAIN = "bn_fused_moments_again"  # the scope of what is computed where a mean is far
+
+
+def _moments_about_expected(expected, x, count, spec):
+    """`moments` for XLA:TPU, about a pivot that is there before x: a convolution's kernel then makes the sums too.
+
+    About a sample's mean it makes them only when x is written, and reads all of x again. Channels whose mean is far
+    from the pivot, where var's rounding error is more than 1 + FAR^2 times what it is about the mean, have their
+    moments computed a second time.
+    """
+    pivot, delta, var = first = _moments_about(_or_zero(expected), x, count, None, spec)
+    near = jnp.isfinite(var) & (jnp.square(delta) <= FAR**2 * var)
+
+    def again():
+        second = _moments_about(_or_zero(pivot + delta), x, count, None, spec)
+        # The others keep theirs: what one channel has in it changes nothing in another.
+        return tuple(jnp.where(near, *either) for either in zip(first, second, strict=True))
+
+    with jax.named_scope(AGAIN):
+        return lax.cond(jnp.all(near), lambda: first, again)
 
 
 def _mean_of_sample(x, spec):
@@ -117,7 +154,7 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
 
 def forward(x, weight, bias, running_mean, running_var, coefficients, residual=None, mask=None, *, spec):
     """Moments, blend and normalisation: y, the moments and the new running statistics."""
-    pivot, delta, var = moments(x, mask, spec=spec)
+    pivot, delta, var = moments(x, mask, spec=spec, expected=running_mean)
     new = blend(pivot, delta, var, running_mean, running_var, coefficients)
     rstd = reciprocal_std(new.norm_var, spec.eps)
     y = normalise(x, pivot, new.offset, rstd, weight, bias, residual, spec=spec)
@@ -217,10 +254,14 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     dz = dy.astype(d.dtype)
     if spec.activation is None:
         return dz
-    dz = product(mask, dz, activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec))
+    derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
+    steps, is_result = ACTIVATIONS[spec.activation].steps, residual is not None or y is not None
+    if _chooses(spec) and is_result and steps == (0, 0):
+        # XLA:TPU writes and reads it so; a product is in float32, and it writes and reads a mask and dy for that.
+        return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
+    dz = product(mask, dz, derivative)
     # Two loops read dz. A CPU computes it in both where it is no result anyway and the derivative is one of steps.
-    twice = residual is None and y is None and ACTIVATIONS[spec.activation].steps is not None
-    return _written_out(dz) if _folds(spec) and not twice else dz
+    return _written_out(dz) if _folds(spec) and (is_result or steps is None) else dz
 
 
 def _of_bits(argument, below, at_zero):
@@ -273,22 +314,45 @@ class Plan:
 
     - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
+    - `expects`: those of a forward's moments are made about the running mean first, see `_moments_about_expected`.
+    - `chooses`: where dz = dy * relu' is a result of a backward too, it is dy or zero, chosen in place of a product.
     """
 
     fold: int | None = None
     stages: bool = False
+    expects: bool = False
+    chooses: bool = False
 
 
 def plan(problem, target, config=None):
-    """Fold on a CPU (into 4 or 16 parts was slower than into 8), two stages on a GPU.
+    """Fold on a CPU, two stages on a GPU, the others on a TPU.
 
-    Neither where XLA partitions the arrays over devices: a part would cross them; nor along axes that `jax.export`
-    leaves open.
+    Of 8, 16, 32 and 64 parts XLA:CPU was fastest with 16, in three versions and with arrays of either layout; it unrolls
+    the loop over 32 and not over 64, which took six times as long.
+
+    Nothing of it where XLA partitions the arrays over devices: a part would cross them. Nor are there parts or stages
+    along axes that `jax.export` leaves open.
     """
-    del problem, config
+    del config
     if target.partitioned:
         return Plan()
-    return Plan(fold=16 if target.platform == "cpu" else None, stages=target.platform in ("cuda", "rocm"))
+    return Plan(
+        fold=16 if target.platform == "cpu" else None,
+        stages=target.platform in ("cuda", "rocm"),
+        expects=target.platform == "tpu" and _leaves_the_chip(problem, target.chip),
+        chooses=target.platform == "tpu",
+    )
+
+
+def _leaves_the_chip(problem, chip):
+    """Whether x is larger than half of a TPU's on-chip memory, or that is not known.
+
+    What XLA keeps there costs nothing to read again, and what a condition may read it does not keep there.
+    """
+    if chip is None or problem.left_open:
+        return True
+    nbytes = problem.groups * problem.rows * problem.channels * jnp.dtype(problem.dtype).itemsize
+    return nbytes > max(chip.vmem, chip.cmem) / 2
 
 
 def _folds(spec):
@@ -297,6 +361,14 @@ def _folds(spec):
 
 def _stages(spec):
     return isinstance(spec.plan, Plan) and spec.plan.stages
+
+
+def _expects(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.expects
+
+
+def _chooses(spec):
+    return isinstance(spec.plan, Plan) and spec.plan.chooses
 
 
 # Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms

@@ -7,6 +7,7 @@ from jax import lax
 
 from bn_fused.bench.audit.hlo import parse
 from bn_fused.bench.audit.traffic import passes
+from bn_fused.kernels.backends.jnp import AGAIN
 
 # x is f32[64,1024]: 65536 elements, 262144 bytes.
 ELEMENTS, BYTES = 64 * 1024, 64 * 1024 * 4
@@ -246,6 +247,8 @@ ENTRY %main (which: s32[], x: f32[64,1024]) -> f32[64,1024] {
         "true_computation=%dear, false_computation=%cheap",
     ):
         assert figures(count(text.replace("BRANCHES", branches))) == (1, 1, 1)
+        seldom = count(text.replace("BRANCHES", f'{branches}, metadata={{op_name="jit(f)/{AGAIN}/cond"}}'))
+        assert figures(seldom) == (0, 0, 0) and seldom.seldom == 2
 
 
 def test_called_computations_count_where_they_are_called():

@@ -403,7 +403,7 @@ class FakeChild:
             pytest.fail("the child would not know the network")
         if request["name"].startswith("jnp"):
             raise audit.ChildEnded("stopped at the time limit of 7 s")
-        row = audit.AuditRow(request["name"], "ok", "", 3 * 10**9, 10**9, 2.5, None, 5 * 10**8, 42)
+        row = audit.AuditRow(request["name"], "ok", "", 3 * 10**9, 10**9, 2.5, None, 5 * 10**8, 42, 6 * 10**8)
         return dataclasses.asdict(row)
 
     def close(self):
@@ -419,7 +419,7 @@ def test_the_audit_compiles_what_is_trained_elsewhere_and_outlives_a_compiler(
     done = run("--audit", "h200", "--time-limit", 7, "--against", "torch", "--json", record)
     assert done.exit_code == 1 and FakeChild.started == 2
     assert "jnp batch, fused: FAILED: stopped at the time limit of 7 s" in done.output
-    assert "torch: " in done.output
+    assert "torch: " in done.output and "0.600" in done.output  # seldom
     rows = {row["name"]: row for row in json.loads(record.read_text())["rows"]}
     assert rows[BASELINE]["launches"] == 42 and rows["torch"]["status"] in ("missing", "refused")
 

@@ -1,6 +1,7 @@
-"""The forms that the backend `jnp` has for XLA:CPU and, computed on a CPU, for XLA:GPU.
+"""The forms that the backend `jnp` has for XLA:CPU and, computed on a CPU, for XLA:GPU and XLA:TPU.
 
-What those for XLA:GPU are for is counted in test_traffic; what those for XLA:CPU are for, here, in its compiled code.
+What those for XLA:GPU are for is counted in test_traffic, those for XLA:TPU in test_pallas_tpu_compiled; what those for
+XLA:CPU are for, here, in its compiled code.
 """
 
 import dataclasses
@@ -24,13 +25,22 @@ from support.kernel_results import check_step
 from support.tolerances import assert_close
 
 ON_A_GPU = jnp_backend.Plan(stages=True)
+ON_A_TPU = jnp_backend.Plan(expects=True, chooses=True)
 # relu with y kept in float32 and bfloat16, leaky_relu, the residual kept, no residual; groups, several parts.
 NAMES = ("300 rows", "bfloat16", "65 channels", "float16", "groups", "groups far from zero", "2051 rows, 24 channels")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_values_and_all_gradients_agree_with_float64(name):
-    check_step(CASES[name], "jnp", ON_A_GPU)
+# On a TPU a mean that is near to the running mean, and far: of y in bfloat16, of x.
+ON_A_TPU_TOO = ("17 channels", "bfloat16", "groups far from zero")
+
+
+@pytest.mark.parametrize(
+    ("plan", "name"),
+    [*((ON_A_GPU, name) for name in NAMES), *((ON_A_TPU, name) for name in ON_A_TPU_TOO)],
+    ids=lambda value: {ON_A_GPU: "GPU", ON_A_TPU: "TPU"}.get(value, value),
+)
+def test_values_and_all_gradients_agree_with_float64(plan, name):
+    check_step(CASES[name], "jnp", plan)
 
 
 def test_values_and_all_gradients_agree_in_float64(x64):
@@ -64,6 +74,59 @@ def test_rows_are_cut_into_equal_parts_and_as_many_as_asked_for_where_these_are_
         if divisors is not None and parts < least:
             enough = [number for number in divisors if number >= least]
             assert not any(number <= rows // jnp_backend.LEAST_ROWS for number in enough), (rows, parts)
+
+
+# ---------------------------------------------------------------------------------------------- for XLA:TPU
+
+# mean, standard deviation, what is expected of the mean, whether that is near
+CHANNELS = {
+    "as expected": (0.0, 1.0, 0.0, True),
+    "near": (1.9, 1.0, 0.0, True),
+    "far": (2.2, 1.0, 0.0, False),
+    "far from zero": (1e4, 1.0, 0.0, False),
+    "far from zero, as expected": (1e4, 1.0, 1e4, True),
+    "constant": (3.3, 0.0, 0.0, False),
+    "constant, as expected": (3.25, 0.0, 3.25, True),
+    "squares overflow": (1e20, 1e15, 0.0, False),
+    "nothing that is finite expected": (0.5, 1.0, np.inf, True),
+}
+
+
+def test_moments_far_from_what_was_expected_keep_their_digits():
+    means, deviations, expected, near = map(np.array, zip(*CHANNELS.values(), strict=True))
+    noise = np.random.default_rng(0).standard_normal((1000, len(means)))
+    x = (means + deviations * (noise - noise.mean(0)) / noise.std(0)).astype(np.float32)
+
+    @jax.jit
+    def moments(x, expected):
+        return jnp_backend.moments(x, spec=Spec("rc", plan=ON_A_TPU), expected=expected)
+
+    expected = expected.astype(np.float32)
+    pivot, delta, var = map(np.asarray, moments(x, expected))
+    exact = x.astype(np.float64)
+    assert_close(pivot.astype(np.float64) + delta, exact.mean(0), exact.std(0) + 1e-9, stored=np.float32, what="mean")
+    assert_close(var, exact.var(0), exact.var(0) + 1e-12, what="var")
+    np.testing.assert_array_equal(pivot == np.where(np.isfinite(expected), expected, 0), near)
+    # What one channel has in it changes no bit of another.
+    for found, alone in zip((pivot, delta, var), moments(x[:, near], expected[near]), strict=True):
+        np.testing.assert_array_equal(found[near], alone)
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "dtype", "expects"),
+    [
+        (None, (2**20, 64), "float32", False),
+        ("h200", (2**20, 64), "float32", False),
+        ("v5e", (2**20, 64), "float32", True),
+        ("v5e", (2**20, 64), "bfloat16", True),
+        ("v5e", (2**20, 32), "bfloat16", False),
+        ("v7x", (2**20, 32), "bfloat16", True),
+        ("v4", (2**20, 32), "bfloat16", False),
+    ],
+)
+def test_a_mean_is_expected_of_what_is_larger_than_half_of_a_tpus_memory_on_the_chip(target, shape, dtype, expects):
+    plan = bn_fused.explain(shape, dtype, target=target, backend="jnp").plan
+    assert (plan.expects, plan.chooses) == (expects, target not in (None, "h200"))
 
 
 # ---------------------------------------------------------------------------------------------- for XLA:CPU

@@ -102,6 +102,13 @@ def test_a_convolutions_result_is_taken_as_it_lies(compiled):
     assert len(ours["copies"]) <= len(plain["copies"]), ours["details"]
 
 
+def test_jnp_sums_in_the_convolution_and_writes_no_mask_of_relu(compiled):
+    if compiled[0] != "v5e":
+        pytest.skip("convolutions are compiled for v5e alone")
+    # The two sums of the moments, and nothing beside arrays of x's dtype; without its plan none, and a mask.
+    assert compiled[1]["residual block"] == {"sums": 2, "others": []}
+
+
 def test_over_several_chips_one_all_reduce_each_way(compiled):
     figures = compiled[1]["four chips"]
     kernels = ["moments", "moments_backward", "normalise", "normalise_backward"]

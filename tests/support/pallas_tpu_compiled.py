@@ -93,6 +93,35 @@ def between_convolutions(chip, backend):
     return figures(deviceless.compile_for(chip, block, x, kernel, kernel), x.size, 2 * x.size)
 
 
+def residual_block(chip):
+    """conv, BatchNorm with a residual, relu, on `jnp`, and the gradients.
+
+    How many sums the kernels make that have a convolution in them, and what is large and not bfloat16.
+    """
+    shape = (64, 28, 28, 1024)
+    stats = bn_fused.RunningStats.init(shape[-1])
+
+    def block(kernel, x, residual):
+        h = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return bn_fused.batch_norm(h, stats, approach="batch", activation="relu", residual=residual, backend="jnp")
+
+    def gradients(dy, *operands):
+        y, pullback, new = jax.vjp(block, *operands, has_aux=True)
+        return y, new, pullback(dy)
+
+    x, kernel, like_y = S((*shape[:-1], 64), jnp.bfloat16), S((1, 1, 64, 1024), jnp.bfloat16), S(shape, jnp.bfloat16)
+    compiled = deviceless.compile_for(chip, gradients, like_y, kernel, x, like_y)
+    module = parse(compiled.as_text())
+    opcodes = [[each.opcode for each in computation.values()] for computation in module.computations.values()]
+    others = [
+        f"{instruction.name} {array.text}"
+        for instruction in module.computations[module.entry].values()
+        for array in instruction.arrays
+        if array.elements == like_y.size and not array.text.startswith("bf16")
+    ]
+    return {"sums": sum(kernel.count("reduce") for kernel in opcodes if "convolution" in kernel), "others": others}
+
+
 def gradients_of(**options):
     """A function of x: a training step with these options and its gradients."""
     stats = bn_fused.RunningStats.init(256)
@@ -133,6 +162,7 @@ def main():
     if "convolutions" in extras:
         for backend in ("pallas_tpu", "jnp"):
             counted[f"conv {backend}"] = between_convolutions(chip, backend)
+        counted["residual block"] = residual_block(chip)
     json.dump(counted, sys.stdout)
 
 
