@@ -15,7 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.backends.jnp import operations as in_jnp
 from bn_fused.kernels.contract import (
     LIKE_X,
     MASK,
@@ -27,6 +27,7 @@ from bn_fused.kernels.contract import (
     Coefficients,
     accumulation_dtype,
     blend,
+    blend_tangents,
     kept_for_derivative,
     moments_cotangents,
     reciprocal_std,
@@ -118,12 +119,12 @@ def _normalise_backward(spec, averaged, operands):
 
 def _backward_in_jnp(spec, averaged, operands):
     """`backward` while axes are still averaged by name: the sums local, the moments' cotangents over all."""
-    results = jnp_backend.backward(**operands, spec=spec, total=lambda value: named_sum(value, averaged))
+    results = in_jnp.backward(**operands, spec=spec, total=lambda value: named_sum(value, averaged))
     return _to_gradients(dict(zip(OPERATIONS["backward"].result_kinds(operands), results, strict=True)), operands)
 
 
 def _normalise_backward_in_jnp(spec, averaged, operands):
-    results = jnp_backend.normalise_backward(**operands, spec=spec)
+    results = in_jnp.normalise_backward(**operands, spec=spec)
     names = OPERATIONS["normalise_backward"].result_kinds(operands)
     return _to_gradients(dict(zip(names, results, strict=True)), operands)
 
@@ -134,7 +135,7 @@ def _moments_backward_in_jnp(spec, averaged, operands):
         "dmean": named_sum(operands["dmean"], averaged),
         "dvar": named_sum(operands["dvar"], averaged),
     }
-    return {"dx": jnp_backend.moments_backward(**operands, spec=spec)[0]}
+    return {"dx": in_jnp.moments_backward(**operands, spec=spec)[0]}
 
 
 def _moments_tangent(spec, averaged, operands):
@@ -162,7 +163,7 @@ def _normalise_tangent(spec, averaged, operands):
     dtype = pivot.dtype
     weight = weight.astype(dtype)
     residual, y, mask = (operands.get(name) for name in ("residual", "y", "mask"))
-    d = jnp_backend.deviation(x, pivot, spec)
+    d = in_jnp.deviation(x, pivot, spec)
     centred = d - expand(offset, layout)
     tz = jnp.zeros_like(d)
     if "tx" in operands:
@@ -181,7 +182,7 @@ def _normalise_tangent(spec, averaged, operands):
         tz = tz + operands["tresidual"].astype(dtype)
     if spec.activation is not None:
         normalisation = offset, rstd, weight, bias, residual, y, mask, spec
-        tz = product(mask, tz, jnp_backend.activation_derivative(d, *normalisation))
+        tz = product(mask, tz, in_jnp.activation_derivative(d, *normalisation))
     return {"ty": tz.astype(x.dtype)}
 
 
@@ -357,16 +358,7 @@ def _normalisation_tangents(tangents, toffset, tnorm_var):
     return {**renamed, "toffset": toffset, "tnorm_var": tnorm_var}
 
 
-# Traced once for all layers of the same channels.
-
-
-@functools.partial(jax.jit, inline=True)
-def _blend_tangents(arguments, tangents):
-    """The tangents of `blend`, given its arguments and the tangents of some of them, by name."""
-    return _jvp_in(blend, arguments, tangents)[1]
-
-
-@functools.partial(jax.jit, inline=True)
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
 def _rstd_tangent(rstd, tnorm_var):
     return -rstd * rstd * rstd / 2 * tnorm_var
 
@@ -375,11 +367,12 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
     operands, tangents = dict(zip(names, values, strict=True)), _nonzero(names, tangents)
     results = forward(spec, averaged, **operands)
     pivot, delta, var, rstd = (results[name] for name in ("pivot", "delta", "var", "rstd"))
-    state = ("running_mean", "running_var", "coefficients")
-    arguments = {"pivot": pivot, "delta": delta, "var": var, **_only(operands, state)}
     # What the statistics' tangents are apart from those of the batch's moments, and then with them.
+    state = _only(operands, ("running_mean", "running_var", "coefficients"))
     of_state = _only(tangents, state)
-    apart = _blend_tangents(arguments, of_state) if of_state else Blend(None, None, None, None)
+    from_state = Blend(None, None, None, None)
+    if of_state:
+        _, from_state = _jvp_in(functools.partial(blend, pivot, delta, var), state, of_state)
     step = {
         "x": operands["x"],
         "pivot": pivot,
@@ -393,10 +386,12 @@ def _forward_jvp(values, tangents, *, names, spec, averaged):
         "mask": operands.get("mask"),
         **kept_for_derivative(spec, operands.get("residual"), results["y"]),
     }
-    linear = _normalisation_tangents(tangents, apart.offset, apart.norm_var)
+    linear = _normalisation_tangents(tangents, from_state.offset, from_state.norm_var)
     result_tangents = tangent(spec, averaged, **linear, **step)
     tmean, tvar = result_tangents["tmean"], result_tangents["tvar"]
-    of_blend = _blend_tangents(arguments, {"delta": tmean, "var": tvar, **of_state})
+    of_blend = blend_tangents(tmean, tvar, operands["coefficients"], operands["running_mean"].dtype)
+    if of_state:
+        of_blend = jax.tree.map(jnp.add, of_blend, from_state)
     tangents_out = {
         "y": result_tangents["ty"],
         "pivot": zero_tangent(pivot),

@@ -210,6 +210,7 @@ def _product(coefficient, value):
     return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
 @jax.custom_jvp
 def scaled(coefficient, value):
     """coefficient [*groups] times value [*groups, channels]; zero where the coefficient is, whatever the value.
@@ -220,7 +221,7 @@ def scaled(coefficient, value):
 
 
 # The product's own derivative: also where the coefficient is zero, the result depends on it.
-scaled.defjvps(
+scaled.__wrapped__.defjvps(
     lambda dcoefficient, result, coefficient, value: dcoefficient[..., None] * value,
     lambda dvalue, result, coefficient, value: _product(coefficient, dvalue),
 )
@@ -233,6 +234,11 @@ class Blend(NamedTuple):
     norm_var: jax.Array
     new_running_mean: jax.Array
     new_running_var: jax.Array
+
+    def astypes(self, moments_dtype, state_dtype):
+        """What the normalisation takes in the one dtype, what the state keeps in the other."""
+        dtypes = (moments_dtype, moments_dtype, state_dtype, state_dtype)
+        return Blend(*(value.astype(dtype) for value, dtype in zip(self, dtypes, strict=True)))
 
 
 @functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
@@ -249,8 +255,21 @@ def blend(pivot, delta, var, running_mean, running_var, coefficients):
         value.astype(dtype) for value in (pivot, delta, var, running_mean, running_var, coefficients)
     )
     new = blend_channels(pivot, delta, var, running_mean, running_var, Coefficients.unpack(coefficients), scaled)
-    dtypes = Blend(moments_dtype, moments_dtype, state_dtype, state_dtype)
-    return Blend(*(value.astype(own) for value, own in zip(new, dtypes, strict=True)))
+    return new.astypes(moments_dtype, state_dtype)
+
+
+@functools.partial(jax.jit, static_argnames="state_dtype", inline=True)
+def blend_tangents(tdelta, tvar, coefficients, state_dtype):
+    """The tangents of `blend` along those of delta and var, in which it is linear."""
+    dtype = widest(tdelta.dtype, state_dtype)
+    c = Coefficients.unpack(coefficients.astype(dtype))
+    new = Blend(
+        scaled(c.batch, tdelta.astype(dtype)),
+        scaled(c.batch, tvar.astype(dtype)),
+        scaled(c.mean_gain, tdelta.astype(dtype)),
+        scaled(c.var_gain, tvar.astype(dtype)),
+    )
+    return new.astypes(tdelta.dtype, state_dtype)
 
 
 def blend_channels(pivot, delta, var, running_mean, running_var, coefficients, times):

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 
 from bn_fused.bench.audit.hlo import Array, Instruction, Module, parse
-from bn_fused.kernels.backends.jnp import AGAIN
+from bn_fused.kernels.backends.jnp.operations import AGAIN
 
 # Instructions that name or group arrays, or wait for them, and move nothing.
 _FREE = frozenset(

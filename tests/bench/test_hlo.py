@@ -7,7 +7,7 @@ from jax import lax
 
 from bn_fused.bench.audit.hlo import parse
 from bn_fused.bench.audit.traffic import passes
-from bn_fused.kernels.backends.jnp import AGAIN
+from bn_fused.kernels.backends.jnp.operations import AGAIN
 
 # x is f32[64,1024]: 65536 elements, 262144 bytes.
 ELEMENTS, BYTES = 64 * 1024, 64 * 1024 * 4

@@ -11,7 +11,8 @@ import pytest
 import bn_fused
 from bn_fused import kernels
 from bn_fused.kernels.activations import ACTIVATIONS, Activation
-from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.backends.jnp import BACKEND
+from bn_fused.kernels.backends.jnp.plan import Plan
 
 from support.kernel_cases import BATCH, BLEND, CASES, Case
 from support.kernel_results import as_given, check_step, operands
@@ -150,7 +151,7 @@ def tpu_only():
 
     backend = kernels.Backend(
         "fake_tpu",
-        {name: counting(name, operation) for name, operation in jnp_backend.BACKEND.operations.items()},
+        {name: counting(name, operation) for name, operation in BACKEND.operations.items()},
         refusal=lambda problem, target: None if target.platform == "tpu" else "it is written for TPUs",
         verdict=lambda problem, target: kernels.auto.Verdict(True, "a test prefers it"),
         plan=lambda problem, target: ("plan", problem.rows, problem.channels),
@@ -235,7 +236,7 @@ def test_the_reason_of_auto_says_what_jnp_is_and_which_kernels_run_by_name(targe
 def test_explain_names_backend_reason_and_plan(tpu_only):
     here = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="cpu")
     assert isinstance(here, bn_fused.BackendChoice)
-    assert here.name == "jnp" and here.plan.fold == 8
+    assert here.name == "jnp" and here.plan.fold == 16
     assert "fake_tpu" in here.reason and "written for TPUs" in here.reason
     there = bn_fused.explain((ROWS, CHANNELS), jnp.float32, target="tpu")
     assert there.name == "fake_tpu" and there.plan == ("plan", ROWS, CHANNELS)
@@ -257,7 +258,7 @@ def test_a_plan_overrides_the_backends_own_and_must_be_of_its_type():
 
         return jax.jit(run).lower(x).as_text()
 
-    folded, plain = compiled_with(jnp_backend.Plan(fold=8)), compiled_with(jnp_backend.Plan(fold=None))
+    folded, plain = compiled_with(Plan(fold=16)), compiled_with(Plan())
     assert compiled_with(None) == folded
     assert "reduce_precision" in folded and "reduce_precision" not in plain
     with pytest.raises(TypeError, match=r"plan.*3.*jnp.*Plan"):

@@ -18,7 +18,7 @@ import pytest
 import bn_fused
 from bn_fused import kernels
 from bn_fused.kernels import CHIPS, Problem, Spec, Target
-from bn_fused.kernels.backends import jnp as jnp_backend
+from bn_fused.kernels.backends.jnp import operations as in_jnp
 from bn_fused.kernels.backends.pallas_tpu import operations as pallas_tpu
 from bn_fused.kernels.contract import OPERATIONS, kept_for_derivative
 from bn_fused.kernels.target import problem_of
@@ -323,7 +323,7 @@ def test_what_is_not_finite_stays_in_its_channel_and_looks_as_in_jnp(where):
     ones, zeros = jnp.ones((1, 128)), jnp.zeros((1, 128))
     arrays = (x[None], ones, zeros, zeros, ones, packed(BATCH))
     got = interpret(pallas_tpu.forward, spec)(*arrays)
-    wanted = jax.jit(functools.partial(jnp_backend.forward, spec=dataclasses.replace(spec, plan=None)))(*arrays)
+    wanted = jax.jit(functools.partial(in_jnp.forward, spec=dataclasses.replace(spec, plan=None)))(*arrays)
     got, wanted = (named("forward", results) for results in (got, wanted))
     for name in ("y", "var", "rstd", "new_running_mean", "new_running_var"):
         kinds = [np.where(np.isfinite(array), 0, np.asarray(array, np.float32)) for array in (got[name], wanted[name])]
@@ -352,7 +352,7 @@ def test_every_layout_gives_what_jnp_gives(layout):
     coefficients = jnp.broadcast_to(jnp.asarray(BLEND, jnp.float32), (*groups, 6))
     plain = dataclasses.replace(spec, plan=None)
     step = (x, weight, bias, mean, var, coefficients)
-    wanted = jax.jit(functools.partial(jnp_backend.forward, spec=plain))(*step)
+    wanted = jax.jit(functools.partial(in_jnp.forward, spec=plain))(*step)
     got = interpret(pallas_tpu.forward, spec)(*step)
     absolute = without_pivot(got)
     for name, value in without_pivot(wanted).items():
@@ -363,7 +363,7 @@ def test_every_layout_gives_what_jnp_gives(layout):
     gradient = (dy, mean, var, x, *statistics, weight, bias, wanted["delta"], coefficients[..., 0], count)
     for one, other in zip(
         interpret(pallas_tpu.backward, spec)(*gradient),
-        jax.jit(functools.partial(jnp_backend.backward, spec=plain))(*gradient),
+        jax.jit(functools.partial(in_jnp.backward, spec=plain))(*gradient),
         strict=True,
     ):
         assert_close(one, np.asarray(other, np.float64), 1 + np.abs(other))
@@ -387,7 +387,7 @@ def test_the_two_halves_give_what_jnp_gives(activation):
         return {name: every[name] for name in names}
 
     normalisation = ("x", "pivot", "offset", "rstd", "weight", "bias")
-    y = jnp_backend.normalise(**choose(*normalisation, "residual"), spec=plain)
+    y = in_jnp.normalise(**choose(*normalisation, "residual"), spec=plain)
     kept = kept_for_derivative(spec, arrays["residual"], y)
     for operation, values in (
         ("normalise", choose(*normalisation, "residual")),
@@ -395,7 +395,7 @@ def test_the_two_halves_give_what_jnp_gives(activation):
         ("moments_backward", choose("dmean", "dvar", "x", "pivot", "delta", "count")),
     ):
         got = interpret(getattr(pallas_tpu, operation), spec)(**values)
-        wanted = jax.jit(functools.partial(getattr(jnp_backend, operation), spec=plain))(**values)
+        wanted = jax.jit(functools.partial(getattr(in_jnp, operation), spec=plain))(**values)
         got, wanted = (result if isinstance(result, tuple) else (result,) for result in (got, wanted))
         for one, other in zip(got, wanted, strict=True):
             # Sums of 200 terms of order ten.
@@ -413,7 +413,7 @@ def test_state_in_other_dtypes_keeps_them():
             coefficients = packed(BLEND, wide)
             state = mean.astype(dtype), var.astype(dtype)
             got = interpret(pallas_tpu.forward, spec)(x, weight, bias, *state, coefficients)
-            plain = jax.jit(functools.partial(jnp_backend.forward, spec=dataclasses.replace(spec, plan=None)))
+            plain = jax.jit(functools.partial(in_jnp.forward, spec=dataclasses.replace(spec, plan=None)))
             wanted = plain(x, weight, bias, *state, coefficients)
             absolute = without_pivot(got)
             for name, value in without_pivot(wanted).items():
@@ -481,7 +481,7 @@ def test_nothing_is_read_that_was_not_written_and_nothing_races(case, rows, resi
     spec = spec_for(x, lambda plan: with_blocks(plan, rows, resident), activation="relu", present=names)
     plain = dataclasses.replace(spec, plan=None)
     step = (x, *per_channel, packed(BLEND), residual)
-    wanted = jax.jit(functools.partial(jnp_backend.forward, spec=plain))(*step)
+    wanted = jax.jit(functools.partial(in_jnp.forward, spec=plain))(*step)
     got = interpret(pallas_tpu.forward, spec, params)(*step)
     assert module.races is not None and not module.races.races_found
     assert_close(got[0], np.asarray(wanted[0], np.float64), 10, what="y")
@@ -491,7 +491,7 @@ def test_nothing_is_read_that_was_not_written_and_nothing_races(case, rows, resi
     one, count = jnp.ones((1,)), jnp.full((1,), case.rows, jnp.float32)
     gradient = (dy, delta, delta, x, pivot, delta, rstd, weight, bias, delta, one, count)
     kept = kept_for_derivative(spec, residual, wanted[0])
-    wanted = jax.jit(functools.partial(jnp_backend.backward, spec=plain))(*gradient, **kept)
+    wanted = jax.jit(functools.partial(in_jnp.backward, spec=plain))(*gradient, **kept)
     got = interpret(pallas_tpu.backward, spec, params)(*gradient, **kept)
     assert not module.races.races_found
     for one, other in zip(got, wanted, strict=True):

@@ -268,11 +268,11 @@ def test_channels_first_are_told_apart_by_whether_a_convolution_made_them(file):
 def specs(monkeypatch):
     """The `after_convolution` of every operation that is lowered."""
     found = []
-    run = backends.jnp.forward
+    run = backends.jnp.BACKEND.operations["forward"]
 
-    def forward(*operands, spec, **more):
+    def forward(*, spec, **operands):
         found.append(spec.after_convolution)
-        return run(*operands, spec=spec, **more)
+        return run(spec=spec, **operands)
 
     spy = dataclasses.replace(
         backends.jnp.BACKEND, name="spy", operations={**backends.jnp.BACKEND.operations, "forward": forward}

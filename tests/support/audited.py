@@ -34,7 +34,7 @@ import dataclasses
 import jax
 from jax.experimental import pallas as pl
 from bn_fused import kernels
-from bn_fused.kernels.backends import jnp
+from bn_fused.kernels.backends.jnp import operations as in_jnp
 from bn_fused.kernels.contract import OPERATIONS
 
 def tpu_copy(y):
@@ -74,10 +74,10 @@ class TellingPlan(Plan):
     passes = {"forward": (3, 1)}
 
 def forward(*operands, spec, **named):
-    y, *rest = jnp.forward(*operands, spec=spec, **named)
+    y, *rest = in_jnp.forward(*operands, spec=spec, **named)
     return {"tpu": tpu_copy, "cuda": gpu_copy}[spec.plan.platform](y), *rest
 
-operations = {name: getattr(jnp, name) for name in OPERATIONS} | {"forward": forward}
+operations = {name: getattr(in_jnp, name) for name in OPERATIONS} | {"forward": forward}
 for name, plan in (("telling", TellingPlan), ("silent", Plan)):
     kernels.register(
         kernels.Backend(name, operations, plan=lambda problem, target, plan=plan: plan(target.platform))

@@ -1,4 +1,4 @@
-"""The backend `jnp`: every operation of `contract` in jnp, with the closed-form backward. For everything, CPU first.
+"""Every operation of `contract` in jnp, with the closed-form backward.
 
 Everything is affine in d = x - pivot, which is exact where it matters, so that no digit is lost when |mean| is much
 larger than the standard deviation:
@@ -10,14 +10,13 @@ larger than the standard deviation:
 with scale, shift, slope and level per channel. Traffic in passes over x where XLA fuses the elementwise work into the
 reductions (GPU, any layout): forward 2 reads and 1 write, one read more with a residual and one with a mask; backward 4
 reads and 1 write, with residual and activation 5 and 2. How the sums are written decides whether XLA does so, see
-`Plan`. x is worked on where it lies: no transpose in any layout.
+`plan`. x is worked on where it lies: no transpose in any layout.
 
 The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with 1 +
 (pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
 factor, which is why k is sqrt(n) and not a few. On a CPU it is the square root of the examples and of the positions of
-each, where they lie apart, so that it holds of an outlying example too. A CPU makes one pass for delta and one for
-var, as it would for the sums of x and x^2, so that the pivot costs the sample alone. Under a mask, where a sample may
-have nothing that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
+each, where they lie apart, so that it holds of an outlying example too. Under a mask, where a sample may have nothing
+that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
 of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
 is 15 at most.
 
@@ -27,8 +26,7 @@ a channel's mean, so that the factor is above 5, the sums are made again about t
 (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +34,8 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from bn_fused.kernels.activations import ACTIVATIONS, activate
-from bn_fused.kernels.backends import Backend, Verdict
+from bn_fused.kernels.backends.jnp.plan import plan_of
+from bn_fused.kernels.backends.jnp.sums import LEAST_SUMS, sums_of, written_out
 from bn_fused.kernels.contract import (
     LIKE_X,
     MASK,
@@ -50,17 +49,7 @@ from bn_fused.kernels.contract import (
     sum_with_xhat,
     through_moments,
 )
-from bn_fused.kernels.layout import (
-    CHANNEL,
-    ROW,
-    as_number,
-    axes_of,
-    count_rows,
-    expand,
-    merge_rows,
-    sample_rows,
-    sum_rows,
-)
+from bn_fused.kernels.layout import ROW, as_number, count_rows, expand, merge_rows, sample_rows, sum_rows
 from bn_fused.kernels.padding import guarded, product
 
 
@@ -72,12 +61,12 @@ def moments(x, mask=None, *, spec, expected=None):
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
     if mask is None:
         count = as_number(count_rows(x.shape, layout), dtype)
-        if expected is not None and _expects(spec):
+        if expected is not None and plan_of(spec).expects:
             return _moments_about_expected(expected.astype(dtype), x, count, spec)
         pivot = _mean_of_sample(x, spec)
     else:
         values = x.astype(dtype), jnp.ones(x.shape, dtype)
-        total, count = _sums_of([jnp.where(mask, value, jnp.zeros_like(value)) for value in values], spec)
+        total, count = sums_of([jnp.where(mask, value, jnp.zeros_like(value)) for value in values], spec)
         count = jnp.maximum(count, 1)
         pivot = _or_zero(total / count)
     return _moments_about(pivot, x, count, mask, spec)
@@ -87,7 +76,7 @@ def _moments_about(pivot, x, count, mask, spec):
     """`moments` about a finite pivot."""
     d = deviation(x, pivot, spec)
     d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
-    total, square_sum = _sums_of((d, jnp.square(d)), spec)
+    total, square_sum = sums_of((d, jnp.square(d)), spec)
     delta = total / count
     return pivot, delta, _variance(square_sum / count, delta)
 
@@ -118,12 +107,12 @@ def _moments_about_expected(expected, x, count, spec):
 def _mean_of_sample(x, spec):
     """The mean of about the square root of the rows of each channel, finite."""
     layout, dtype = spec.layout, accumulation_dtype(x.dtype)
-    if _folds(spec):
+    if plan_of(spec).fold is None:
+        sample = sample_rows(x, layout).astype(dtype)
+    else:
         # A few stretches of a few examples. Some of every example are a line of memory each, and took XLA:CPU half as
         # long as a sum over all rows.
-        sample = sample_rows(x, layout, of_each_axis=True).astype(dtype)
-        return sum_rows(_written_out(_or_zero(sample) / as_number(count_rows(sample.shape, layout), dtype)), layout)
-    sample = sample_rows(x, layout).astype(dtype)
+        sample = written_out(sample_rows(x, layout, of_each_axis=True).astype(dtype))
     return _or_zero(sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype))
 
 
@@ -147,7 +136,7 @@ def normalise(x, pivot, offset, rstd, weight, bias, residual=None, mask=None, *,
     """y = activation((x - pivot - offset) * rstd * weight + bias + residual), in x's dtype."""
     del mask
     d = deviation(x, pivot, spec)
-    residual = _as_stored(residual) if _stages(spec) else residual
+    residual = _as_stored(residual) if plan_of(spec).stages else residual
     z = before_activation(d, offset, rstd, weight, bias, residual, None, spec)
     return activate(z, spec.activation).astype(x.dtype)
 
@@ -185,7 +174,7 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    if _stages(spec) and (residual is not None or y is not None):
+    if plan_of(spec).stages and (residual is not None or y is not None):
         # XLA would let the forward compute what the derivative needs of these, and keep that too.
         x, residual, y = lax.optimization_barrier((x, residual, y))
     normalisation = offset, rstd, weight, bias, residual, y, mask, spec
@@ -195,7 +184,7 @@ def backward(
     from_normalisation = statistics_cotangents(weight, rstd, sum_dz, sum_dz_xhat)
     dmean, dvar = map(total, moments_cotangents(dmean, dvar, *from_normalisation, batch))
     dresidual = _dresidual(dz, residual, y, x.dtype)
-    if _stages(spec) and spec.activation is not None:
+    if plan_of(spec).stages and spec.activation is not None:
         # Left to itself, XLA:GPU writes dz to memory for its next use, in float32. It is cheaper to compute it from x
         # and dy again; and where it is a result, and so written anyway, to read that.
         if dresidual:
@@ -244,7 +233,7 @@ def activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec
     else:
         argument = y.astype(d.dtype)
     activation = ACTIVATIONS[spec.activation]
-    if _stages(spec) and activation.steps is not None:
+    if plan_of(spec).stages and activation.steps is not None:
         return _of_bits(argument, *activation.steps)
     return guarded(activation.derivative, mask)(argument)
 
@@ -256,12 +245,12 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
         return dz
     derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
     steps, is_result = ACTIVATIONS[spec.activation].steps, residual is not None or y is not None
-    if _chooses(spec) and is_result and steps == (0, 0):
+    if plan_of(spec).chooses and is_result and steps == (0, 0):
         # XLA:TPU writes and reads it so; a product is in float32, and it writes and reads a mask and dy for that.
         return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
     dz = product(mask, dz, derivative)
     # Two loops read dz. A CPU computes it in both where it is no result anyway and the derivative is one of steps.
-    return _written_out(dz) if _folds(spec) and (is_result or steps is None) else dz
+    return written_out(dz) if plan_of(spec).fold is not None and (is_result or steps is None) else dz
 
 
 def _of_bits(argument, below, at_zero):
@@ -290,7 +279,7 @@ def _as_stored(array):
 def _sums(d, dz, offset, rstd, mask, spec):
     """sum(dz) and sum(dz * xhat), xhat = (d - offset) * rstd."""
     least_sums = 1 if spec.activation is None else LEAST_SUMS
-    sum_dz, sum_dz_d = _sums_of((dz, product(mask, dz, d)), spec, least_sums)
+    sum_dz, sum_dz_d = sums_of((dz, product(mask, dz, d)), spec, least_sums)
     return sum_dz, sum_with_xhat(sum_dz, sum_dz_d, offset, rstd)
 
 
@@ -308,171 +297,10 @@ def _dresidual(dz, residual, y, dtype):
     return () if residual is None and y is None else (dz.astype(dtype),)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How the sums are written, for XLA to compile them well.
-
-    - `fold`: the rows are folded into about so many parts first, see `_folded_sum`; None: they are not.
-    - `stages`: sums over rows that lie together before the channels are made in two stages, see `_staged_sum`.
-    - `expects`: those of a forward's moments are made about the running mean first, see `_moments_about_expected`.
-    - `chooses`: where dz = dy * relu' is a result of a backward too, it is dy or zero, chosen in place of a product.
-    """
-
-    fold: int | None = None
-    stages: bool = False
-    expects: bool = False
-    chooses: bool = False
-
-
-def plan(problem, target, config=None):
-    """Fold on a CPU, two stages on a GPU, the others on a TPU.
-
-    Of 8, 16, 32 and 64 parts XLA:CPU was fastest with 16, in three versions and with arrays of either layout; it unrolls
-    the loop over 32 and not over 64, which took six times as long.
-
-    Nothing of it where XLA partitions the arrays over devices: a part would cross them. Nor are there parts or stages
-    along axes that `jax.export` leaves open.
-    """
-    del config
-    if target.partitioned:
-        return Plan()
-    return Plan(
-        fold=16 if target.platform == "cpu" else None,
-        stages=target.platform in ("cuda", "rocm"),
-        expects=target.platform == "tpu" and _leaves_the_chip(problem, target.chip),
-        chooses=target.platform == "tpu",
-    )
-
-
-def _leaves_the_chip(problem, chip):
-    """Whether x is larger than half of a TPU's on-chip memory, or that is not known.
-
-    What XLA keeps there costs nothing to read again, and what a condition may read it does not keep there.
-    """
-    if chip is None or problem.left_open:
-        return True
-    nbytes = problem.groups * problem.rows * problem.channels * jnp.dtype(problem.dtype).itemsize
-    return nbytes > max(chip.vmem, chip.cmem) / 2
-
-
-def _folds(spec):
-    return isinstance(spec.plan, Plan) and spec.plan.fold is not None
-
-
-def _stages(spec):
-    return isinstance(spec.plan, Plan) and spec.plan.stages
-
-
-def _expects(spec):
-    return isinstance(spec.plan, Plan) and spec.plan.expects
-
-
-def _chooses(spec):
-    return isinstance(spec.plan, Plan) and spec.plan.chooses
-
-
-# Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms
-# to memory first, in float32 (with up to 38912 on an H200, 49152 on a B200: counted in code compiled for them).
-LEAST_SUMS = 1 << 16
-LEAST_ROWS = 32  # of each of those
-
-
-def _sums_of(arrays, spec, least_sums=1):
-    """The sums over the rows of arrays of x's shape, which are computed for that alone or not at all.
-
-    On a GPU the rows are cut into so many parts that there are `least_sums` sums in all, where that may be.
-    """
-    if _folds(spec):
-        return _folded_sums(arrays, spec.layout, spec.plan.fold)
-    if _stages(spec):
-        return [_staged_sum(array, spec.layout, least_sums) for array in arrays]
-    return [sum_rows(array, spec.layout) for array in arrays]
-
-
-def _staged_sum(array, layout, least_sums):
-    """The sum over the rows for XLA:GPU, in two stages where the rows lie together before the channels.
-
-    XLA:GPU sums many such rows in two stages by itself, and computes what comes before the sums within the first. Few
-    (4096 of 512 channels, say) it sums in one, and writes what several sums have in common to memory before: 3 reads
-    and 2 writes forward in place of 2 and 1, in bfloat16 5 and 3 (counted in code compiled for an H200).
-    """
-    axes = axes_of(layout, ROW)
-    if not axes:
-        return array
-    first, end = axes[0], axes[-1] + 1
-    rows = math.prod(array.shape[first:end])
-    together = end < len(layout) and layout[first:end] == ROW * len(axes)
-    if not together or is_symbolic_dim(rows) or 0 in array.shape:
-        return sum_rows(array, layout)
-    # What `jax.export` leaves open of the groups and channels may be one.
-    beside = math.prod(size for size in array.shape[:first] + array.shape[end:] if not is_symbolic_dim(size))
-    parts = _parts(rows, least_sums // beside)
-    array = jnp.reshape(array, (*array.shape[:first], parts, rows // parts, *array.shape[end:]))
-    partial = lax.optimization_barrier(jnp.sum(array, first + 1))
-    return sum_rows(partial, layout[:first] + ROW + layout[end:])
-
-
-def _parts(rows, least):
-    """Into how many equal parts the rows are cut: about as many as rows in each, and `least` where that may be.
-
-    It may with LEAST_ROWS rows in each; with fewer the parts' sums are no longer few beside the rows.
-    """
-    small = [parts for parts in range(1, math.isqrt(rows) + 1) if rows % parts == 0]
-    large = [rows // parts for parts in reversed(small) if parts >= LEAST_ROWS]
-    candidates = [small[-1], *large]
-    return next((parts for parts in candidates if parts >= least), candidates[-1])
-
-
-def _folded_sums(arrays, layout, parts):
-    """`_sums_of` for XLA:CPU, 2 to 4 times as fast there.
-
-    XLA:CPU gives a reduction to a library, together with the elementwise work before it, each operation of which costs
-    it about as much as the reduction alone. It does not know those of several arrays at once: XLA makes them with what
-    comes before in one loop and one read, at the memory's speed if few rows are added up and the innermost axis is
-    long. So the first row axis that is long enough is cut into about so many parts, they are added up that way, and the
-    library sums what is left.
-    """
-    shape, dtype = arrays[0].shape, arrays[0].dtype
-    known = [axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis])]
-    counts = range(parts // 2, parts + parts // 2 + 1)
-    axis = next((axis for axis in known if shape[axis] >= counts[0]), None)
-    if axis is None:
-        return [sum_rows(array, layout) for array in arrays]
-    counts = [count for count in counts if count <= shape[axis]]
-    parts = min(counts, key=lambda count: (shape[axis] % count, abs(count - parts)))
-    size, rest = divmod(shape[axis], parts)
-
-    def in_parts(array):
-        array = lax.slice_in_dim(array, 0, parts * size, axis=axis)
-        return jnp.reshape(array, (*shape[:axis], parts, size, *shape[axis + 1 :]))
-
-    zeros = [jnp.zeros((), dtype)] * len(arrays)
-    folded = lax.reduce([in_parts(array) for array in arrays], zeros, _add, (axis,))
-    sums = [sum_rows(array, layout) for array in folded]
-    if rest:
-        remainders = (lax.slice_in_dim(array, parts * size, shape[axis], axis=axis) for array in arrays)
-        sums = [total + sum_rows(array, layout) for total, array in zip(sums, remainders, strict=True)]
-    return sums
-
-
-def _add(values, others):
-    return [value + other for value, other in zip(values, others, strict=True)]
-
-
-def _written_out(array):
-    """The same array, which XLA:CPU computes into memory before it is used.
-
-    The barrier does it in some versions of XLA; in others it goes too early, and what helps is an operation that the
-    reductions' library does not take: rounding to the precision that the array has already.
-    """
-    precision = jnp.finfo(array.dtype)
-    return lax.optimization_barrier(lax.reduce_precision(array, precision.nexp, precision.nmant))
-
-
 SHORT = 32  # a last axis with fewer rows; XLA:CPU's loops took up to three times as long with 14
 
 
-def _with_merged_rows(operation):
+def with_merged_rows(operation):
     """An operation of the contract whose row axes that lie together are one, where the plan folds.
 
     XLA:CPU's loops run along the last axis of their result. Where that is short, what has x's shape is written in the
@@ -481,7 +309,7 @@ def _with_merged_rows(operation):
     contract = OPERATIONS[operation.__name__]
 
     def merged(*, spec, **operands):
-        if not _folds(spec):
+        if plan_of(spec).fold is None:
             return operation(**operands, spec=spec)
         shape = operands["x"].shape
         with_rows = [name for name in operands if contract.operands[name] in (LIKE_X, MASK)]
@@ -489,29 +317,11 @@ def _with_merged_rows(operation):
         operands |= dict(zip(with_rows, arrays, strict=True))
         results = operation(**operands, spec=replace(spec, layout=layout))
         results = list(results if isinstance(results, tuple) else (results,))
-        is_short = layout[-1] == ROW and not is_symbolic_dim(shape[-1]) and shape[-1] < SHORT
+        is_short = layout != spec.layout and layout[-1] == ROW and not is_symbolic_dim(shape[-1]) and shape[-1] < SHORT
         for index, (name, kind) in enumerate(contract.result_kinds(operands).items()):
             if kind == LIKE_X:
                 written = is_short and (name != "y" or spec.activation is not None)
-                results[index] = jnp.reshape(_written_out(results[index]) if written else results[index], shape)
+                results[index] = jnp.reshape(written_out(results[index]) if written else results[index], shape)
         return tuple(results)
 
     return merged
-
-
-def verdict(problem, target):
-    """`auto` takes it wherever it takes no kernels."""
-    del problem
-    return Verdict(True, f"plain jnp, which XLA compiles for {target} and fuses with the operations around it")
-
-
-BACKEND = Backend(
-    "jnp",
-    {
-        operation.__name__: _with_merged_rows(operation)
-        for operation in (forward, backward, moments, moments_backward, normalise, normalise_backward)
-    },
-    verdict=verdict,
-    plan=plan,
-    open_sizes=True,
-)
