@@ -79,7 +79,7 @@ OPEN_STRIDE = 15
 
 
 def sample_rows(array, layout, of_each_axis=False):
-    """A slice with about sqrt(rows) rows of every group, evenly apart, for a pivot: see the backend `jnp`.
+    """A slice with about sqrt(rows) rows of every group, evenly apart, for a pivot: see `backends/jnp/operations.py`.
 
     `of_each_axis`: about the square root of every row axis. Else the axes between the first and the last row axis are
     thinned first, the first one (the examples, which may lie on several devices) last. Where `jax.export` leaves a row

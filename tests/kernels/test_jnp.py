@@ -90,6 +90,9 @@ CHANNELS = {
     "constant, as expected": (3.25, 0.0, 3.25, True),
     "squares overflow": (1e20, 1e15, 0.0, False),
     "nothing that is finite expected": (0.5, 1.0, np.inf, True),
+    "very far": (0.5, 1.0, 1.1e10, False),
+    "so far that no digit of x is left": (0.5, 1.0, 1.7e12, False),
+    "so far that squares overflow": (0.5, 1.0, 1e30, False),
 }
 
 
@@ -191,6 +194,17 @@ def test_a_cpu_reads_x_once_for_two_sums_in_loops_along_long_axes(shape, dtype, 
     if jax.__version_info__ < (0, 11):  # its XLA moves the reshape into the loop
         return
     assert large and all(sizes[-1] >= min(least, operations.SHORT) for sizes in large), large
+
+
+def test_maps_of_one_position_are_written_with_what_follows_them():
+    def layer(x):
+        stats = bn_fused.RunningStats.init(x.shape[1])
+        return bn_fused.batch_norm(x, stats, channel_axis=1, activation="relu", backend="jnp")[0]
+
+    def written(*shape):
+        return jax.jit(layer).lower(jax.ShapeDtypeStruct(shape, jnp.float32)).as_text().count("reduce_precision")
+
+    assert (written(64, 16, 1, 1), written(64, 16, 7, 7)) == (1, 2)  # the pivot's sample; and y
 
 
 LAYOUTS = {

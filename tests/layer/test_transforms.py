@@ -811,5 +811,5 @@ def test_what_layers_of_the_same_channels_have_in_common_is_traced_once(monkeypa
         jax.jit(jax.grad(loss), static_argnums=1).lower(jnp.ones((8, channels)), layers)
         return len(traced)
 
-    # Numbers of channels that no other test of this process has traced; of two layers the second has a state with tangents.
+    # Numbers of channels that no other test of this process has traced. The second layer's state has tangents.
     assert 0 < times_for(613, 2) == times_for(617, 5)

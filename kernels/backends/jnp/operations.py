@@ -14,16 +14,15 @@ reads and 1 write, with residual and activation 5 and 2. How the sums are writte
 
 The pivot is the mean of about sqrt(n) rows, spread over the n rows of the channel. var's rounding error grows with 1 +
 (pivot - mean)^2/var, whatever the mean; a single outlier among k sampled rows adds at most n/k^2, about 1, to that
-factor, which is why k is sqrt(n) and not a few. On a CPU it is the square root of the examples and of the positions of
-each, where they lie apart, so that it holds of an outlying example too. Under a mask, where a sample may have nothing
-that counts, it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth
-of a read more: whatever x is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor
-is 15 at most.
+factor, which is why k is sqrt(n) and not a few (Chan, Golub & LeVeque, "Algorithms for computing the sample variance",
+The American Statistician 37, 1983). On a CPU it is the square root of the examples and of the positions of each, where
+they lie apart, so that it holds of an outlying example too. Under a mask, where a sample may have nothing that counts,
+it is the mean itself. Where `jax.export` leaves n open, k is at least n/15, for a fifteenth of a read more: whatever x
+is, the mean of k of n rows has (pivot - mean)^2/var of at most n/k - 1, so that the factor is 15 at most.
 
 On a TPU XLA makes sums in the kernel of the convolution or matrix product before, and spares a read of x, if the pivot
 is there before x. So a large x has the running mean as its pivot. Where that is more than two standard deviations from
-a channel's mean, so that the factor is above 5, the sums are made again about the mean.
-(Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American Statistician 37, 1983.)
+a channel's mean, so that the factor is above 5, the sums are made again, about the sample's.
 """
 
 from dataclasses import replace
@@ -88,15 +87,15 @@ AGAIN = "bn_fused_moments_again"  # the scope of what is computed where a mean i
 def _moments_about_expected(expected, x, count, spec):
     """`moments` for XLA:TPU, about a pivot that is there before x: a convolution's kernel then makes the sums too.
 
-    About a sample's mean it makes them only when x is written, and reads all of x again. Channels whose mean is far
-    from the pivot, where var's rounding error is more than 1 + FAR^2 times what it is about the mean, have their
-    moments computed a second time.
+    About a sample's mean it makes them only when x is written, and reads all of x again. That is done where a channel's
+    mean is far from the pivot, and var's rounding error more than 1 + FAR^2 times what it is about the mean. Not about
+    the mean that was found: delta has the digits of a far pivot only.
     """
-    pivot, delta, var = first = _moments_about(_or_zero(expected), x, count, None, spec)
+    _, delta, var = first = _moments_about(_or_zero(expected), x, count, None, spec)
     near = jnp.isfinite(var) & (jnp.square(delta) <= FAR**2 * var)
 
     def again():
-        second = _moments_about(_or_zero(pivot + delta), x, count, None, spec)
+        second = _moments_about(_mean_of_sample(x, spec), x, count, None, spec)
         # The others keep theirs: what one channel has in it changes nothing in another.
         return tuple(jnp.where(near, *either) for either in zip(first, second, strict=True))
 
@@ -303,8 +302,9 @@ SHORT = 32  # a last axis with fewer rows; XLA:CPU's loops took up to three time
 def with_merged_rows(operation):
     """An operation of the contract whose row axes that lie together are one, where the plan folds.
 
-    XLA:CPU's loops run along the last axis of their result. Where that is short, what has x's shape is written in the
-    merged shape; but not y without an activation, because the user's own may follow, in the same loop.
+    XLA:CPU's loops run along the last axis of their result. Where that is short and the merged one longer, what has x's
+    shape is written in the merged shape; but not y without an activation, because the user's own may follow, in the
+    same loop.
     """
     contract = OPERATIONS[operation.__name__]
 
@@ -317,7 +317,8 @@ def with_merged_rows(operation):
         operands |= dict(zip(with_rows, arrays, strict=True))
         results = operation(**operands, spec=replace(spec, layout=layout))
         results = list(results if isinstance(results, tuple) else (results,))
-        is_short = layout != spec.layout and layout[-1] == ROW and not is_symbolic_dim(shape[-1]) and shape[-1] < SHORT
+        known = not is_symbolic_dim(shape[-1])
+        is_short = known and layout[-1] == ROW and shape[-1] < min(SHORT, arrays[0].shape[-1])
         for index, (name, kind) in enumerate(contract.result_kinds(operands).items()):
             if kind == LIKE_X:
                 written = is_short and (name != "y" or spec.activation is not None)
