@@ -37,7 +37,7 @@ from bn_fused.kernels.contract import (
 from bn_fused.kernels.dispatch import run
 from bn_fused.kernels.jax_internals import ad, zero_tangent
 from bn_fused.kernels.layout import as_number, expand, group_shape, sum_rows
-from bn_fused.kernels.padding import product
+from bn_fused.kernels.padding import product, without_padding
 from bn_fused.named_axes import NOTHING, define, map_batched, named_sum, position_count, sum_batched
 
 _NORMALISATION = OPERATIONS["normalise"].operands
@@ -142,12 +142,9 @@ def _moments_tangent(spec, averaged, operands):
     """tmean = sum(tx)/n and tvar = 2 sum((x - mean) tx)/n over the positions that count."""
     layout = spec.layout
     x, tx, pivot, delta, count = (operands[name] for name in ("x", "tx", "pivot", "delta", "count"))
-    tx = tx.astype(pivot.dtype)
-    if "mask" in operands:
-        tx = jnp.where(operands["mask"], tx, jnp.zeros_like(tx))
-    deviation = (x.astype(pivot.dtype) - expand(pivot, layout)) - expand(delta, layout)
-    if "mask" in operands:
-        deviation = jnp.where(operands["mask"], deviation, jnp.zeros_like(deviation))
+    mask = operands.get("mask")
+    tx = without_padding(mask, tx.astype(pivot.dtype))
+    deviation = without_padding(mask, (x.astype(pivot.dtype) - expand(pivot, layout)) - expand(delta, layout))
     count = count[..., None]
     tmean = named_sum(sum_rows(tx, layout), averaged) / count
     tvar = 2 * named_sum(sum_rows(deviation * tx, layout), averaged) / count

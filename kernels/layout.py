@@ -62,11 +62,11 @@ def sum_rows(array, layout):
 
 
 def merge_rows(arrays, layout):
-    """Arrays of x's rank whose row axes that lie together are one, and their layout. Each has all of those rows or one.
+    """Arrays with x's rows and rank whose row axes that lie together are one, and their layout.
 
     Axes that `jax.export` leaves open stay as they are.
     """
-    shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+    shape = arrays[0].shape
     runs = itertools.groupby(
         range(len(layout)), lambda axis: ROW if layout[axis] == ROW and not is_symbolic_dim(shape[axis]) else axis
     )

@@ -35,6 +35,11 @@ def product(mask, one, other):
     return product_p.bind(*vary_together([mask, one, _as(other, one)]))
 
 
+def without_padding(mask, values):
+    """The values, zero where a mask is False; as they are where it is None."""
+    return values if mask is None else jnp.where(mask, values, jnp.zeros_like(values))
+
+
 def guarded(function, mask):
     """An elementwise function of arrays whose derivatives are made of `product`; as it is where the mask is None.
 

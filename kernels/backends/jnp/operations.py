@@ -49,7 +49,7 @@ from bn_fused.kernels.contract import (
     through_moments,
 )
 from bn_fused.kernels.layout import ROW, as_number, count_rows, expand, merge_rows, sample_rows, sum_rows
-from bn_fused.kernels.padding import guarded, product
+from bn_fused.kernels.padding import guarded, product, without_padding
 
 
 def moments(x, mask=None, *, spec, expected=None):
@@ -65,7 +65,7 @@ def moments(x, mask=None, *, spec, expected=None):
         pivot = _mean_of_sample(x, spec)
     else:
         values = x.astype(dtype), jnp.ones(x.shape, dtype)
-        total, count = sums_of([jnp.where(mask, value, jnp.zeros_like(value)) for value in values], spec)
+        total, count = sums_of([without_padding(mask, value) for value in values], spec)
         count = jnp.maximum(count, 1)
         pivot = _or_zero(total / count)
     return _moments_about(pivot, x, count, mask, spec)
@@ -73,8 +73,7 @@ def moments(x, mask=None, *, spec, expected=None):
 
 def _moments_about(pivot, x, count, mask, spec):
     """`moments` about a finite pivot."""
-    d = deviation(x, pivot, spec)
-    d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
+    d = without_padding(mask, deviation(x, pivot, spec))
     total, square_sum = sums_of((d, jnp.square(d)), spec)
     delta = total / count
     return pivot, delta, _variance(square_sum / count, delta)
@@ -173,7 +172,7 @@ def backward(
 
     `total` adds the cotangents of the moments over what x has only a part of (a named axis); the sums stay local.
     """
-    if plan_of(spec).stages and (residual is not None or y is not None):
+    if plan_of(spec).stages and _is_result(residual, y):
         # XLA would let the forward compute what the derivative needs of these, and keep that too.
         x, residual, y = lax.optimization_barrier((x, residual, y))
     normalisation = offset, rstd, weight, bias, residual, y, mask, spec
@@ -243,7 +242,7 @@ def _times_derivative(dy, d, offset, rstd, weight, bias, residual, y, mask, spec
     if spec.activation is None:
         return dz
     derivative = activation_derivative(d, offset, rstd, weight, bias, residual, y, mask, spec)
-    steps, is_result = ACTIVATIONS[spec.activation].steps, residual is not None or y is not None
+    steps, is_result = ACTIVATIONS[spec.activation].steps, _is_result(residual, y)
     if plan_of(spec).chooses and is_result and steps == (0, 0):
         # XLA:TPU writes and reads it so; a product is in float32, and it writes and reads a mask and dy for that.
         return lax.select(derivative > 0, dy, jnp.zeros_like(dy)).astype(d.dtype)
@@ -286,17 +285,20 @@ def _through_moments(d, dmean, dvar, delta, count, mask, layout):
     """dmean/n + (d - delta) * 2 * dvar/n: the part of dx that goes through the moments."""
     slope, level = through_moments(dmean, dvar, delta, count[..., None])
     # Before and after: what is masked has no part in the gradient, nor in this product's own derivatives.
-    d = d if mask is None else jnp.where(mask, d, jnp.zeros_like(d))
-    gradient = d * expand(slope, layout) + expand(level, layout)
-    return gradient if mask is None else jnp.where(mask, gradient, jnp.zeros_like(gradient))
+    return without_padding(mask, without_padding(mask, d) * expand(slope, layout) + expand(level, layout))
+
+
+def _is_result(residual, y):
+    """Whether dz is a result of a backward, the residual's gradient: `contract.has_residual` of operands."""
+    return residual is not None or y is not None
 
 
 def _dresidual(dz, residual, y, dtype):
-    """The residual's gradient as a tuple of one, or none where it is no result: see `contract.has_residual`."""
-    return () if residual is None and y is None else (dz.astype(dtype),)
+    """The residual's gradient as a tuple of one, or none where it is no result."""
+    return (dz.astype(dtype),) if _is_result(residual, y) else ()
 
 
-SHORT = 32  # a last axis with fewer rows; XLA:CPU's loops took up to three times as long with 14
+SHORT = 32  # a last axis with fewer rows; with 14 XLA:CPU's loops took up to five times as long
 
 
 def with_merged_rows(operation):

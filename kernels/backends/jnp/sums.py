@@ -63,7 +63,7 @@ def _parts(rows, least):
 
 
 def _folded_sums(arrays, layout, parts):
-    """`sums_of` for XLA:CPU, 2 to 4 times as fast there.
+    """`sums_of` for XLA:CPU, whose plain sums of x and x^2 took 1.5 times as long in float32, 3 to 6 in bfloat16.
 
     XLA:CPU gives a reduction to a library, together with the elementwise work before it, each operation of which costs
     it about as much as the reduction alone. It does not know those of several arrays at once: XLA makes them with what
