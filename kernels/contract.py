@@ -206,8 +206,10 @@ def accumulation_dtype(dtype):
 
 
 def _product(coefficient, value):
-    coefficient = coefficient[..., None]
-    return jnp.where(coefficient == 0, jnp.zeros_like(value), coefficient * value)
+    is_zero = coefficient == 0
+    if is_zero.ndim > 0:
+        is_zero = jax.lax.broadcast_in_dim(is_zero, value.shape, range(is_zero.ndim))
+    return jax.lax.select(is_zero, jnp.zeros_like(value), coefficient[..., None] * value)
 
 
 @functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels

@@ -170,4 +170,6 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
 
 
 for _platform in PLATFORMS:
-    register_lowering(dispatch_p, functools.partial(_dispatch_lower, platform=_platform), platform=_platform)
+    _lower = functools.partial(_dispatch_lower, platform=_platform)
+    # Layers that are alike call one function of the program, which XLA inlines under each one's name.
+    register_lowering(dispatch_p, _lower, platform=_platform, inline=False)

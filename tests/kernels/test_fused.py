@@ -104,6 +104,26 @@ def test_gradients_of_a_vmap_with_shared_parameters_sum_over_the_mapped_axis():
     assert_close(together, sum(apart), sum(map(np.abs, apart)) + 10 * ROWS * GROUPS)
 
 
+def test_layers_that_are_alike_are_one_function_of_the_program_and_keep_their_names():
+    stats = bn_fused.RunningStats.init(CHANNELS)
+
+    def loss(x, layers):
+        for layer in range(layers):
+            with jax.named_scope(f"layer{layer}"):
+                x = jnp.sin(bn_fused.batch_norm(x, stats, channel_axis=-1, backend="jnp")[0])
+        return x.sum()
+
+    def lowered(layers):
+        return jax.jit(jax.grad(loss), static_argnums=1).lower(
+            jax.ShapeDtypeStruct((ROWS, CHANNELS), "float32"), layers
+        )
+
+    assert lowered(2).as_text().count("stablehlo.rsqrt") == lowered(5).as_text().count("stablehlo.rsqrt") > 0
+    compiled = lowered(5).compile().as_text()
+    of_layers = [line for line in compiled.splitlines() if "bn_fused" in line and "layer" in line]
+    assert all(any(f"layer{layer}" in line for line in of_layers) for layer in range(5))
+
+
 def test_bad_arguments_are_named():
     good = {**arrays_of(), "coefficients": kernels.Coefficients(*BATCH), "eps": 1e-5}
     bad = [

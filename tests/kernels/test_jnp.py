@@ -207,6 +207,31 @@ def test_maps_of_one_position_are_written_with_what_follows_them():
     assert (written(64, 16, 1, 1), written(64, 16, 7, 7)) == (1, 2)  # the pivot's sample; and y
 
 
+@pytest.mark.parametrize(
+    ("side", "dtype", "activation", "merged"),
+    [
+        (7, "float32", None, True),
+        (14, "float32", None, False),
+        (14, "bfloat16", None, True),
+        (28, "bfloat16", None, False),
+        (28, "float32", "relu", True),
+        (56, "float32", "relu", False),
+    ],
+)
+def test_short_rows_are_written_as_longer_ones(side, dtype, activation, merged):
+    def backward(x, dy):
+        def forward(x):
+            stats = bn_fused.RunningStats.init(16)
+            return bn_fused.batch_norm(x, stats, channel_axis=1, activation=activation, backend="jnp")[0]
+
+        return jax.vjp(forward, x)[1](dy)
+
+    x = jax.ShapeDtypeStruct((64, 16, side, side), dtype)
+    text = jax.jit(backward).lower(x, x).as_text()
+    written = [line for line in text.splitlines() if "reduce_precision" in line]
+    assert any(f"tensor<64x16x{side**2}x" in line for line in written) is merged
+
+
 LAYOUTS = {
     "rcrr": (64, 3, 14, 14),
     "rrrc": (5, 13, 11, 3),

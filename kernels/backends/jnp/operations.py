@@ -110,6 +110,7 @@ def _mean_of_sample(x, spec):
     else:
         # A few stretches of a few examples. Some of every example are a line of memory each, and took XLA:CPU half as
         # long as a sum over all rows.
+        (x,), layout = merge_rows([x], layout)
         sample = written_out(sample_rows(x, layout, of_each_axis=True).astype(dtype))
     return _or_zero(sum_rows(sample, layout) / as_number(count_rows(sample.shape, layout), dtype))
 
@@ -298,33 +299,40 @@ def _dresidual(dz, residual, y, dtype):
     return (dz.astype(dtype),) if _is_result(residual, y) else ()
 
 
-SHORT = 32  # a last axis with fewer rows; with 14 XLA:CPU's loops took up to five times as long
+SHORT = 32  # a last axis with fewer rows; without an activation one with fewer bytes
 
 
 def with_merged_rows(operation):
-    """An operation of the contract whose row axes that lie together are one, where the plan folds.
+    """An operation of the contract with row axes that lie together as one, where the last is short and the plan folds.
 
-    XLA:CPU's loops run along the last axis of their result. Where that is short and the merged one longer, what has x's
-    shape is written in the merged shape; but not y without an activation, because the user's own may follow, in the
-    same loop.
+    XLA:CPU's loops run along the last axis of their result; over one of 14 they took up to five times as long. So what
+    has x's shape is written in the merged shape; but not y without an activation, because the user's own may follow, in
+    the same loop. Where the last axis is long, what was merged took up to 1.2 times as long, forward and backward.
     """
     contract = OPERATIONS[operation.__name__]
 
     def merged(*, spec, **operands):
-        if plan_of(spec).fold is None:
-            return operation(**operands, spec=spec)
         shape = operands["x"].shape
+        if not _is_short(operands["x"], spec):
+            return operation(**operands, spec=spec)
         with_rows = [name for name in operands if contract.operands[name] in (LIKE_X, MASK)]
         arrays, layout = merge_rows([operands[name] for name in with_rows], spec.layout)
         operands |= dict(zip(with_rows, arrays, strict=True))
         results = operation(**operands, spec=replace(spec, layout=layout))
         results = list(results if isinstance(results, tuple) else (results,))
-        known = not is_symbolic_dim(shape[-1])
-        is_short = known and layout[-1] == ROW and shape[-1] < min(SHORT, arrays[0].shape[-1])
+        is_longer = arrays[0].shape[-1] > shape[-1]
         for index, (name, kind) in enumerate(contract.result_kinds(operands).items()):
             if kind == LIKE_X:
-                written = is_short and (name != "y" or spec.activation is not None)
+                written = is_longer and (name != "y" or spec.activation is not None)
                 results[index] = jnp.reshape(written_out(results[index]) if written else results[index], shape)
         return tuple(results)
 
     return merged
+
+
+def _is_short(x, spec):
+    """Whether XLA:CPU's loops are slow over the last axis of x."""
+    last = x.shape[-1]
+    if plan_of(spec).fold is None or spec.layout[-1] != ROW or is_symbolic_dim(last):
+        return False
+    return (last if spec.activation is not None else last * x.dtype.itemsize) < SHORT

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 class Plan:
     """What is written otherwise than plainly.
 
-    - `fold`: rows are cut into about so many parts that are added up before the sums, see `sums`, and row axes that lie
-        together are one; None: neither.
+    - `fold`: rows are cut into about so many parts that are added up before the sums, see `sums`, and what has a short
+        last axis is written with a longer one, see `operations.with_merged_rows`; None: neither.
     - `stages`: sums over rows that lie together before the channels are made in two stages, see `sums`.
     - `expects`: a forward's moments are made about the running mean first, see `operations`.
     - `chooses`: where dz = dy * relu' is a result of a backward too, it is dy or zero, chosen in place of a product.

@@ -7,7 +7,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 
 from bn_fused.kernels.backends.jnp.plan import plan_of
-from bn_fused.kernels.layout import ROW, axes_of, sum_rows
+from bn_fused.kernels.layout import ROW, axes_of, merge_rows, sum_rows
 
 # Sums of a backward through an activation that XLA:GPU makes at the same time, at least. With fewer it writes the terms
 # to memory first, in float32 (with up to 38912 on an H200, 49152 on a B200: counted in code compiled for them).
@@ -68,9 +68,10 @@ def _folded_sums(arrays, layout, parts):
     XLA:CPU gives a reduction to a library, together with the elementwise work before it, each operation of which costs
     it about as much as the reduction alone. It does not know those of several arrays at once: XLA makes them with what
     comes before in one loop and one read, at the memory's speed if few rows are added up and the innermost axis is
-    long. So the first row axis that is long enough is cut into about so many parts, they are added up that way, and the
-    library sums what is left.
+    long. So row axes that lie together are one; the first that is long enough is cut into about so many parts, they are
+    added up that way, and the library sums what is left.
     """
+    arrays, layout = merge_rows(arrays, layout)
     shape, dtype = arrays[0].shape, arrays[0].dtype
     known = [axis for axis in axes_of(layout, ROW) if not is_symbolic_dim(shape[axis])]
     counts = range(parts // 2, parts + parts // 2 + 1)
@@ -82,7 +83,7 @@ def _folded_sums(arrays, layout, parts):
     size, rest = divmod(shape[axis], parts)
 
     def in_parts(array):
-        array = lax.slice_in_dim(array, 0, parts * size, axis=axis)
+        array = lax.slice_in_dim(array, 0, parts * size, axis=axis) if rest else array
         return jnp.reshape(array, (*shape[:axis], parts, size, *shape[axis + 1 :]))
 
     zeros = [jnp.zeros((), dtype)] * len(arrays)
