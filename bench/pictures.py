@@ -1,4 +1,4 @@
-"""The pictures of the documents, made of recorded results: those of a GPU, whose times are those of its kernels."""
+"""What the documents' pictures show of recorded results: those of a GPU, whose times are those of its kernels."""
 
 import dataclasses
 import os
@@ -101,18 +101,3 @@ def newest(folder: str | os.PathLike = RESULTS) -> dict[str, Layers | Step]:
     if not pictures:
         raise NoRecords(f"there are no recorded times of kernels in {str(folder)!r}")
     return pictures
-
-
-def draw(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
-    """Draw them into the folder `out`; their paths."""
-    from bn_fused.bench import plots
-
-    paths = []
-    for name, one in newest(folder).items():
-        out.mkdir(parents=True, exist_ok=True)
-        paths.append(out / name)
-        if isinstance(one, Layers):
-            plots.plot_run(one.run, str(paths[-1]), one.source)
-        else:
-            plots.plot_step(one, str(paths[-1]))
-    return paths

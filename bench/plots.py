@@ -1,10 +1,11 @@
 """The pictures of the command line, drawn with matplotlib."""
 
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from bn_fused.bench.pictures import Step
+from bn_fused.bench.pictures import Layers, Step, newest
 from bn_fused.bench.run.records import Row, Run
 from bn_fused.bench.run.report import called
 from bn_fused.bench.stability import Curves
@@ -143,6 +144,19 @@ def plot_step(step: Step, path: str) -> None:
     panel.set_title(f"A training step of {step.steps.setting}\n{where}", fontsize=10)
     figure.legend(loc="outside lower center", frameon=False, fontsize=8.5, ncols=3)
     figure.savefig(path, metadata={"Source": step.source})
+
+
+def plot_recorded(folder: pathlib.Path, out: pathlib.Path) -> list[pathlib.Path]:
+    """Draw the newest of what is recorded in `folder` into the folder `out`; their paths. Errors as of `newest`."""
+    paths = []
+    for name, one in newest(folder).items():
+        out.mkdir(parents=True, exist_ok=True)
+        paths.append(out / name)
+        if isinstance(one, Layers):
+            plot_run(one.run, str(paths[-1]), one.source)
+        else:
+            plot_step(one, str(paths[-1]))
+    return paths
 
 
 # Of the same colours, cold ones for what trains, warm ones for what does not; and a line style for whose layer it is.

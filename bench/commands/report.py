@@ -6,8 +6,8 @@ import shutil
 
 import click
 
-from bn_fused.bench import pictures
 from bn_fused.bench.commands.common import FAILED
+from bn_fused.bench.plots import plot_recorded
 from bn_fused.bench.run.performance import RESULTS, NoRecords, file_name, put, recorded, section
 from bn_fused.bench.run.records import UnreadableRun, load
 from bn_fused.bench.step.parts import Untold
@@ -62,7 +62,7 @@ def command(context, folder, added, readme, out, check):
             shutil.copyfile(path, place)
             click.echo(f"recorded as {place}")
         if out is not None:
-            for path in pictures.draw(folder, out):
+            for path in plot_recorded(folder, out):
                 click.echo(f"drawn: {path}")
             return
         beside = readme.parent if readme is not None else pathlib.Path()
