@@ -12,7 +12,7 @@ So no collective is ever traced for a vmap's name. Names of devices never get he
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from bn_fused import arguments
 from bn_fused.devices import total_size
 from bn_fused.kernels.contract import present_results
-from bn_fused.kernels.dispatch import WITH_ROWS, bind, insert_axis, result_types
+from bn_fused.kernels.dispatch import WITH_ROWS, bind, insert_axis, lowering_place, result_types
 from bn_fused.kernels.jax_internals import (
     Primitive,
     ad,
@@ -177,6 +177,7 @@ def define(name, operands, results, compute, **rules):
 
     def lower(context, *values, names, spec, averaged):
         _refuse_unbound(averaged)
+        spec = replace(spec, place=lowering_place(context))
 
         def traced(*arrays):
             present = dict(zip(names, arrays, strict=True))

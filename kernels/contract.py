@@ -63,6 +63,7 @@ class Spec:
     """What is static about one call: the layout of x (see `layout`), eps, the activation, the backend asked for.
 
     `after_convolution`: whether x is known to be made by one, which says how XLA lays it out in memory.
+    `place`: what `dispatch.lowering_place` says of where a primitive around the call is lowered.
     """
 
     layout: str
@@ -71,6 +72,7 @@ class Spec:
     backend: str = "auto"
     plan: object = None
     after_convolution: bool = False
+    place: tuple = ()
 
 
 def kept_for_derivative(spec, residual, y):

@@ -119,6 +119,14 @@ def _dispatch_batch(axis_data, values, dims, *, names, spec, operation):
 fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 
 
+def lowering_place(context):
+    """What tells apart the places of one program where an operation is lowered otherwise: in a shard_map and outside.
+
+    JAX lowers what is equal in a program once, and `lower_plainly` makes the types equal by which it knows the places.
+    """
+    return is_partitioned(context), partitioned_mesh(context) is not None
+
+
 def _planned(choice, problem, target, spec):
     """The spec with its plan: its own, which is checked, or the choice's."""
     if spec.plan is None:

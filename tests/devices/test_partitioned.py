@@ -281,6 +281,30 @@ def test_transforms_around_a_partitioned_kernel(how, opaque, x64):
     assert all(EXAMPLES not in shape for _, shape in opaque), opaque
 
 
+@pytest.mark.parametrize("first", ["in a shard_map", "outside"])
+def test_of_two_layers_that_are_alike_one_is_in_a_shard_map(first, opaque):
+    mesh, stats = make_mesh(), bn_fused.RunningStats.init(CHANNELS)
+
+    def layer(x):
+        return bn_fused.batch_norm(x, stats, channel_axis=1, backend="opaque")[0]
+
+    inputs = {"in a shard_map": data(), "outside": data(1)[: EXAMPLES // 2]}
+    layers = {"in a shard_map": jax.shard_map(layer, mesh=mesh, in_specs=P("data"), out_specs=P("data"))}
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(inputs, NamedSharding(mesh, P("data")))
+        order = sorted(inputs, key=lambda place: place != first)
+        results = jax.jit(lambda xs: {place: layers.get(place, layer)(xs[place]) for place in order})(placed)
+    # Their x has the same shape, and one of them is all that a device has.
+    assert set(opaque) == {
+        ("forward", (EXAMPLES // 2, CHANNELS, POSITIONS)),
+        ("moments", (EXAMPLES // 4, CHANNELS, POSITIONS)),
+        ("normalise", (EXAMPLES // 4, CHANNELS, POSITIONS)),
+    }
+    step = functools.partial(bn_fused.batch_norm, channel_axis=1, virtual_batch_size=EXAMPLES // 2, backend="jnp")
+    for place, x in inputs.items():
+        assert_close(results[place], step(x, stats)[0], 10)
+
+
 def test_a_tpu_kernel_is_refused_by_a_sentence_where_it_cannot_be_given_parts():
     target = kernels.Target("tpu", kernels.CHIPS["v5e"], partitioned=True)
     problem = kernels.Problem(1, 1024, 128, "float32")
