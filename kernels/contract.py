@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from bn_fused.kernels.activations import derivative_from_result
+from bn_fused.kernels.padding import product
 
 # The kinds an operand or result can have.
 LIKE_X = "x"  # x's shape and dtype
@@ -207,13 +208,6 @@ def accumulation_dtype(dtype):
     return widest(dtype)
 
 
-def _product(coefficient, value):
-    is_zero = coefficient == 0
-    if is_zero.ndim > 0:
-        is_zero = jax.lax.broadcast_in_dim(is_zero, value.shape, range(is_zero.ndim))
-    return jax.lax.select(is_zero, jnp.zeros_like(value), coefficient[..., None] * value)
-
-
 @functools.partial(jax.jit, inline=True)  # traced once for all layers of the same channels
 @jax.custom_jvp
 def scaled(coefficient, value):
@@ -221,13 +215,22 @@ def scaled(coefficient, value):
 
     So a running statistic that is infinite or NaN does not reach a result it has no part in.
     """
-    return _product(coefficient, value)
+    is_zero = coefficient == 0
+    if is_zero.ndim > 0:
+        is_zero = jax.lax.broadcast_in_dim(is_zero, value.shape, range(is_zero.ndim))
+    return jax.lax.select(is_zero, jnp.zeros_like(value), coefficient[..., None] * value)
+
+
+def scaled_tangent(coefficient, tangent):
+    """`scaled` of a tangent. Its derivatives are such products again: where the coefficient is zero, they are not."""
+    nowhere = jnp.zeros((1,) * tangent.ndim, bool)
+    return product(nowhere, coefficient[..., None], tangent)
 
 
 # The product's own derivative: also where the coefficient is zero, the result depends on it.
 scaled.__wrapped__.defjvps(
     lambda dcoefficient, result, coefficient, value: dcoefficient[..., None] * value,
-    lambda dvalue, result, coefficient, value: _product(coefficient, dvalue),
+    lambda dvalue, result, coefficient, value: scaled_tangent(coefficient, dvalue),
 )
 
 
@@ -268,10 +271,10 @@ def blend_tangents(tdelta, tvar, coefficients, state_dtype):
     dtype = widest(tdelta.dtype, state_dtype)
     c = Coefficients.unpack(coefficients.astype(dtype))
     new = Blend(
-        scaled(c.batch, tdelta.astype(dtype)),
-        scaled(c.batch, tvar.astype(dtype)),
-        scaled(c.mean_gain, tdelta.astype(dtype)),
-        scaled(c.var_gain, tvar.astype(dtype)),
+        scaled_tangent(c.batch, tdelta.astype(dtype)),
+        scaled_tangent(c.batch, tvar.astype(dtype)),
+        scaled_tangent(c.mean_gain, tdelta.astype(dtype)),
+        scaled_tangent(c.var_gain, tvar.astype(dtype)),
     )
     return new.astypes(tdelta.dtype, state_dtype)
 

@@ -72,6 +72,23 @@ def test_the_gradient_with_respect_to_the_momentum_is_the_difference_quotient():
         np.testing.assert_allclose(jax.grad(loss)(jnp.float64(0.8)), quotient, rtol=1e-6)
 
 
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_derivatives_are_right_where_a_coefficient_is_zero(inner, outer):
+    def new_mean(momentum, mean, x):
+        stats = RunningStats.of(mean, jnp.ones(CHANNELS))
+        return bn_fused.batch_norm(x, stats, momentum=momentum, debias="none")[1].mean.sum()
+
+    # momentum * mean + (1 - momentum) * the batch's mean: what depends on both factors, in either order.
+    x = batches(1)[0]
+    for momentum in (0.0, 1.0):
+        operands = momentum, jnp.ones(CHANNELS), x
+        for operand, mixed in ((1, jnp.ones(CHANNELS)), (2, jnp.full(x.shape, -1 / len(x)))):
+            for first, second in ((0, operand), (operand, 0)):
+                found = jax.jit(outer(inner(new_mean, first), second))(*operands)
+                np.testing.assert_allclose(found, mixed, rtol=1e-5)
+
+
 def test_members_of_a_vmap_have_momenta_of_their_own():
     x, momenta = batches(1)[0], jnp.float32([0.0, 0.5, 0.9])
     _, stats = jax.vmap(lambda momentum: bn_fused.batch_norm(x, RunningStats.init(CHANNELS), momentum=momentum))(
