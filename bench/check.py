@@ -15,6 +15,8 @@ What passes through a running mean stored in float32 (`ema`, `ema_compatibility`
 rounding of that mean, so the limit grows by 1 + |mean|/std; inference divides by 1 - zero_frac and so does
 its rounding. For 16-bit inputs, y, dx and dresidual are rounded at the end, and dx may be made of dresidual as it was
 rounded: half an epsilon of that type each, so one is added.
+Where relu or leaky_relu got so little that rounding decides on its derivative, dx and dresidual are not compared; the
+sums, and dx through them, may be off by what such positions add to them.
 Other libraries may compute in that type, and are allowed `RIVAL_CONSTANT` of its epsilons in everything.
 """
 
@@ -118,10 +120,10 @@ def draw_parameters(channels: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return weight, np.asarray(0.3 * rng.standard_normal(channels), np.float32)
 
 
-def _largest(got, want, scale, where=None):
-    """max |got - want| / scale, scale broadcast against both; NaN if there is one, 0 for 0 against 0."""
+def _largest(got, want, scale, where=None, undecided=0.0):
+    """max(|got - want| - undecided, 0) / scale, broadcast together; NaN if there is one, 0 for 0 against 0."""
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
-    errors = np.abs(np.asarray(got, np.float64) - want) / scale
+    errors = np.maximum(np.abs(np.asarray(got, np.float64) - want) - undecided, 0) / scale
     return float(np.max(errors if where is None else np.where(where | np.isnan(errors), errors, 0)))
 
 
@@ -150,15 +152,21 @@ class Limits:
 def step_errors(results: dict, want: OracleStep, dy, weight, limits: Limits, activation=None) -> tuple[Error, ...]:
     """The errors of a step's results, those of y, dx, dweight, dbias and dresidual that are there."""
     axes = reduced(want.y)
-    sure = None
+    sure, of_dweight, of_dbias, of_dx = None, 0.0, 0.0, 0.0
     if activation in KINKED:
         sure = np.abs(want.z) > limits.kink * np.max(np.abs(want.z))
+        # The derivative may be another by up to 1 there.
+        flipped = np.where(sure, 0, np.abs(dy))
+        of_dweight, of_dbias = (flipped * np.abs(want.normalised)).sum(axes), flipped.sum(axes, dtype=np.float64)
+        through = like_x(dy, of_dbias) + np.abs(want.normalised) * like_x(dy, of_dweight)
+        of_dx = np.abs(like_x(dy, weight * want.rstd)) * through * dy.shape[1] / dy.size
+    terms = np.abs(dy * want.normalised).sum(axes), np.abs(dy).sum(axes, dtype=np.float64)
     compared = {
         "y": lambda y: _largest(y, want.y, np.max(np.abs(want.y))),
-        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * like_x(dy, weight * want.rstd))), sure),
+        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * like_x(dy, weight * want.rstd))), sure, of_dx),
         "dresidual": lambda dresidual: _largest(dresidual, want.dresidual, np.max(np.abs(dy)), sure),
-        "dweight": lambda dweight: _largest(dweight, want.dweight, np.abs(dy * want.normalised).sum(axes)),
-        "dbias": lambda dbias: _largest(dbias, want.dbias, np.abs(dy).sum(axes, dtype=np.float64)),
+        "dweight": lambda dweight: _largest(dweight, want.dweight, terms[0], undecided=of_dweight),
+        "dbias": lambda dbias: _largest(dbias, want.dbias, terms[1], undecided=of_dbias),
     }
     return tuple(
         Error(name, compared[name](value), limits.sum if name in ("dweight", "dbias") else limits.array)
