@@ -90,7 +90,7 @@ def _verdicts(rows):
         )
         told = [
             f"{layer} in {sum(layer in names for names in winners)}"
-            + (f" ({sum(names == {layer} for names in winners)} of them alone)")
+            + (f" ({sum(names == {layer} for names in winners)} with no other)")
             for layer in layers
         ]
         name = ALONE if block is None else f"in {block}"

@@ -51,7 +51,7 @@ def test_the_summary_marks_the_fewest_passes_of_a_setting_on_a_chip():
     # what a block moves without a norm is no layer's
     assert line_of(text, inside, "no norm") == ["", "1.5"] and line_of(text, inside, "jnp") == ["", "**2**"]
     assert (
-        "- alone: of 2 programs the fewest passes are those of jnp in 2 (1 of them alone), equinox batch in 1" in text
+        "- alone: of 2 programs the fewest passes are those of jnp in 2 (1 with no other), equinox batch in 1" in text
     )
     assert "not compiled: v4, pallas_tpu: it hung" in text and "jax 1.2" in text and "# Chips" in text
 
