@@ -120,7 +120,7 @@ def draw_parameters(channels: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return weight, np.asarray(0.3 * rng.standard_normal(channels), np.float32)
 
 
-def _largest(got, want, scale, where=None, undecided=0.0):
+def _largest(got, want, scale, undecided=0.0, where=None):
     """max(|got - want| - undecided, 0) / scale, broadcast together; NaN if there is one, 0 for 0 against 0."""
     scale = np.maximum(scale, np.finfo(np.float32).tiny)
     errors = np.maximum(np.abs(np.asarray(got, np.float64) - want) - undecided, 0) / scale
@@ -160,13 +160,12 @@ def step_errors(results: dict, want: OracleStep, dy, weight, limits: Limits, act
         of_dweight, of_dbias = (flipped * np.abs(want.normalised)).sum(axes), flipped.sum(axes, dtype=np.float64)
         through = like_x(dy, of_dbias) + np.abs(want.normalised) * like_x(dy, of_dweight)
         of_dx = np.abs(like_x(dy, weight * want.rstd)) * through * dy.shape[1] / dy.size
-    terms = np.abs(dy * want.normalised).sum(axes), np.abs(dy).sum(axes, dtype=np.float64)
     compared = {
         "y": lambda y: _largest(y, want.y, np.max(np.abs(want.y))),
-        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * like_x(dy, weight * want.rstd))), sure, of_dx),
-        "dresidual": lambda dresidual: _largest(dresidual, want.dresidual, np.max(np.abs(dy)), sure),
-        "dweight": lambda dweight: _largest(dweight, want.dweight, terms[0], undecided=of_dweight),
-        "dbias": lambda dbias: _largest(dbias, want.dbias, terms[1], undecided=of_dbias),
+        "dx": lambda dx: _largest(dx, want.dx, np.max(np.abs(dy * like_x(dy, weight * want.rstd))), of_dx, sure),
+        "dresidual": lambda dresidual: _largest(dresidual, want.dresidual, np.max(np.abs(dy)), where=sure),
+        "dweight": lambda dweight: _largest(dweight, want.dweight, np.abs(dy * want.normalised).sum(axes), of_dweight),
+        "dbias": lambda dbias: _largest(dbias, want.dbias, np.abs(dy).sum(axes, dtype=np.float64), of_dbias),
     }
     return tuple(
         Error(name, compared[name](value), limits.sum if name in ("dweight", "dbias") else limits.array)

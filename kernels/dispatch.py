@@ -122,6 +122,8 @@ fancy_primitive_batchers[dispatch_p] = _dispatch_batch
 def lowering_place(context):
     """What tells apart the places of one program where an operation is lowered otherwise: in a shard_map and outside.
 
+    Whether XLA partitions there, and whether in terms that parts can be computed from.
+
     JAX lowers what is equal in a program once, and `lower_plainly` makes the types equal by which it knows the places.
     """
     return is_partitioned(context), partitioned_mesh(context) is not None
@@ -154,11 +156,9 @@ def _dispatch_lower(context, *values, names, spec, operation, platform):
     chip = None if device is None else chip_of(device)
     if chip is not None and chip.platform != platform:  # the code for AMD of a program for both, on an NVIDIA GPU
         chip = None
-    split = is_partitioned(context)
+    split, in_parts = lowering_place(context)
     # Where each device's part can be computed, the backend is chosen as on one device.
-    by_parts = (
-        split and platform in ASKING_PLATFORMS and partitioned_mesh(context) is not None and threads_agree_on_x64()
-    )
+    by_parts = split and in_parts and platform in ASKING_PLATFORMS and threads_agree_on_x64()
     target = Target(platform, chip, split and not by_parts, runs_on_several_devices(context))
     problem = problem_of(spec, operands["x"], names, target, operation)
     choice = choose(problem, target, spec.backend)
